@@ -1,0 +1,158 @@
+"""The domain's errors; each has a stable `code`, and only `api/errors.py` knows the HTTP statuses.
+
+HTMError
+├── InvalidArgument      invalid_argument      a value is out of its range, shape or type
+├── MalformedBody        malformed_body        bytes that cannot be parsed at all
+├── BodyTooLarge         body_too_large        more bytes than the server takes in one request
+├── UnsupportedMediaType unsupported_media_type
+├── Missing
+│   ├── SessionNotFound  session_not_found
+│   ├── SessionExpired   session_expired       it existed, and was idle for longer than its ttl_s
+│   ├── ModelNotFound    model_not_found
+│   └── ChunkNotFound    chunk_not_found
+├── Conflict
+│   ├── SessionConflict  session_conflict      same id, other settings
+│   └── LengthConflict   length_conflict       `if_length` is not the session's length
+├── IdempotencyMismatch  idempotency_mismatch  same key, other body
+└── Unavailable                                try again later
+    ├── Overloaded       overloaded            the queue is at its limit
+    ├── Draining         draining              the server is stopping
+    ├── Unhealthy        unhealthy             a worker thread died
+    ├── DeadlineExceeded deadline_exceeded     the request's own time ran out
+    ├── OutOfMemory      out_of_memory         the device budget cannot hold what is asked for
+    └── DiskFull         disk_full             the store could not write
+
+Does not know: HTTP, and the store's own errors (`storage/base.py`), which the engine translates.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+
+class HTMError(Exception):
+    """An error with a stable `code`; `detail` is a sentence with the offending value and the limit."""
+
+    code: ClassVar[str] = "internal_error"
+
+    def __init__(self, detail: str, **extra: Any) -> None:
+        super().__init__(detail)
+        self.detail = detail
+        self.extra = extra
+        """Machine-readable fields that belong to the error, such as `length` of a LengthConflict."""
+
+
+class InvalidArgument(HTMError):
+    """A value is out of its range, shape or type."""
+
+    code = "invalid_argument"
+
+
+class MalformedBody(HTMError):
+    """The body cannot be parsed."""
+
+    code = "malformed_body"
+
+
+class BodyTooLarge(HTMError):
+    """The body is larger than the server takes."""
+
+    code = "body_too_large"
+
+
+class UnsupportedMediaType(HTMError):
+    """The content type is not one the call takes."""
+
+    code = "unsupported_media_type"
+
+
+class Missing(HTMError):
+    """What the request names is not there."""
+
+
+class SessionNotFound(Missing):
+    """No session has this id."""
+
+    code = "session_not_found"
+
+
+class SessionExpired(Missing):
+    """The session was idle for longer than its `ttl_s`."""
+
+    code = "session_expired"
+
+
+class ModelNotFound(Missing):
+    """No model has this name."""
+
+    code = "model_not_found"
+
+
+class ChunkNotFound(Missing):
+    """The session has no chunk of this index."""
+
+    code = "chunk_not_found"
+
+
+class Conflict(HTMError):
+    """The request contradicts what is stored."""
+
+
+class SessionConflict(Conflict):
+    """The session exists with other settings."""
+
+    code = "session_conflict"
+
+
+class LengthConflict(Conflict):
+    """The session's length is not the one the append was conditioned on."""
+
+    code = "length_conflict"
+
+
+class IdempotencyMismatch(HTMError):
+    """The idempotency key was used with another body."""
+
+    code = "idempotency_mismatch"
+
+
+class Unavailable(HTMError):
+    """The server cannot do it now; `retry_after_s` seconds later it may."""
+
+    retry_after_s: ClassVar[int] = 1
+
+
+class Overloaded(Unavailable):
+    """The queue is at its limit."""
+
+    code = "overloaded"
+
+
+class Draining(Unavailable):
+    """The server is stopping and takes no new work."""
+
+    code = "draining"
+
+
+class Unhealthy(Unavailable):
+    """A worker thread died; the process must be restarted."""
+
+    code = "unhealthy"
+
+
+class DeadlineExceeded(Unavailable):
+    """The request's deadline passed before its work began."""
+
+    code = "deadline_exceeded"
+
+
+class OutOfMemory(Unavailable):
+    """The device budget cannot hold what is asked for."""
+
+    code = "out_of_memory"
+
+
+class DiskFull(Unavailable):
+    """The store could not write."""
+
+    code = "disk_full"

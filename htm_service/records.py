@@ -1,0 +1,272 @@
+"""What crosses the engine's door: requests and answers, as frozen records of numbers, text and numpy arrays.
+
+Shapes: D width, C chunk size, T tokens of one append, n tokens in the session, M chunks, Q queries,
+K = min(top_k, visible chunks).
+Does not know: HTTP bodies, tensors on a device, storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Bools = npt.NDArray[np.bool_]
+Ints = npt.NDArray[np.int64]
+
+DType = Literal["float32", "float16", "bfloat16"]
+OpenChunk = Literal["attend", "exclude"]
+OnFull = Literal["reject", "evict_oldest"]
+RankBy = Literal["weight", "score"]
+Residency = Literal["resident", "loading", "cold"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionSettings:
+    """The settings of a session; None means that the server decides (from the model, or the default)."""
+
+    dim: int | None = None
+    chunk_size: int | None = None
+    model: str | None = None
+    dtype: DType | None = None
+    open_chunk: OpenChunk = "attend"
+    labels: Mapping[str, str] | None = None
+    ttl_s: float | None = None
+    max_tokens: int | None = None
+    on_full: OnFull = "reject"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionChange:
+    """A PATCH: None leaves a setting as it is; `clear_ttl` removes `ttl_s`."""
+
+    labels: Mapping[str, str] | None = None
+    ttl_s: float | None = None
+    clear_ttl: bool = False
+    model: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo:
+    """A session under inspection. Times are seconds since the epoch."""
+
+    id: str
+    dim: int
+    chunk_size: int
+    model: str
+    dtype: DType
+    open_chunk: OpenChunk
+    labels: Mapping[str, str]
+    ttl_s: float | None
+    max_tokens: int | None
+    on_full: OnFull
+    length: int
+    num_chunks: int
+    num_sealed_chunks: int
+    residency: Residency
+    device_bytes: int
+    """Bytes in the arena and of resident summary keys."""
+    stored_bytes: int
+    """Bytes of the tokens at rest."""
+    created_at: float
+    updated_at: float
+    last_used_at: float
+    num_appends: int
+    """Since the server started, like the two counters below."""
+    num_attends: int
+    num_queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class SessionPage:
+    """One page of a listing; `cursor` continues it, None at the end."""
+
+    sessions: Sequence[SessionInfo]
+    cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Where one request's time went, in seconds, and the size of the batch it was in (queries)."""
+
+    queue_s: float = 0.0
+    compute_s: float = 0.0
+    store_s: float = 0.0
+    batch_size: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AppendRequest:
+    """Tokens to add. `embeddings` [T, D] or [D]; `payloads` one JSON object as text per token, or None."""
+
+    embeddings: Floats
+    payloads: Sequence[bytes | None] | None = None
+    episode: int | None = None
+    if_length: int | None = None
+    idempotency_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AppendResult:
+    """The new tokens are positions start .. start+T-1; `length` and `num_chunks` are the session's after it."""
+
+    start: int
+    length: int
+    num_chunks: int
+    timing: Timing = Timing()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttendRequest:
+    """HTM attention queries; see docs/api.md for the meaning and the defaults of each field.
+
+    `queries` [Q, D] or [D]; `mask` [n], n being `stop` or, without it, the session's length;
+    `chunk_mask` [M] or [Q, M] for the M chunks of those n tokens.
+    """
+
+    queries: Floats
+    model: str | None = None
+    top_k: int | None = None
+    start: int = 0
+    stop: int | None = None
+    episodes: Sequence[int] | None = None
+    mask: Bools | None = None
+    chunk_mask: Bools | None = None
+    tokens: bool = False
+    """Whether the answer lists the recalled tokens."""
+    payloads: bool = False
+    """Whether that list carries payloads; implies `tokens`."""
+    max_recalled: int = 16
+    rank_by: RankBy = "weight"
+    timeout_s: float | None = None
+    request_id: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled:
+    """One recalled token of one query; `payload` is JSON text as it was appended."""
+
+    position: int
+    weight: float
+    score: float
+    chunk: int
+    payload: bytes | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class AttendResult:
+    """`output` [Q, D]; `chunk_index` and `chunk_weight` [Q, K], -1 and 0 where fewer chunks are visible;
+    `recalled` per query, in rank order, or None when not asked for; `length` the session had.
+    """
+
+    output: Floats
+    chunk_index: Ints
+    chunk_weight: Floats
+    recalled: Sequence[Sequence[Recalled]] | None
+    length: int
+    timing: Timing = Timing()
+
+
+@dataclass(frozen=True, slots=True)
+class Memories:
+    """Tokens start .. stop-1 read back: `embeddings` [stop-start, D] and `payloads`, each when asked for."""
+
+    start: int
+    stop: int
+    length: int
+    embeddings: Floats | None
+    payloads: Sequence[bytes | None] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChunkInfo:
+    """One chunk: tokens start .. stop-1. `key` [D] and `key_norm` are those of its summary key.
+
+    The recall counters count since the server started: attends that took the chunk, per query; the sum of
+    its chunk weights; the time of the last one.
+    """
+
+    index: int
+    start: int
+    stop: int
+    sealed: bool
+    tier: Residency
+    key_norm: float
+    num_recalls: int
+    mass: float
+    last_recalled_at: float | None
+    key: Floats | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkPage:
+    """One page of a session's chunks; `cursor` continues it, None at the end."""
+
+    chunks: Sequence[ChunkInfo]
+    cursor: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDetail:
+    """One chunk with the payloads of its tokens, and its `embeddings` [stop-start, D] when asked for."""
+
+    chunk: ChunkInfo
+    payloads: Sequence[bytes | None]
+    embeddings: Floats | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall:
+    """The account of one attend, kept in the session's bounded ring: what it took, with weights.
+
+    `chunk_index` and `chunk_weight` [Q', K] for the first Q' queries; `recalled` for the same ones when the
+    request listed its tokens, without payloads.
+    """
+
+    at: float
+    request_id: str
+    model: str
+    length: int
+    start: int
+    stop: int
+    top_k: int
+    num_queries: int
+    chunk_index: Ints
+    chunk_weight: Floats
+    recalled: Sequence[Sequence[Recalled]] | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelInfo:
+    """A model as served. `dim` is None when it takes any width."""
+
+    name: str
+    hash: str
+    dim: int | None
+    heads: int
+    dim_head: int | None
+    top_k: int
+    chunk_size: int
+    position_encoding: bool
+    block: bool
+    summary_scale: float
+    attention_scale: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineInfo:
+    """What GET /v1/info tells: version, device, limits, totals."""
+
+    version: str
+    device: str
+    device_reason: str
+    dtype: DType
+    dtype_reason: str
+    kernel: str
+    models: Sequence[ModelInfo]
+    limits: Mapping[str, float]
+    totals: Mapping[str, float] = field(default_factory=dict)

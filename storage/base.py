@@ -1,0 +1,242 @@
+"""The contract of a store: sessions and their tokens as bytes, durable, in order, all or nothing.
+
+What is promised after a crash: when `Store.write` returns, every write of the group that it reports as
+done survives the death of the process and of the machine (on a store whose `durable` is true). A group is
+one transaction: after a crash either all of its writes are there or none. An append is therefore never
+torn, and the tokens of a session are always the positions 0 .. length-1 without a gap.
+
+`Store.write` is called from one thread; every read may be called from any thread at any time and sees whole
+groups only. Stores speak bytes, numbers and the records below. They do not know tensors, attention or HTTP.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+# --- errors ---------------------------------------------------------------------------------------
+
+
+class StoreError(Exception):
+    """The store as a whole cannot do what was asked."""
+
+
+class StoreUnavailable(StoreError):
+    """The store cannot be opened, or is in use by another server; the message says which and why."""
+
+
+class StoreFull(StoreError):
+    """There is no room left to write."""
+
+
+class StoreDamaged(StoreError):
+    """Stored bytes do not match their checksum; the message names session and position."""
+
+
+class Refused(StoreError):
+    """One write of a group was refused; the others are not affected."""
+
+
+class NoSuchSession(Refused):
+    """The session was deleted, or never existed."""
+
+
+class SessionExists(Refused):
+    """A session with this id is there already."""
+
+
+class WrongLength(Refused):
+    """`if_length` is not the session's length."""
+
+    def __init__(self, length: int) -> None:
+        super().__init__(f"the session's length is {length}")
+        self.length = length
+
+
+class SessionFull(Refused):
+    """The append would make the session longer than its `max_tokens`."""
+
+    def __init__(self, length: int, max_tokens: int) -> None:
+        super().__init__(f"the session's length is {length}, its max_tokens {max_tokens}")
+        self.length = length
+        self.max_tokens = max_tokens
+
+
+class KeyReused(Refused):
+    """The idempotency key was used before, with another digest."""
+
+
+# --- records --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRow:
+    """One session as stored. `sid` is the store's own key: never reused, so a late write of a deleted
+    session can never reach another one of the same id. Times are seconds since the epoch.
+    """
+
+    id: str
+    settings: Mapping[str, Any]
+    """JSON object with what the domain wants to keep (dim, chunk_size, labels, ...), except `max_tokens`."""
+    created_at: float
+    max_tokens: int | None = None
+    sid: int = 0
+    length: int = 0
+    """Number of tokens."""
+    num_bytes: int = 0
+    """Bytes of all tokens."""
+    updated_at: float = 0.0
+    """Time of the last append, or of the creation."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """`num_tokens` consecutive tokens that were appended together, from position `start` on."""
+
+    start: int
+    num_tokens: int
+    data: bytes
+    episode: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CreateSession:
+    """Create `row`; its `sid` and `length` are the store's to fill in. Refused: SessionExists."""
+
+    row: SessionRow
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateSession:
+    """Replace the settings of a session. Refused: NoSuchSession."""
+
+    sid: int
+    settings: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteSession:
+    """Delete a session and everything in it. Refused: NoSuchSession."""
+
+    sid: int
+
+
+@dataclass(frozen=True, slots=True)
+class Append:
+    """Add `num_tokens` tokens at the end of a session.
+
+    Refused: NoSuchSession, WrongLength, SessionFull, KeyReused. With an `idempotency_key` that was used
+    within the last 24 hours with the same `digest`, nothing is written and the first answer is repeated.
+    """
+
+    sid: int
+    num_tokens: int
+    data: bytes = field(repr=False)
+    """The tokens, `num_tokens` times the session's bytes per token."""
+    payloads: Sequence[bytes | None] | None = field(default=None, repr=False)
+    """One JSON text per token, or None where a token has none."""
+    episode: int | None = None
+    if_length: int | None = None
+    idempotency_key: str | None = None
+    digest: bytes = b""
+    """Digest of the request's content, compared when the key comes again."""
+
+
+@dataclass(frozen=True, slots=True)
+class Appended:
+    """Answer to an Append: its tokens are the positions start .. length-1."""
+
+    start: int
+    length: int
+    """Length of the session after this append."""
+    replayed: bool = False
+    """True when nothing was written, because the idempotency key had been used before."""
+
+
+Write = CreateSession | UpdateSession | DeleteSession | Append
+Outcome = SessionRow | Appended | Refused
+"""CreateSession and UpdateSession answer the SessionRow as it is now, DeleteSession the one it was."""
+
+
+@dataclass(frozen=True, slots=True)
+class Totals:
+    """What a store holds altogether. `num_disk_bytes` is what its files take, 0 for a store without."""
+
+    num_sessions: int
+    num_tokens: int
+    num_bytes: int
+    num_disk_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """Something `Store.verify` found: the session's id, or None for the store itself, and a sentence."""
+
+    session_id: str | None
+    message: str
+
+
+IDEMPOTENCY_SECONDS = 24 * 3600
+"""How long an idempotency key is remembered."""
+
+
+# --- the contract ---------------------------------------------------------------------------------
+
+
+class Store(ABC):
+    """See the head of this module."""
+
+    url: str
+    durable: bool
+
+    @abstractmethod
+    def write(self, writes: Sequence[Write], *, now: float) -> list[Outcome]:
+        """Apply a group of writes in order, in one transaction; one outcome per write.
+
+        A write that is refused gets its `Refused` as outcome and changes nothing; the others go on. Later
+        writes of a group see the earlier ones. When this raises (StoreFull, StoreError), nothing of the
+        group was written. `now` is the time, in seconds since the epoch.
+        """
+
+    @abstractmethod
+    def get_session(self, session_id: str) -> SessionRow | None:
+        """The session with this id, or None."""
+
+    @abstractmethod
+    def list_sessions(
+        self, *, prefix: str = "", labels: Mapping[str, str] | None = None, after: str = "", limit: int = 100
+    ) -> list[SessionRow]:
+        """Sessions in the order of their ids (by code point), from the first id greater than `after` on.
+
+        Only ids that begin with `prefix`, and only sessions whose `settings["labels"]` hold all of `labels`.
+        """
+
+    @abstractmethod
+    def read_blocks(self, sid: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """The blocks that overlap positions start .. stop-1 (to the end when None), whole, in order.
+
+        A consistent view of the moment of the first step, and never all of them in memory at once. Raises StoreDamaged at a
+        block whose checksum is wrong. Of a deleted session: nothing.
+        """
+
+    @abstractmethod
+    def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
+        """The payloads at these positions (any number of them), where there are any."""
+
+    @abstractmethod
+    def read_payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
+        """The payloads at positions start .. stop-1, where there are any."""
+
+    @abstractmethod
+    def totals(self) -> Totals:
+        """What the store holds altogether."""
+
+    @abstractmethod
+    def verify(self) -> Iterator[Problem]:
+        """Read everything and compare checksums, lengths and positions; changes nothing."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Release files and connections; safe to call twice."""
