@@ -217,8 +217,8 @@ class Store(ABC):
     def read_blocks(self, sid: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         """The blocks that overlap positions start .. stop-1 (to the end when None), whole, in order.
 
-        A consistent view of the moment of the first step, and never all of them in memory at once. Raises StoreDamaged at a
-        block whose checksum is wrong. Of a deleted session: nothing.
+        A consistent view of the moment of the first step, and never all of them in memory at once.
+        Raises StoreDamaged at a block whose checksum is wrong. Of a deleted session: nothing.
         """
 
     @abstractmethod

@@ -1,0 +1,118 @@
+"""Answers of the hot calls: tensors and params to JSON or safetensors, and the headers with where time went.
+
+A tensor's name is its place: `chunks.index` is the field `index` of `chunks` in JSON.
+Does not know: the engine, and requests beyond the headers that choose the format.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+import numpy.typing as npt
+import orjson
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api import codec, safetensors
+from api.body import THREAD_BYTES
+from api.errors import shorten
+from api.requests import Asked, Wire
+from htm_service.errors import InvalidArgument
+from htm_service.records import AppendResult, AttendResult, Recalled, Timing
+
+Reply = Literal["lists", "b64", "safetensors"]
+"""How an answer is written."""
+
+Tensors = dict[str, npt.NDArray[Any]]
+Params = dict[str, Any]
+
+
+def reply_of(request: Request, wire: Wire = "json") -> Reply:
+    """The format an answer takes: what `Accept` names, else what the request was written in."""
+    accept = request.headers.get("accept", "*/*")
+    if safetensors.MEDIA_TYPE in accept:
+        wire = "safetensors"
+    elif "application/json" in accept:
+        wire = "json"
+    encoding = request.query_params.get("encoding", "lists")
+    if encoding not in ("lists", "b64"):
+        raise InvalidArgument(f"encoding is {shorten(encoding)}; it must be lists or b64")
+    if wire == "safetensors":
+        return "safetensors"
+    return "b64" if encoding == "b64" else "lists"
+
+
+def render(reply: Reply, tensors: Mapping[str, npt.NDArray[Any]], params: Mapping[str, Any]) -> bytes:
+    """The body of an answer."""
+    if reply == "safetensors":
+        return safetensors.build(tensors, params)
+    content = dict(params)
+    for name, array in tensors.items():
+        *path, last = name.split(".")
+        place = content
+        for part in path:
+            place = place.setdefault(part, {})
+        place[last] = codec.to_base64(array) if reply == "b64" else codec.to_lists(array)
+    return orjson.dumps(content)
+
+
+async def respond(reply: Reply, tensors: Tensors, params: Params, headers: Mapping[str, str] | None = None) -> Response:
+    """The answer; a large one is built in a thread."""
+    if sum(array.nbytes for array in tensors.values()) > THREAD_BYTES:
+        body = await asyncio.to_thread(render, reply, tensors, params)
+    else:
+        body = render(reply, tensors, params)
+    media_type = safetensors.MEDIA_TYPE if reply == "safetensors" else "application/json"
+    return Response(body, headers=headers, media_type=media_type)
+
+
+def attend_parts(result: AttendResult, asked: Asked, payloads: bool) -> tuple[Tensors, Params]:
+    """Tensors and params of an attend's answer: what `return` asked for, and `length`."""
+    tensors: Tensors = {}
+    if asked.output:
+        tensors["output"] = result.output
+    if asked.chunks:
+        tensors["chunks.index"] = result.chunk_index
+        tensors["chunks.weight"] = result.chunk_weight
+    params: Params = {"length": result.length}
+    if result.recalled is not None:
+        params["recalled"] = [[recalled_item(item, payloads) for item in row] for row in result.recalled]
+    return tensors, params
+
+
+def append_params(result: AppendResult) -> Params:
+    """An append's answer."""
+    return {"start": result.start, "length": result.length, "num_chunks": result.num_chunks}
+
+
+def recalled_item(item: Recalled, payloads: bool) -> Params:
+    """One recalled token; `payload` is there when asked for, null where the token has none."""
+    params: Params = {
+        "position": item.position,
+        "weight": item.weight,
+        "score": item.score,
+        "chunk": item.chunk,
+    }
+    if payloads:
+        params["payload"] = raw_json(item.payload)
+    return params
+
+
+def raw_json(text: bytes | None) -> orjson.Fragment | None:
+    """A payload, spliced into an answer as it was stored."""
+    return None if text is None else orjson.Fragment(text)
+
+
+def timing_headers(*timings: Timing) -> dict[str, str]:
+    """`Server-Timing` in milliseconds, summed over the parts of a step; `X-Batch-Size` of the first part."""
+    parts: Sequence[tuple[str, float]] = (
+        ("queue", sum(timing.queue_s for timing in timings)),
+        ("compute", sum(timing.compute_s for timing in timings)),
+        ("store", sum(timing.store_s for timing in timings)),
+    )
+    return {
+        "Server-Timing": ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in parts),
+        "X-Batch-Size": str(timings[0].batch_size),
+    }

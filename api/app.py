@@ -1,0 +1,112 @@
+"""The composition root: settings to store, engine, routes, one app. Does not know: sockets and signals."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from fastapi import FastAPI
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from api import errors, openapi
+from api.middleware import RequestMiddleware
+from api.routes import inspection, memory, memory_calls, pages, server, sessions
+from api.settings import Settings
+from htm_service.config import EngineConfig
+from htm_service.errors import HTMError
+from htm_service.version import __version__
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
+    from htm_service.engine import Engine
+
+DESCRIPTION = "A memory server for agents: chunked memories, Hierarchical Transformer Memory attention over REST."
+
+
+def create_app(settings: Settings, *, engine: Engine | None = None, clock: Callable[[], float] = time.time) -> FastAPI:
+    """The app. It opens and closes store and engine with its lifespan, unless `engine` is given (and running)."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        if engine is not None:
+            app.state.engine = engine
+            yield
+            return
+        async with running_engine(settings, clock) as own:
+            app.state.engine = own
+            yield
+
+    app = FastAPI(
+        title="htm-service",
+        version=__version__,
+        description=DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        exception_handlers={
+            HTMError: errors.on_domain_error,
+            RequestValidationError: errors.on_validation_error,
+            HTTPException: errors.on_http_error,
+        },
+    )
+    app.state.settings = settings
+    if engine is not None:  # in-process tests need no lifespan
+        app.state.engine = engine
+    app.add_middleware(RequestMiddleware)
+    app.router.routes.extend(memory.routes())  # first: the router tries routes in order
+    app.include_router(sessions.router())
+    app.include_router(inspection.router())
+    app.include_router(server.router())
+    app.router.routes.extend(pages.routes())
+
+    def describe() -> dict[str, Any]:
+        if app.openapi_schema is None:
+            app.openapi_schema = openapi.build(app, memory_calls.calls())
+        return app.openapi_schema
+
+    app.openapi = describe  # type: ignore[method-assign]
+    return app
+
+
+@asynccontextmanager
+async def running_engine(settings: Settings, clock: Callable[[], float]) -> AsyncIterator[Engine]:
+    """Store and engine, opened and started, then drained and closed.
+
+    Raises StoreUnavailable (another server has the data, a newer version wrote it), OSError, HTMError.
+    """
+    from storage.resolve import open_store
+
+    from htm_service.engine import Engine
+
+    if settings.store_url is None:
+        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
+    store = await asyncio.to_thread(open_store, settings.url_of_store)
+    try:
+        engine = Engine(engine_config(settings), store, clock=clock)
+        try:
+            await engine.start()
+            yield engine
+        finally:
+            await engine.close(settings.drain_seconds)
+    finally:
+        await asyncio.to_thread(store.close)
+
+
+def engine_config(settings: Settings) -> EngineConfig:
+    """The part of the settings that is the engine's."""
+    return EngineConfig(
+        device=settings.device,
+        dtype=settings.dtype,
+        memory_budget_bytes=settings.memory_budget_bytes,
+        max_waiting=settings.max_waiting,
+        max_batch=settings.max_batch,
+        default_timeout_s=settings.default_timeout_ms / 1e3,
+        recalls_per_session=settings.recalls_per_session,
+        create_on_append=settings.create_on_append,
+        models_dir=settings.directory_of_models,
+        retrieval_summary_scale=settings.retrieval_summary_scale,
+        retrieval_attention_scale=settings.retrieval_attention_scale,
+    )

@@ -1,0 +1,207 @@
+"""The command line: `htm-service serve | demo | models | verify`. Failures are one sentence and exit code 1.
+
+Does not know: how anything is done. What is slow to import is imported by the command that needs it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from api.settings import Settings, env_name, flag_name, sentence
+from htm_service.errors import HTMError
+from htm_service.version import __version__
+from storage.base import StoreError
+
+
+class Source(StrEnum):
+    """Whose weights `models convert` reads."""
+
+    HTM_PYTORCH = "htm-pytorch"
+    HTM_PYTORCH_BLOCK = "htm-pytorch-block"
+    HAIKU = "haiku"
+
+
+def main() -> None:
+    """Entry point of `htm-service` and of `python -m api`."""
+    build()()
+
+
+def build() -> typer.Typer:
+    """The commands."""
+    app = typer.Typer(
+        name="htm-service",
+        help="A memory server for agents: Hierarchical Transformer Memory attention over REST.",
+        no_args_is_help=True,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(top)
+    app.command()(with_settings_flags(serve))
+    app.command()(demo)
+    app.command()(verify)
+    models = typer.Typer(help="Model files.", no_args_is_help=True)
+    models.command("convert")(convert)
+    models.command("list")(list_models)
+    app.add_typer(models, name="models")
+    return app
+
+
+def print_version(wanted: bool) -> None:
+    """Print the version and stop, when asked to."""
+    if wanted:
+        print(f"htm-service {__version__}")
+        raise typer.Exit
+
+
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=print_version)
+    ] = False,
+) -> None:
+    """A memory server for agents: Hierarchical Transformer Memory attention over REST."""
+
+
+@contextmanager
+def clear_failure() -> Iterator[None]:
+    """Turns what a user can cause into one sentence on stderr and exit code 1; a bug keeps its traceback."""
+    try:
+        yield
+    except ValidationError as error:
+        message = sentence(error)
+    except HTMError as error:
+        message = error.detail
+    except (StoreError, OSError) as error:
+        message = str(error)
+    else:
+        return
+    print(f"htm-service: {message}", file=sys.stderr)
+    raise typer.Exit(1)
+
+
+def with_settings_flags(command: Any) -> Any:
+    """Gives `command` a flag for every setting, so that flags, HTM_* variables and settings cannot differ."""
+    parameters = []
+    for name, field in Settings.model_fields.items():
+        flag = flag_name(name, field)
+        kind: Any = str
+        if field.annotation is bool:
+            kind, flag = bool, f"{flag}/--no-{flag.removeprefix('--')}"
+        text = f"{field.description} ({env_name(name, field)}"
+        if field.default_factory is None and field.default is not None:
+            text += f", default {field.default}"
+        option = typer.Option(flag, help=f"{text})", show_default=False, metavar=None if kind is bool else "VALUE")
+        parameters.append(
+            inspect.Parameter(
+                name,
+                inspect.Parameter.KEYWORD_ONLY,
+                default=None,
+                annotation=Annotated[kind | None, option],
+            )
+        )
+    command.__signature__ = inspect.Signature(parameters)
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
+    return command
+
+
+def serve(**flags: Any) -> None:
+    """Serve until SIGTERM or SIGINT. Each flag has its HTM_* variable; a flag wins over the variable."""
+    with clear_failure():
+        settings = Settings(**{name: value for name, value in flags.items() if value is not None})
+        from api.serving import serve as serve_app
+
+        serve_app(settings)
+
+
+def demo(
+    data: Annotated[
+        Path | None, typer.Option(help="Directory of the demo's data; a temporary one if left out.")
+    ] = None,
+    embedder: Annotated[
+        str | None, typer.Option(help="A sentence-transformers model; TF-IDF and SVD if left out.")
+    ] = None,
+    keep: Annotated[bool, typer.Option(help="Leave the server up and print the address of its page.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the demo's server; 0 takes a free one.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="Most passages to read; all if left out.")] = None,
+) -> None:
+    """Show it at work: agents remember Python's own documentation and are asked about it."""
+    with clear_failure():
+        try:
+            from api.demo.run import run_demo
+        except ModuleNotFoundError as error:
+            raise OSError(f"the demo needs {error.name}; install it with: pip install '.[demo]'") from error
+        raise typer.Exit(run_demo(data=data, embedder=embedder, keep=keep, port=port, limit=limit) or 0)
+
+
+def convert(
+    src: Annotated[Path, typer.Argument(metavar="IN", help="`.pt`, `.safetensors` or, for haiku, `.npz`.")],
+    dst: Annotated[Path, typer.Argument(metavar="OUT", help="The model file, NAME.safetensors.")],
+    source: Annotated[Source, typer.Option("--from", help="Whose weights they are.")],
+    heads: Annotated[int, typer.Option(help="Heads.", min=1)],
+    dim_head: Annotated[int | None, typer.Option(help="Width per head.", min=1)] = None,
+    top_k: Annotated[int | None, typer.Option(help="Chunks to attend to.", min=1)] = None,
+    chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk.", min=1)] = None,
+    no_position_encoding: Annotated[
+        bool, typer.Option("--no-position-encoding", help="The model adds no positions to the tokens.")
+    ] = False,
+) -> None:
+    """Make a model file of other people's weights."""
+    with clear_failure():
+        if not src.is_file():
+            raise OSError(f"{src} is not a file")
+        from htm_service.convert import convert_file
+
+        given: dict[str, Any] = {}
+        if top_k is not None:
+            given["top_k"] = top_k
+        if chunk_size is not None:
+            given["chunk_size"] = chunk_size
+        if no_position_encoding:
+            given["position_encoding"] = False
+        info = convert_file(src, dst, source=source.value, heads=heads, dim_head=dim_head, **given)
+        print(f"{dst}: model {info.name}, width {info.dim}, {info.heads} heads, hash {info.hash}")
+
+
+def list_models(
+    models_dir: Annotated[Path | None, typer.Option(help="Directory of model files; the server's if left out.")] = None,
+) -> None:
+    """List the models that a server with this directory offers."""
+    with clear_failure():
+        from htm_service.models import ModelRegistry
+
+        for info in ModelRegistry(models_dir or Settings().directory_of_models, "cpu").infos():
+            width = "any width" if info.dim is None else f"width {info.dim}"
+            shape = f"{info.heads} heads, top_k {info.top_k}, chunks of {info.chunk_size}"
+            print(f"{info.name}  {width}, {shape}  {info.hash}")
+
+
+def verify(
+    directory: Annotated[Path, typer.Argument(help="A data directory, or a database file.")],
+) -> None:
+    """Read everything in a data directory and compare checksums; changes nothing. Exit code 1 for problems."""
+    with clear_failure():
+        if not directory.exists():
+            raise OSError(f"{directory} does not exist")
+        from storage.resolve import open_readonly
+
+        store = open_readonly(directory)
+        try:
+            num_problems = 0
+            for problem in store.verify():
+                num_problems += 1
+                where = "the store" if problem.session_id is None else f"session {problem.session_id}"
+                print(f"{where}: {problem.message}")
+            totals = store.totals()
+        finally:
+            store.close()
+        print(f"{totals.num_sessions} sessions, {totals.num_tokens} tokens, {num_problems} problems")
+    if num_problems:
+        raise typer.Exit(1)

@@ -1,0 +1,163 @@
+"""Tensors on the wire: nested lists, base64 objects and raw bytes, to numpy and back.
+
+A tensor that comes in is checked here, once: type, shape against bytes before anything is allocated,
+finiteness. What comes out is a writable float32 or bool array of its own.
+Does not know: requests, and what widths are right.
+
+Raises InvalidArgument for what is well-formed and wrong, MalformedBody for what cannot be read at all.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from api.errors import shorten
+from htm_service.errors import InvalidArgument, MalformedBody
+from htm_service.records import Bools, Floats
+
+ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
+"""The dtypes of a request's tensors and the bytes of one number."""
+
+FLOATS = ("float32", "float16", "bfloat16")
+
+PIECE = 1 << 15
+"""Numbers turned to JSON at once: about 2 ms, the longest that this holds the interpreter lock."""
+
+
+@dataclass(frozen=True, slots=True)
+class RawTensor:
+    """A tensor as bytes: little-endian, C order, already known to be exactly as long as its shape says."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | memoryview
+
+
+def check_size(name: str, dtype: str, shape: object, num_bytes: int) -> tuple[int, ...]:
+    """The shape of a tensor of `num_bytes`, in exact integers: no dimension overflows or allocates."""
+    if dtype not in ITEM_BYTES:
+        raise InvalidArgument(f"{name} has dtype {shorten(dtype)}; known are {', '.join(ITEM_BYTES)}")
+    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+        raise InvalidArgument(f"{name} has shape {shorten(shape)}; it must be a list of non-negative integers")
+    if len(shape) not in (1, 2):
+        raise InvalidArgument(f"{name} has {len(shape)} dimensions; it must have 1 or 2")
+    expected = math.prod(shape) * ITEM_BYTES[dtype]
+    if expected != num_bytes:
+        raise InvalidArgument(
+            f"{name} of shape {shape} and dtype {dtype} takes {expected} bytes, but {num_bytes} are there"
+        )
+    return tuple(shape)
+
+
+def floats(name: str, value: Any) -> Floats:
+    """A tensor of one or two dimensions, as float32; `value` is a list, a base64 object or a RawTensor."""
+    if isinstance(value, list):
+        array = _from_rows(name, value, np.float32, {int, float}, "numbers")
+    else:
+        raw = value if isinstance(value, RawTensor) else from_base64(name, value)
+        if raw.dtype not in FLOATS:
+            raise InvalidArgument(f"{name} has dtype {raw.dtype}; it must be one of {', '.join(FLOATS)}")
+        array = _widen(raw)
+    finite = np.isfinite(array)
+    if not finite.all():
+        first = np.argwhere(~finite)[0].tolist()
+        raise InvalidArgument(f"{name}{first} is NaN, infinite or too large for float32")
+    return array
+
+
+def bools(name: str, value: Any) -> Bools:
+    """A mask of one or two dimensions; `value` is a list, a base64 object or a RawTensor."""
+    if isinstance(value, list):
+        return _from_rows(name, value, np.bool_, {bool}, "true or false")
+    raw = value if isinstance(value, RawTensor) else from_base64(name, value)
+    if raw.dtype != "bool":
+        raise InvalidArgument(f"{name} has dtype {raw.dtype}; it must be bool")
+    numbers = np.frombuffer(raw.data, np.uint8)
+    if (numbers > 1).any():
+        raise InvalidArgument(f"{name} holds bytes other than 0 and 1")
+    return numbers.astype(np.bool_).reshape(raw.shape)
+
+
+def from_base64(name: str, value: Any) -> RawTensor:
+    """The tensor of an object {"b64", "shape", "dtype"}."""
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"{name} is {shorten(value)}; it must be a list or an object with b64, shape, dtype")
+    if value.keys() != {"b64", "shape", "dtype"}:
+        raise InvalidArgument(f"{name} has the fields {shorten(sorted(value))}; it must have b64, shape and dtype")
+    text, dtype = value["b64"], value["dtype"]
+    if not isinstance(text, str) or not isinstance(dtype, str):
+        raise InvalidArgument(f"{name}: b64 and dtype must be strings")
+    num_bytes = len(text) // 4 * 3 - (len(text) - len(text.rstrip("=")))
+    shape = check_size(name, dtype, value["shape"], num_bytes)
+    try:
+        data = base64.b64decode(text, validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise MalformedBody(f"{name} is not base64: {error}") from error
+    if len(data) != num_bytes:
+        raise MalformedBody(f"{name} is not base64: padding in the wrong place")
+    return RawTensor(dtype, shape, data)
+
+
+def to_base64(array: npt.NDArray[Any]) -> dict[str, Any]:
+    """The base64 object of an answer's tensor."""
+    data = array.astype(array.dtype.newbyteorder("<"), copy=False).tobytes()
+    return {"b64": base64.b64encode(data).decode(), "shape": list(array.shape), "dtype": array.dtype.name}
+
+
+def to_lists(array: npt.NDArray[Any]) -> orjson.Fragment:
+    """JSON text of an array of one or two dimensions; in pieces, so that other threads get their turn."""
+    array = np.ascontiguousarray(array)
+    if array.size <= PIECE:
+        return orjson.Fragment(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
+    rows = max(1, PIECE // math.prod(array.shape[1:]))
+    pieces = (array[at : at + rows] for at in range(0, len(array), rows))
+    texts = (orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1] for piece in pieces)
+    return orjson.Fragment(b"[" + b",".join(texts) + b"]")
+
+
+def _widen(raw: RawTensor) -> Floats:
+    if raw.dtype == "bfloat16":  # the upper half of a float32
+        upper = np.frombuffer(raw.data, "<u2").astype(np.uint32)
+        array = (upper << 16).view(np.float32)
+    else:
+        array = np.frombuffer(raw.data, "<f4" if raw.dtype == "float32" else "<f2").astype(np.float32)
+    return array.reshape(raw.shape)
+
+
+def _from_rows(name: str, value: list[Any], dtype: type[Any], types: set[type], words: str) -> npt.NDArray[Any]:
+    """An array of a list, or of a list of lists of one length; row by row, so that no step takes long."""
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the caller reports
+        if not value or not isinstance(value[0], list):
+            _check_types(lambda at: f"{name}[{at}]", value, types, words)
+            return np.array(value, dtype)
+        _check_types(lambda at: f"{name}[{at}]", value, {list}, "lists, all of one length")
+        width = len(value[0])
+        # Before allocating: a few long rows and many empty ones would ask for far more than the body has.
+        for at, row in _ragged(value, width):
+            raise InvalidArgument(f"{name}[{at}] has {len(row)} {words}, {name}[0] has {width}")
+        array = np.empty((len(value), width), dtype)
+        for at, row in enumerate(value):
+            if not types.issuperset(map(type, row)):
+                _check_types(lambda index, at=at: f"{name}[{at}, {index}]", row, types, words)  # type: ignore[misc]
+            array[at] = row
+        return array
+
+
+def _ragged(rows: list[list[Any]], width: int) -> Iterator[tuple[int, list[Any]]]:
+    return ((at, row) for at, row in enumerate(rows) if len(row) != width)
+
+
+def _check_types(where: Callable[[int], str], values: list[Any], types: set[type], words: str) -> None:
+    if types.issuperset(map(type, values)):
+        return
+    at = next(index for index, value in enumerate(values) if type(value) not in types)
+    raise InvalidArgument(f"{where(at)} is {shorten(values[at])}; expected {words}")

@@ -1,0 +1,148 @@
+"""From errors to answers: the only table of codes and HTTP statuses, and problem+json (RFC 9457).
+
+Does not know: routes, and how a request was parsed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import orjson
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from htm_service.errors import HTMError, Unavailable
+
+MEDIA_TYPE = "application/problem+json"
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """What a code means: its status, its title (the same in every answer) and an example of a detail."""
+
+    status: int
+    title: str
+    example: str
+
+
+PROBLEMS: Mapping[str, Problem] = {
+    "malformed_body": Problem(400, "The body cannot be parsed", "the body is not JSON: unexpected end of data"),
+    "not_found": Problem(404, "There is nothing at this path", "there is nothing at /v2/sessions"),
+    "session_not_found": Problem(404, "No such session", "no session has the id 'agent-7'"),
+    "model_not_found": Problem(404, "No such model", "no model has the name 'navigator'"),
+    "chunk_not_found": Problem(404, "No such chunk", "session 'agent-7' has 3 chunks, so none of index 9"),
+    "method_not_allowed": Problem(405, "The path does not take this method", "/v1/info does not take PUT"),
+    "session_conflict": Problem(
+        409, "The session exists with other settings", "session 'agent-7' has dim 256, not 512"
+    ),
+    "length_conflict": Problem(409, "The session has another length", "the length is 40, not if_length 39"),
+    "session_expired": Problem(410, "The session has expired", "session 'agent-7' was idle for longer than 60 s"),
+    "body_too_large": Problem(413, "The body is too large", "the body has 100000000 bytes, the limit is 67108864"),
+    "unsupported_media_type": Problem(
+        415, "The content type is not supported", "the content type is 'text/plain'; use application/json"
+    ),
+    "invalid_argument": Problem(422, "A value is not valid", "embeddings have width 3, the session's dim is 4"),
+    "idempotency_mismatch": Problem(
+        422, "The idempotency key was used with another body", "key 'step-12' was used with another body"
+    ),
+    "internal_error": Problem(500, "The server failed", "unexpected error; the server's log has it under request_id"),
+    "overloaded": Problem(503, "The queue is full", "4096 requests are waiting, the limit is 4096"),
+    "draining": Problem(503, "The server is stopping", "the server is stopping and takes no new work"),
+    "unhealthy": Problem(503, "The server is not healthy", "the device thread has died"),
+    "deadline_exceeded": Problem(504, "The deadline has passed", "not begun within 250 ms"),
+    "out_of_memory": Problem(507, "The memory budget is exhausted", "needs 8 GiB, the budget is 4 GiB"),
+    "disk_full": Problem(507, "The disk is full", "the store could not write: no space left on device"),
+}
+
+RETRY_STATUSES = frozenset({429, 503, 507})
+"""Statuses whose answers carry `Retry-After`."""
+
+_HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "malformed_body", 413: "body_too_large"}
+
+
+def document(code: str, detail: str, request_id: str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """The problem document of an error with this code."""
+    problem = PROBLEMS[code]
+    own = {
+        "type": f"urn:htm-service:problem:{code}",
+        "title": problem.title,
+        "status": problem.status,
+        "detail": detail,
+        "code": code,
+        "request_id": request_id,
+    }
+    return {**(extra or {}), **own}
+
+
+def answer(
+    request_id: str,
+    code: str,
+    detail: str,
+    *,
+    extra: Mapping[str, Any] | None = None,
+    retry_after_s: int = Unavailable.retry_after_s,
+    headers: Mapping[str, str] | None = None,
+) -> Response:
+    """The answer that tells a client of an error."""
+    status = PROBLEMS[code].status
+    own = dict(headers or {})
+    if status in RETRY_STATUSES:
+        own["Retry-After"] = str(retry_after_s)
+    if code == "body_too_large":
+        # What is left of the body may still be on its way, so the connection cannot carry another request.
+        own["Connection"] = "close"
+    content = orjson.dumps(document(code, detail, request_id, extra), default=str, option=orjson.OPT_NON_STR_KEYS)
+    return Response(content, status, own, MEDIA_TYPE)
+
+
+def request_id_of(request: Request) -> str:
+    """The id the middleware gave this request."""
+    return str(request.scope.get("htm.request_id", ""))
+
+
+async def on_domain_error(request: Request, error: Exception) -> Response:
+    """Handler of HTMError: status by the table. A code that the table does not know is a bug, told as one."""
+    assert isinstance(error, HTMError)
+    if error.code not in PROBLEMS or error.code == "internal_error":
+        raise error
+    retry = error.retry_after_s if isinstance(error, Unavailable) else Unavailable.retry_after_s
+    return answer(request_id_of(request), error.code, error.detail, extra=error.extra, retry_after_s=retry)
+
+
+async def on_validation_error(request: Request, error: Exception) -> Response:
+    """Handler of FastAPI's RequestValidationError: names the field, what is wrong, and the value."""
+    assert isinstance(error, RequestValidationError)
+    return answer(request_id_of(request), "invalid_argument", validation_detail(error.errors()))
+
+
+def validation_detail(errors: Sequence[Any]) -> str:
+    """A sentence for the first of pydantic's errors."""
+    first = errors[0]
+    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "missing":
+        return f"{field or 'the body'} is required"
+    return f"{field or 'the body'}: {message}; got {shorten(first['input'])}"
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Handler of Starlette's own HTTPException: unknown paths, methods, bodies that FastAPI cannot read."""
+    assert isinstance(error, HTTPException)
+    code = _HTTP_CODES.get(error.status_code, "internal_error")
+    path = request.scope["path"]
+    detail = {
+        "not_found": f"there is nothing at {shorten(path)}",
+        "method_not_allowed": f"{shorten(path)} does not take {request.method}",
+    }.get(code, str(error.detail))
+    return answer(request_id_of(request), code, detail, headers=error.headers)
+
+
+def shorten(value: object, most: int = 80) -> str:
+    """A value for a sentence: its repr, cut where it is long."""
+    # Cut before repr, so that naming a value of megabytes costs nothing.
+    text = repr(value[:most] if isinstance(value, str | bytes | list) else value)
+    return text if len(text) <= most else text[: most - 3] + "..."

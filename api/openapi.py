@@ -1,0 +1,147 @@
+"""openapi.json: FastAPI's own, and the hot calls by hand, because they are plain routes that it does not see.
+
+Every operation lists every status and, as examples, every code that it can answer.
+Does not know: how a call is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+from pydantic.json_schema import models_json_schema
+
+from api import safetensors, schemas
+from api.errors import MEDIA_TYPE, PROBLEMS, RETRY_STATUSES, document
+
+REF = "#/components/schemas/{model}"
+
+SESSION_CODES = ("session_not_found", "session_expired", "invalid_argument", "unhealthy", "draining", "internal_error")
+"""What every call on a session can answer."""
+BODY_CODES = ("malformed_body", "body_too_large", "unsupported_media_type")
+"""What every call with a body can answer."""
+STORE_CODES = ("overloaded", "disk_full")
+"""What every call that writes can answer."""
+
+SESSION_ID = {
+    "name": "session_id",
+    "in": "path",
+    "required": True,
+    "description": "`[A-Za-z0-9._~-]{1,128}`",
+    "schema": {"type": "string"},
+    "example": "agent-7",
+}
+ENCODING = {
+    "name": "encoding",
+    "in": "query",
+    "description": "How tensors are written in a JSON answer.",
+    "schema": {"type": "string", "enum": ["lists", "b64"], "default": "lists"},
+}
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "Makes the append safe to repeat for 24 h: 1 to 255 printable ASCII characters.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255},
+    "example": "agent-7/step-12",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HotCall:
+    """What openapi.json says of one hot call."""
+
+    path: str
+    method: str
+    operation_id: str
+    summary: str
+    answer: type[BaseModel]
+    codes: tuple[str, ...]
+    tensors: str
+    """The tensors of a binary body and of a binary answer, in words."""
+    example: Mapping[str, Any]
+    """Of the answer."""
+    body: type[BaseModel] | None = None
+    body_example: Mapping[str, Any] = field(default_factory=dict)
+    parameters: tuple[Mapping[str, Any], ...] = ()
+
+
+def problems(codes: Iterable[str]) -> dict[int | str, dict[str, Any]]:
+    """The responses of an operation that can answer these codes, by status."""
+    by_status: dict[int | str, dict[str, Any]] = {}
+    for code in codes:
+        problem = PROBLEMS[code]
+        response = by_status.setdefault(problem.status, _empty(problem.status))
+        example = document(code, problem.example, "4f6c1b1d")
+        response["content"][MEDIA_TYPE]["examples"][code] = {"summary": problem.title, "value": example}
+    for response in by_status.values():
+        response["description"] = ", ".join(response["content"][MEDIA_TYPE]["examples"])
+    return by_status
+
+
+def _empty(status: int) -> dict[str, Any]:
+    schema = {"$ref": REF.format(model=schemas.ProblemDocument.__name__)}
+    response: dict[str, Any] = {"content": {MEDIA_TYPE: {"schema": schema, "examples": {}}}}
+    if status in RETRY_STATUSES:
+        response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
+    return response
+
+
+def operation(call: HotCall) -> dict[str, Any]:
+    """The operation object of a hot call."""
+    answer: dict[str, Any] = {
+        "description": "Done.",
+        "headers": {
+            "Server-Timing": {
+                "description": "`queue`, `compute` and `store` in milliseconds.",
+                "schema": {"type": "string"},
+            },
+            "X-Batch-Size": {
+                "description": "Size of the batch this request was in.",
+                "schema": {"type": "integer"},
+            },
+        },
+        "content": _content(call.answer, call.example),
+    }
+    if call.method == "get":
+        del answer["headers"]
+    item: dict[str, Any] = {
+        "tags": ["memory"],
+        "operationId": call.operation_id,
+        "summary": call.summary,
+        "description": f"{call.tensors} All other fields are one JSON text under `__metadata__.params`.",
+        "parameters": [SESSION_ID, *call.parameters, ENCODING],
+        "responses": {"200": answer, **{str(status): value for status, value in problems(call.codes).items()}},
+    }
+    if call.body is not None:
+        item["requestBody"] = {"required": True, "content": _content(call.body, call.body_example)}
+    return item
+
+
+def _content(model: type[BaseModel], example: Mapping[str, Any]) -> dict[str, Any]:
+    json = {"schema": {"$ref": REF.format(model=model.__name__)}, "example": dict(example)}
+    return {
+        "application/json": json,
+        safetensors.MEDIA_TYPE: {"schema": {"type": "string", "format": "binary"}},
+    }
+
+
+def build(app: FastAPI, calls: Iterable[HotCall]) -> dict[str, Any]:
+    """The whole document."""
+    calls = list(calls)
+    result = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+    for call in calls:
+        result["paths"].setdefault(call.path, {})[call.method] = operation(call)
+    models: list[type[BaseModel]] = [schemas.ProblemDocument, *(call.answer for call in calls)]
+    models += [call.body for call in calls if call.body is not None]
+    _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=REF)
+    components = result.setdefault("components", {}).setdefault("schemas", {})
+    components.update(definitions["$defs"])
+    # FastAPI adds these wherever a call has parameters; ours answer problem+json instead.
+    for name in ("HTTPValidationError", "ValidationError"):
+        components.pop(name, None)
+    result["paths"] = dict(sorted(result["paths"].items()))
+    return result

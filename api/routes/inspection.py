@@ -1,0 +1,103 @@
+"""Inspection: the chunks of a session and its last recalls. Does not know: how they came about."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Annotated
+
+import orjson
+from fastapi import APIRouter, Path, Query
+from starlette.requests import Request
+from starlette.responses import Response
+
+from api.answers import raw_json
+from api.codec import to_lists
+from api.openapi import SESSION_CODES, problems
+from api.routes.door import JsonRoute, engine_of
+from api.routes.memory import included
+from api.schemas import Chunk, ChunkDetail, ChunkPage, Recall, Recalls
+from htm_service import records
+
+
+def router() -> APIRouter:
+    """The routes of this module."""
+    routes = APIRouter(prefix="/v1/sessions/{session_id}", tags=["inspection"], route_class=JsonRoute)
+    routes.add_api_route(
+        "/chunks",
+        chunks,
+        methods=["GET"],
+        operation_id="list_chunks",
+        response_model=ChunkPage,
+        responses=problems((*SESSION_CODES, "overloaded")),
+    )
+    routes.add_api_route(
+        "/chunks/{index}",
+        chunk,
+        methods=["GET"],
+        operation_id="inspect_chunk",
+        response_model=ChunkDetail,
+        responses=problems((*SESSION_CODES, "chunk_not_found", "overloaded")),
+    )
+    routes.add_api_route(
+        "/recalls",
+        recalls,
+        methods=["GET"],
+        operation_id="list_recalls",
+        responses=problems(SESSION_CODES),
+    )
+    return routes
+
+
+async def chunks(
+    request: Request,
+    session_id: str,
+    cursor: Annotated[str | None, Query(description="From the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Chunks per page.")] = 100,
+    include: Annotated[str | None, Query(description="`keys` adds the summary keys.")] = None,
+) -> Response:
+    """List the chunks of a session, a page at a time."""
+    keys = "keys" in included(request, ("keys",))
+    page = await engine_of(request).chunks(session_id, cursor, limit, keys=keys)
+    # A thousand keys are a million numbers.
+    return await asyncio.to_thread(_page, page) if keys else _page(page)
+
+
+def _page(page: records.ChunkPage) -> Response:
+    content = {"chunks": [_view(info) for info in page.chunks], "cursor": page.cursor}
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+async def chunk(
+    request: Request,
+    session_id: str,
+    index: Annotated[int, Path(le=2**53, description="Counted from 0.")],
+    include: Annotated[str | None, Query(description="`embeddings`, `key`, or both with a comma.")] = None,
+) -> Response:
+    """Inspect one chunk: the payloads of its tokens, and on request its embeddings and summary key."""
+    parts = included(request, ("embeddings", "key"))
+    detail = await engine_of(request).chunk(session_id, index, embeddings="embeddings" in parts, key="key" in parts)
+    return await asyncio.to_thread(_detail, detail)
+
+
+def _detail(detail: records.ChunkDetail) -> Response:
+    content = {
+        "chunk": _view(detail.chunk),
+        "payloads": [raw_json(payload) for payload in detail.payloads],
+        "embeddings": None if detail.embeddings is None else to_lists(detail.embeddings),
+    }
+    return Response(orjson.dumps(content), media_type="application/json")
+
+
+def _view(info: records.ChunkInfo) -> dict[str, object]:
+    key = None if info.key is None else to_lists(info.key)
+    return {**Chunk.of(info).model_dump(mode="json"), "key": key}
+
+
+async def recalls(
+    request: Request,
+    session_id: str,
+    limit: Annotated[int, Query(ge=1, le=1000, description="Recalls to list.")] = 20,
+) -> Recalls:
+    """List the last recalls of a session, newest first."""
+    found = await engine_of(request).recalls(session_id, limit)
+    return Recalls(recalls=[Recall.of(recall) for recall in found])

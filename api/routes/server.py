@@ -1,0 +1,88 @@
+"""The server itself: info, models, and the two health calls. Does not know: sessions."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter
+from starlette.requests import Request
+
+from api.openapi import problems
+from api.routes.door import JsonRoute, engine_of, settings_of
+from api.schemas import Health, Info, Model, Models
+from htm_service.errors import Draining, ModelNotFound, Unhealthy
+
+
+def router() -> APIRouter:
+    """The routes of this module."""
+    routes = APIRouter(tags=["server"], route_class=JsonRoute)
+    failures = ("unhealthy", "draining", "internal_error")
+    routes.add_api_route("/v1/info", info, methods=["GET"], operation_id="info", responses=problems(failures))
+    routes.add_api_route(
+        "/v1/models",
+        models,
+        methods=["GET"],
+        operation_id="list_models",
+        responses=problems(("internal_error",)),
+    )
+    routes.add_api_route(
+        "/v1/models/{name}",
+        model,
+        methods=["GET"],
+        operation_id="inspect_model",
+        responses=problems(("model_not_found", "internal_error")),
+    )
+    routes.add_api_route("/livez", alive, methods=["GET"], operation_id="livez")
+    routes.add_api_route(
+        "/readyz",
+        ready,
+        methods=["GET"],
+        operation_id="readyz",
+        responses=problems(("unhealthy", "draining")),
+    )
+    return routes
+
+
+async def info(request: Request) -> Info:
+    """Describe the server: version, device and dtype with the reason for both, limits, totals."""
+    found = await engine_of(request).info()
+    settings = settings_of(request)
+    own = {"max_body_bytes": settings.max_body_bytes, "max_json_body_bytes": settings.max_json_body_bytes}
+    return Info(
+        version=found.version,
+        device=found.device,
+        device_reason=found.device_reason,
+        dtype=found.dtype,
+        dtype_reason=found.dtype_reason,
+        kernel=found.kernel,
+        models=[item.name for item in found.models],
+        limits={**found.limits, **own},
+        totals=dict(found.totals),
+    )
+
+
+async def models(request: Request) -> Models:
+    """List the models that sessions and attends may name."""
+    return Models(models=[Model.of(item) for item in engine_of(request).models()])
+
+
+async def model(request: Request, name: str) -> Model:
+    """Describe one model."""
+    for item in engine_of(request).models():
+        if item.name == name:
+            return Model.of(item)
+    raise ModelNotFound(f"no model has the name {name[:128]!r}")
+
+
+async def alive() -> Health:
+    """Tell that the process answers; for liveness probes."""
+    return Health(status="alive")
+
+
+async def ready(request: Request) -> Health:
+    """Tell whether the server can do its work; for readiness probes."""
+    engine = engine_of(request)
+    reason = engine.unhealthy_reason()
+    if reason is not None:
+        raise Unhealthy(reason)
+    if engine.is_draining:
+        raise Draining("the server is stopping and takes no new work")
+    return Health(status="ready")

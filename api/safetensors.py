@@ -1,0 +1,120 @@
+"""The safetensors container as a request's or an answer's body: named tensors and `params` in its metadata.
+
+Layout: 8 bytes little-endian N, N bytes of JSON header, the tensors' bytes without holes. Our own reader,
+because a body comes from outside: each way to be wrong is refused with a sentence, and nothing is copied.
+Does not know: what the tensors mean.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import orjson
+
+from api.codec import RawTensor, check_size
+from api.errors import shorten
+from htm_service.errors import BodyTooLarge, InvalidArgument, MalformedBody
+
+MEDIA_TYPE = "application/x-safetensors"
+METADATA = "__metadata__"
+PARAMS = "params"
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
+_NAMES = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
+
+
+def parse(body: bytes, max_header_bytes: int) -> tuple[dict[str, RawTensor], dict[str, Any]]:
+    """Tensors, as views of `body`, and params. Raises MalformedBody, InvalidArgument, BodyTooLarge."""
+    header, data = _split(body, max_header_bytes)
+    metadata = header.pop(METADATA, {})
+    tensors = {name: _tensor(name, entry, data) for name, entry in header.items()}
+    _check_cover(header, len(data))
+    return tensors, _params(metadata)
+
+
+def build(tensors: Mapping[str, npt.NDArray[Any]], params: Mapping[str, Any]) -> bytes:
+    """A body of float32, int64 and bool tensors and params (JSON values, orjson fragments among them)."""
+    # The widest numbers first, so that each tensor starts at a multiple of its item size.
+    ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
+    header: dict[str, Any] = {METADATA: {PARAMS: orjson.dumps(params).decode()}}
+    chunks, offset = [], 0
+    for name, array in ordered:
+        chunk = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+        header[name] = {
+            "dtype": _NAMES[array.dtype.name],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + len(chunk)],
+        }
+        offset += len(chunk)
+        chunks.append(chunk)
+    text = orjson.dumps(header)
+    text += b" " * (-len(text) % 8)
+    return b"".join([struct.pack("<Q", len(text)), text, *chunks])
+
+
+def _split(body: bytes, max_header_bytes: int) -> tuple[dict[str, Any], memoryview]:
+    if len(body) < 8:
+        raise MalformedBody(f"the safetensors body has {len(body)} bytes, fewer than the 8 of its length")
+    (size,) = struct.unpack_from("<Q", body)
+    if size > len(body) - 8:
+        raise MalformedBody(f"the safetensors header says {size} bytes, but only {len(body) - 8} follow")
+    if size > max_header_bytes:
+        raise BodyTooLarge(
+            f"the safetensors header has {size} bytes, the limit is {max_header_bytes}: split the request"
+        )
+    try:
+        header = orjson.loads(memoryview(body)[8 : 8 + size])
+    except orjson.JSONDecodeError as error:
+        raise MalformedBody(f"the safetensors header is not JSON: {error}") from error
+    if not isinstance(header, dict):
+        raise MalformedBody("the safetensors header is not a JSON object")
+    return header, memoryview(body)[8 + size :]
+
+
+def _tensor(name: str, entry: Any, data: memoryview) -> RawTensor:
+    if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
+        raise MalformedBody(f"tensor {shorten(name)} must have dtype, shape and data_offsets")
+    offsets = entry["data_offsets"]
+    if not (isinstance(offsets, list) and len(offsets) == 2 and all(type(at) is int for at in offsets)):
+        raise MalformedBody(f"tensor {shorten(name)} has data_offsets {shorten(offsets)}")
+    start, stop = offsets
+    if not 0 <= start <= stop <= len(data):
+        raise MalformedBody(f"tensor {shorten(name)} is at {start}..{stop}, but there are {len(data)} bytes of data")
+    dtype = entry["dtype"]
+    if not isinstance(dtype, str) or dtype not in _DTYPES:
+        raise InvalidArgument(f"tensor {shorten(name)} has dtype {shorten(dtype)}; known are {', '.join(_DTYPES)}")
+    shape = check_size(name, _DTYPES[dtype], entry["shape"], stop - start)
+    return RawTensor(_DTYPES[dtype], shape, data[start:stop])
+
+
+def _check_cover(header: Mapping[str, Any], num_bytes: int) -> None:
+    """Without holes and overlaps: a byte that belongs to no tensor, or to two, is a mistake of the sender."""
+    end = 0
+    for start, stop, name in sorted((*entry["data_offsets"], name) for name, entry in header.items()):
+        if start != end:
+            raise MalformedBody(f"tensor {shorten(name)} starts at {start}, but the one before it ends at {end}")
+        end = stop
+    if end != num_bytes:
+        raise MalformedBody(f"the tensors end at {end}, but there are {num_bytes} bytes of data")
+
+
+def _params(metadata: Any) -> dict[str, Any]:
+    if not isinstance(metadata, dict):
+        raise MalformedBody(f"{METADATA} is not a JSON object")
+    unknown = metadata.keys() - {PARAMS, "format"}  # libraries write `format` for themselves
+    if unknown:
+        raise InvalidArgument(f"unknown metadata {shorten(sorted(unknown))}; fields go into {PARAMS} as one JSON text")
+    text = metadata.get(PARAMS, "{}")
+    if not isinstance(text, str):
+        raise MalformedBody(f"{METADATA}.{PARAMS} is not a string")
+    try:
+        params = orjson.loads(text)
+    except orjson.JSONDecodeError as error:
+        raise MalformedBody(f"{METADATA}.{PARAMS} is not JSON: {error}") from error
+    if not isinstance(params, dict):
+        raise InvalidArgument(f"{METADATA}.{PARAMS} is {shorten(params)}; it must be a JSON object")
+    return params

@@ -1,0 +1,159 @@
+"""The server's settings: names, defaults, meanings, and the only place where the environment is read.
+
+Every setting `name` is also the variable HTM_NAME and the flag --name. Does not know: what is done with them.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+import platformdirs
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from api.machine import memory_bytes
+
+PREFIX = "HTM_"
+
+_UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
+_BINARY_UNITS = {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)}
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", re.IGNORECASE)
+
+
+def parse_bytes(value: Any) -> Any:
+    """`4GiB`, `500MB`, `1.5G` or a plain number of bytes; other values are left for the type check."""
+    if not isinstance(value, str):
+        return value
+    match = _SIZE.fullmatch(value.strip())
+    if match is None:
+        raise ValueError(f"{value!r} is not a number of bytes such as 4294967296, 500MB or 4GiB")
+    number, unit = match.groups()
+    return int(float(number) * (_UNITS | _BINARY_UNITS)[(unit or "").upper()])
+
+
+Bytes = Annotated[int, BeforeValidator(parse_bytes)]
+
+
+class Settings(BaseSettings):
+    """All settings, checked. Raises pydantic's ValidationError; `sentence` makes one sentence of it."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True, env_ignore_empty=True
+    )
+
+    host: str = Field(default="127.0.0.1", description="Address to listen on; anything but loopback needs `insecure`.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
+    data: Path = Field(
+        default_factory=lambda: Path(platformdirs.user_data_dir("htm-service", appauthor=False)),
+        description="Directory of the data, created when missing. Default: the user's data directory.",
+    )
+    store_url: str | None = Field(
+        default=None,
+        description="Where tokens are kept: `sqlite:///PATH` or `memory://`. Default: a file in `data`.",
+    )
+    models_dir: Path | None = Field(
+        default=None,
+        description="Directory of model files `NAME.safetensors`. Default: `models` in `data`, if there.",
+    )
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
+        description="`auto`, `cpu` or `cuda`; `auto` takes a GPU if any.",
+    )
+    dtype: Literal["float32", "float16", "bfloat16"] = Field(
+        default="float32", description="The dtype in which sessions keep their tokens when they do not say."
+    )
+    memory_budget_bytes: Bytes = Field(
+        default_factory=lambda: memory_bytes() // 2,
+        ge=1 << 20,
+        validation_alias=f"{PREFIX}MEMORY_BUDGET",
+        description="Device memory for tokens, such as `4GiB`. Default: half of the machine's memory.",
+    )
+    insecure: bool = Field(default=False, description="Listen on any address although there is no authentication.")
+    max_body_bytes: Bytes = Field(default=64 << 20, ge=1 << 10, description="Largest request body.")
+    max_json_body_bytes: Bytes = Field(
+        default=8 << 20,
+        ge=1 << 10,
+        description="Largest JSON body (parsing JSON stops everything else); more data goes as safetensors.",
+    )
+    create_on_append: bool = Field(default=False, description="Whether an append to a missing session creates it.")
+    default_timeout_ms: float = Field(
+        default=30_000, gt=0, le=3_600_000, description="Deadline of an attend without its own."
+    )
+    max_waiting: int = Field(default=4096, ge=1, description="Requests that may wait; more are answered 503.")
+    max_batch: int = Field(default=64, ge=1, description="Most requests in one batch on the device.")
+    recalls_per_session: int = Field(
+        default=64, ge=0, le=10_000, description="Recalls kept per session for inspection."
+    )
+    retrieval_summary_scale: float = Field(
+        default=20.0, gt=0, allow_inf_nan=False, description="`summary_scale` of the built-in model `retrieval`."
+    )
+    retrieval_attention_scale: float = Field(
+        default=20.0, gt=0, allow_inf_nan=False, description="`attention_scale` of the built-in model `retrieval`."
+    )
+    drain_seconds: float = Field(
+        default=10.0, ge=0, le=3600, description="How long a stopping server finishes what it has begun."
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        # A misspelt variable that is silently ignored costs its author an evening.
+        known = {env_name(name, field) for name, field in type(self).model_fields.items()}
+        unknown = sorted(key for key in map(str.upper, os.environ) if key.startswith(PREFIX) and key not in known)
+        if unknown:
+            raise ValueError(f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if not self.insecure and not is_loopback(self.host):
+            raise ValueError(
+                f"refusing to listen on {self.host} without authentication: anyone who reaches it could read "
+                "and delete every session; use a loopback address, or --insecure in a guarded network"
+            )
+        return self
+
+    @property
+    def url_of_store(self) -> str:
+        """The store's URL, from `store_url` or the data directory."""
+        return self.store_url or f"sqlite:///{(self.data / 'htm.sqlite3').absolute()}"
+
+    @property
+    def directory_of_models(self) -> Path | None:
+        """The directory of model files, or None where none is given and the default does not exist."""
+        if self.models_dir is not None or self.store_url is not None:
+            return self.models_dir
+        default = self.data / "models"
+        return default if default.is_dir() else None
+
+
+def flag_name(name: str, field: FieldInfo) -> str:
+    """The flag of a setting, such as `--max-body-bytes`."""
+    return "--" + env_name(name, field).removeprefix(PREFIX).lower().replace("_", "-")
+
+
+def env_name(name: str, field: FieldInfo) -> str:
+    """The environment variable of a setting, such as `HTM_MAX_BODY_BYTES`."""
+    return str(field.validation_alias or f"{PREFIX}{name.upper()}")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach an address; names other than `localhost` count as reachable."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def sentence(error: ValidationError) -> str:
+    """One sentence for whoever started the server."""
+    parts = []
+    for item in error.errors():
+        name = ".".join(str(part) for part in item["loc"])
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{name}: {message} (got {item['input']!r})" if name else message)
+    return "; ".join(parts)

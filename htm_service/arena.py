@@ -1,0 +1,119 @@
+"""Device storage of chunk contents: pages of one width, chunk size and dtype, in slabs, within a budget.
+
+A page holds one chunk, [C, D]. Sessions hold page ids; the arena hands them out and takes them back.
+Does not know sessions, summary keys or positions. One thread at a time: the device thread.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from htm_service.errors import OutOfMemory
+
+SLAB_BYTES = 64 << 20
+"""Size of one allocation on the device; smaller under a small budget."""
+
+
+@dataclass(slots=True)
+class Budget:
+    """Bytes that arenas and summary keys may take together."""
+
+    limit_bytes: int
+    used_bytes: int = 0
+
+    def take(self, num_bytes: int) -> None:
+        """Count bytes as used. Raises OutOfMemory, and counts nothing, when they do not fit."""
+        if self.used_bytes + num_bytes > self.limit_bytes:
+            raise OutOfMemory(
+                f"{num_bytes} bytes more are needed on the device, {self.used_bytes} of {self.limit_bytes} are in use"
+            )
+        self.used_bytes += num_bytes
+
+    def give(self, num_bytes: int) -> None:
+        """Count bytes as free again."""
+        self.used_bytes -= num_bytes
+
+
+class Arena:
+    """All pages of one (D, C, dtype) on one device; a page id is slab index x pages per slab + place."""
+
+    def __init__(self, dim: int, chunk_size: int, dtype: torch.dtype, device: torch.device, budget: Budget) -> None:
+        self.dim = dim
+        self.chunk_size = chunk_size
+        self.dtype = dtype
+        self.device = device
+        self.page_bytes = dim * chunk_size * dtype.itemsize
+        slab_bytes = min(SLAB_BYTES, budget.limit_bytes // 16)
+        self.slab_pages = max(1, slab_bytes // self.page_bytes)
+        self._budget = budget
+        self._slabs: list[torch.Tensor | None] = []
+        self._free: list[list[int]] = []
+        """Per slab its free page ids, lowest last: pages are handed out in rising order."""
+
+    def allocate(self, num_pages: int) -> list[int]:
+        """Take pages, all or none. Raises OutOfMemory."""
+        pages: list[int] = []
+        try:
+            while len(pages) < num_pages:
+                free = next((free for free in self._free if free), None)
+                if free is None:
+                    free = self._add_slab()
+                cut = max(0, len(free) - (num_pages - len(pages)))
+                pages.extend(reversed(free[cut:]))
+                del free[cut:]
+        except OutOfMemory:
+            self.free(pages)
+            raise
+        return pages
+
+    def free(self, pages: list[int]) -> None:
+        """Give pages back; a slab with no page in use is released."""
+        touched = set()
+        for page in reversed(pages):
+            self._free[page // self.slab_pages].append(page)
+            touched.add(page // self.slab_pages)
+        for index in touched:
+            if len(self._free[index]) == self.slab_pages:
+                self._slabs[index] = None
+                self._free[index] = []
+                self._budget.give(self.slab_pages * self.page_bytes)
+
+    def page(self, page: int) -> torch.Tensor:
+        """One page [C, D], a view."""
+        slab = self._slabs[page // self.slab_pages]
+        assert slab is not None, f"page {page} is not in use"
+        return slab[page % self.slab_pages]
+
+    def take(self, pages: torch.Tensor) -> torch.Tensor:
+        """Pages [N] (int64) as a copy of their contents [N, C, D]."""
+        slab_of = pages // self.slab_pages
+        places = pages - slab_of * self.slab_pages
+        indexes = slab_of.unique().tolist()
+        if len(indexes) == 1:
+            return self._slab(indexes[0]).index_select(0, places)
+        contents = torch.empty(len(pages), self.chunk_size, self.dim, dtype=self.dtype, device=self.device)
+        for index in indexes:
+            rows = (slab_of == index).nonzero().squeeze(1)
+            contents[rows] = self._slab(index).index_select(0, places[rows])
+        return contents
+
+    def _slab(self, index: int) -> torch.Tensor:
+        slab = self._slabs[index]
+        assert slab is not None, f"slab {index} is not allocated"
+        return slab
+
+    def _add_slab(self) -> list[int]:
+        self._budget.take(self.slab_pages * self.page_bytes)
+        shape = (self.slab_pages, self.chunk_size, self.dim)
+        slab = torch.empty(shape, dtype=self.dtype, device=self.device)
+        vacant = (index for index, old in enumerate(self._slabs) if old is None)
+        index = next(vacant, len(self._slabs))
+        if index == len(self._slabs):
+            self._slabs.append(None)
+            self._free.append([])
+        self._slabs[index] = slab
+        first = index * self.slab_pages
+        self._free[index] = list(range(first + self.slab_pages - 1, first - 1, -1))
+        return self._free[index]

@@ -1,0 +1,273 @@
+"""A queue with one worker thread: what waits is taken together, run as one batch, delivered in one hop.
+
+The engine uses it twice: for the device (attends become a batch) and for the store (appends become a
+transaction). There is no artificial delay: an idle worker takes the first item at once, a busy one finds
+what has gathered meanwhile.
+
+An item that is admitted gets exactly one outcome: a result, an error of its own, or, when the worker dies or
+is closed, an `Unavailable`. A batch that fails as a whole is run again item by item.
+Does not know: what the items are. Asyncio futures are touched on their loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Generic, TypeAlias, TypeVar
+
+from htm_service.errors import DeadlineExceeded, Draining, Overloaded, Unhealthy
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+logger = logging.getLogger(__name__)
+
+
+class Later(Enum):
+    """The outcome of an item whose runner will `finish` or has parked it."""
+
+    LATER = "later"
+
+
+LATER = Later.LATER
+
+
+@dataclass(slots=True, eq=False)
+class Ticket(Generic[Item, Result]):
+    """One admitted item on its way: its cost, its deadline (monotonic seconds) and its future."""
+
+    item: Item
+    future: asyncio.Future[Result]
+    cost: int
+    deadline: float | None
+    submitted_at: float
+    started_at: float = field(default=0.0)
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds between admission and the start of its batch."""
+        return self.started_at - self.submitted_at
+
+
+Outcome: TypeAlias = Result | Exception | Later
+Finished: TypeAlias = tuple[Ticket[Item, Result], Result | Exception]
+
+
+class Batcher(Generic[Item, Result]):
+    """See the head of this module.
+
+    `run` gets the tickets of one batch and answers one outcome for each: a result, an exception, or LATER.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[Sequence[Ticket[Item, Result]]], Sequence[Outcome[Result]]],
+        *,
+        max_waiting: int,
+        max_cost: int,
+        on_death: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.max_waiting = max_waiting
+        self.max_cost = max_cost
+        self.num_batches = 0
+        self.num_items = 0
+        self.num_skipped = 0
+        """Items whose caller had gone, or whose deadline had passed, before their work began."""
+        self.unhealthy_reason: str | None = None
+        self._run = run
+        self._on_death = on_death
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._waiting: deque[Ticket[Item, Result]] = deque()
+        self._actions: deque[Callable[[], None]] = deque()
+        self._open: set[Ticket[Item, Result]] = set()
+        self._draining = False
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # --- the callers' side (the loop) ---
+
+    def start(self) -> None:
+        """Start the worker; futures will belong to the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name=f"htm-{self.name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, item: Item, *, cost: int = 1, deadline: float | None = None) -> asyncio.Future[Result]:
+        """Admit an item. Raises Overloaded, Draining or Unhealthy at once when it cannot be."""
+        assert self._loop is not None, "the batcher is not started"
+        ticket = Ticket(item, self._loop.create_future(), cost, deadline, self._clock())
+        with self._changed:
+            if self.unhealthy_reason is not None:
+                raise Unhealthy(self.unhealthy_reason)
+            if self._draining:
+                raise Draining("the server is stopping and takes no new work")
+            if len(self._waiting) >= self.max_waiting:
+                raise Overloaded(
+                    f"{len(self._waiting)} requests wait for the {self.name}, the limit is {self.max_waiting}"
+                )
+            self._waiting.append(ticket)
+            self._open.add(ticket)
+            self._changed.notify()
+        return ticket.future
+
+    async def close(self, timeout_s: float) -> None:
+        """Stop admitting, let what was admitted finish, fail the rest after `timeout_s`. Safe to call twice."""
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
+        if self._thread is None:
+            return
+        await asyncio.to_thread(self._wait_until_drained, timeout_s)
+        with self._changed:
+            self._stopped = True
+            rest = list(self._open)
+            self._changed.notify()
+        self.finish((ticket, Draining("the server stopped before this was done")) for ticket in rest)
+        await asyncio.to_thread(self._thread.join, max(1.0, timeout_s))
+        if self._thread.is_alive():
+            logger.error("the %s thread did not stop within %.0f s", self.name, timeout_s)
+
+    @property
+    def num_waiting(self) -> int:
+        """Items that wait for their batch."""
+        return len(self._waiting)
+
+    # --- the runners' side (any thread) ---
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the worker will still do what is posted."""
+        return not self._stopped and self.unhealthy_reason is None
+
+    def post(self, action: Callable[[], None]) -> bool:
+        """Have the worker call `action` before its next batch; actions run in the order of their posting.
+
+        False when the worker has stopped. An action must not raise: an exception there ends the worker.
+        """
+        with self._changed:
+            if not self.is_running:
+                return False
+            self._actions.append(action)
+            self._changed.notify()
+        return True
+
+    def finish(self, finished: Iterable[Finished[Item, Result]]) -> None:
+        """Give tickets their outcomes, all in one hop to the loop."""
+        pairs = list(finished)
+        if not pairs or self._loop is None:
+            return
+        with self._changed:
+            self._open.difference_update(ticket for ticket, _ in pairs)
+            self._changed.notify_all()
+        try:
+            self._loop.call_soon_threadsafe(_resolve, pairs)
+        except RuntimeError:
+            logger.warning("%s: %d answers came after their loop was closed", self.name, len(pairs))
+
+    def fail(self, reason: str) -> None:
+        """Refuse everything from now on, and fail what was admitted, with `reason`."""
+        with self._changed:
+            self.unhealthy_reason = reason
+            self._waiting.clear()
+            self._actions.clear()
+            rest = list(self._open)
+        self.finish((ticket, Unhealthy(reason)) for ticket in rest)
+
+    # --- the worker ---
+
+    def _work(self) -> None:
+        try:
+            while (work := self._take()) is not None:
+                actions, tickets = work
+                for action in actions:
+                    action()
+                if tickets:
+                    self.run_now(tickets)
+        except BaseException as error:
+            self._die(error)
+
+    def _take(self) -> tuple[list[Callable[[], None]], list[Ticket[Item, Result]]] | None:
+        """All actions and the next batch of what waits; None when there is nothing left and never will be."""
+        with self._changed:
+            while not self._actions and not self._waiting:
+                if self._stopped:
+                    return None
+                self._changed.wait()
+            actions = list(self._actions)
+            self._actions.clear()
+            tickets: list[Ticket[Item, Result]] = []
+            cost = 0
+            while self._waiting and (not tickets or cost + self._waiting[0].cost <= self.max_cost):
+                ticket = self._waiting.popleft()
+                cost += ticket.cost
+                tickets.append(ticket)
+        return actions, tickets
+
+    def run_now(self, taken: list[Ticket[Item, Result]]) -> None:
+        """Run admitted tickets as a batch (worker's thread): what the loop took, or what was parked."""
+        now = self._clock()
+        tickets: list[Ticket[Item, Result]] = []
+        finished: list[Finished[Item, Result]] = []
+        for ticket in taken:
+            ticket.started_at = now
+            if ticket.future.done():  # cancelled, or out of time
+                finished.append((ticket, DeadlineExceeded("the caller has gone")))
+            elif ticket.deadline is not None and now > ticket.deadline:
+                waited_ms = (now - ticket.submitted_at) * 1e3
+                finished.append(
+                    (ticket, DeadlineExceeded(f"the deadline passed after {waited_ms:.0f} ms in the queue"))
+                )
+            else:
+                tickets.append(ticket)
+        num_skipped = len(finished)
+        if tickets:
+            self.num_batches += 1
+            for ticket, outcome in zip(tickets, self._outcomes(tickets), strict=True):
+                if not isinstance(outcome, Later):
+                    finished.append((ticket, outcome))
+        self.num_skipped += num_skipped
+        self.num_items += len(finished) - num_skipped
+        self.finish(finished)
+
+    def _outcomes(self, tickets: list[Ticket[Item, Result]]) -> Sequence[Outcome[Result]]:
+        try:
+            return self._run(tickets)
+        except Exception as error:
+            if len(tickets) == 1:
+                return [error]
+            logger.warning("%s: a batch of %d failed and is run item by item: %r", self.name, len(tickets), error)
+            return [self._outcomes([ticket])[0] for ticket in tickets]
+
+    def _die(self, error: BaseException) -> None:
+        logger.critical("the %s thread died", self.name, exc_info=error)
+        reason = f"the {self.name} thread died: {error!r}"
+        self.fail(reason)
+        if self._on_death is not None:
+            self._on_death(reason)
+
+    def _wait_until_drained(self, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (not self._open and not self._actions) or self.unhealthy_reason is not None, timeout_s
+            )
+
+
+def _resolve(pairs: list[Finished[Item, Result]]) -> None:
+    for ticket, outcome in pairs:
+        if ticket.future.done():
+            continue
+        if isinstance(outcome, Exception):
+            ticket.future.set_exception(outcome)
+        else:
+            ticket.future.set_result(outcome)

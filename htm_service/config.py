@@ -1,0 +1,45 @@
+"""The engine's configuration as one frozen record. Does not know where the values come from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from htm_service.records import DType
+
+MAX_DIM = 65_536
+MAX_CHUNK_SIZE = 1_024
+MAX_TOP_K = 256
+MAX_QUERIES = 4_096
+"""Queries of one attend."""
+MAX_RECALLED = 1_024
+"""Tokens per query that one attend lists."""
+MAX_LABELS = 64
+MAX_LABEL_CHARS = 256
+DEFAULT_CHUNK_SIZE = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineConfig:
+    """How one engine runs."""
+
+    device: str = "auto"
+    """`auto`, `cpu` or `cuda`."""
+    dtype: DType = "float32"
+    """Of sessions that do not name one."""
+    memory_budget_bytes: int = 4 << 30
+    """Of the arenas and the summary keys together, on the device."""
+    max_waiting: int = 4_096
+    """Requests that may wait for the device, and as many for the store; one more is refused."""
+    max_batch: int = 64
+    """Queries taken together; one request with more is a batch of its own."""
+    default_timeout_s: float = 30.0
+    recalls_per_session: int = 64
+    create_on_append: bool = False
+    models_dir: Path | None = None
+    retrieval_summary_scale: float = 20.0
+    retrieval_attention_scale: float = 20.0
+    sweep_interval_s: float = 15.0
+    """How often sessions past their `ttl_s` are looked for."""
+    max_write_group_bytes: int = 16 << 20
+    """Bytes of tokens that share one transaction; one append with more is a group of its own."""

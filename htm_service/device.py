@@ -1,0 +1,23 @@
+"""Which device the engine runs on, and why. Asked once, when an engine is made."""
+
+from __future__ import annotations
+
+import torch
+
+from htm_service.errors import InvalidArgument
+
+
+def choose_device(wanted: str) -> tuple[torch.device, str]:
+    """The device for `auto`, `cpu` or `cuda[:N]`, with the reason in words. Raises InvalidArgument."""
+    if wanted == "cpu":
+        return torch.device("cpu"), "asked for"
+    if wanted == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda"), f"auto: {torch.cuda.get_device_name()} is there"
+        build = "has no CUDA" if torch.version.cuda is None else "finds no CUDA device"
+        return torch.device("cpu"), f"auto: this build of torch ({torch.__version__}) {build}"
+    if wanted.split(":")[0] != "cuda":
+        raise InvalidArgument(f"device is {wanted!r}, it must be auto, cpu or cuda")
+    if not torch.cuda.is_available():
+        raise InvalidArgument(f"device is {wanted!r}, and torch {torch.__version__} finds no CUDA device")
+    return torch.device(wanted), "asked for"

@@ -1,0 +1,49 @@
+"""The element types of stored tokens: names, torch types, and the way between tensors and bytes at rest.
+
+Bytes are little-endian, C order, [T, D]. Does not know pages or sessions.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from htm_service.errors import InvalidArgument
+
+if TYPE_CHECKING:
+    from htm_service.records import DType, Floats
+
+TORCH_DTYPES: dict[str, torch.dtype] = {
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+}
+
+
+def itemsize(dtype: DType) -> int:
+    """Bytes of one element."""
+    return TORCH_DTYPES[dtype].itemsize
+
+
+def to_tokens(embeddings: Floats, dtype: DType) -> torch.Tensor:
+    """Embeddings [T, D] float32 as tokens [T, D] of `dtype` on the CPU.
+
+    Raises InvalidArgument when a value is finite in float32 and is not in `dtype`.
+    """
+    tokens = torch.from_numpy(np.require(embeddings, np.float32, ["C", "W"])).to(TORCH_DTYPES[dtype])
+    if dtype == "float16" and not bool(torch.isfinite(tokens).all()):
+        largest = float(np.abs(embeddings).max())
+        raise InvalidArgument(f"embeddings hold {largest:g}, the largest float16 is {torch.finfo(torch.float16).max:g}")
+    return tokens
+
+
+def to_bytes(tokens: torch.Tensor) -> bytes:
+    """Tokens [T, D] on the CPU as bytes."""
+    return tokens.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+def from_bytes(data: bytes, dtype: DType, dim: int) -> torch.Tensor:
+    """Bytes as tokens [T, D] on the CPU; a copy, because torch takes no read-only memory."""
+    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).view(-1, dim)

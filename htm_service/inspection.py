@@ -1,0 +1,195 @@
+"""Looking at a session: tokens read back, chunks with their keys and counters, payloads, totals.
+
+Contents and payloads come from the store, keys from the device. Changes nothing.
+Does not know HTTP, or how attention is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from htm_service import config as limits
+from htm_service import validation
+from htm_service.committer import Committer
+from htm_service.config import EngineConfig
+from htm_service.device_worker import DeviceWorker, Probe
+from htm_service.directory import decode_cursor, encode_cursor
+from htm_service.dtypes import from_bytes
+from htm_service.errors import ChunkNotFound, InvalidArgument, Unhealthy
+from htm_service.memory import Memory
+from htm_service.records import (
+    AttendResult,
+    ChunkDetail,
+    ChunkInfo,
+    ChunkPage,
+    EngineInfo,
+    Floats,
+    Memories,
+    ModelInfo,
+)
+from htm_service.session import Session
+from htm_service.version import __version__
+from storage.base import Store, StoreError
+
+
+class Inspection:
+    """See the head of this module."""
+
+    def __init__(self, store: Store, worker: DeviceWorker) -> None:
+        self._store = store
+        self._worker = worker
+
+    async def read(
+        self, session: Session, start: int, stop: int | None, *, embeddings: bool, payloads: bool
+    ) -> Memories:
+        """Tokens start .. stop-1 as they are stored. Raises InvalidArgument for a range outside the session."""
+        length = session.length
+        stop = length if stop is None else stop
+        if not 0 <= start <= stop <= length:
+            raise InvalidArgument(f"the range is {start} to {stop}, it must lie within 0 to {length}")
+        found, texts = await asyncio.to_thread(self._fetch, session, start, stop, embeddings, payloads)
+        return Memories(start, stop, length, found, texts)
+
+    async def chunks(self, session: Session, cursor: str | None, limit: int, *, keys: bool) -> ChunkPage:
+        """One page of chunks, with their keys when asked for."""
+        validation.check_range("limit", limit, 1, 1000)
+        after = decode_cursor(cursor)
+        if not after.isascii() or not (after.isdigit() or not after):
+            raise InvalidArgument(f"cursor is {cursor!r}, which no listing gave out")
+        first = int(after) + 1 if after else 0
+        infos, num_chunks = await self._describe(session, first, first + limit, keys=keys)
+        last = first + len(infos)
+        return ChunkPage(infos, encode_cursor(str(last - 1)) if infos and last < num_chunks else None)
+
+    async def chunk(self, session: Session, index: int, *, embeddings: bool, key: bool) -> ChunkDetail:
+        """One chunk with its tokens' payloads. Raises ChunkNotFound."""
+        infos, num_chunks = (
+            await self._describe(session, index, index + 1, keys=key) if index >= 0 else ([], session.num_chunks)
+        )
+        if not infos:
+            raise ChunkNotFound(f"session {session.id!r} has no chunk {index}, it has {num_chunks} chunks")
+        info = infos[0]
+        found, texts = await asyncio.to_thread(self._fetch, session, info.start, info.stop, embeddings, True)
+        return ChunkDetail(info, texts or [], found)
+
+    async def with_payloads(self, session: Session, result: AttendResult) -> AttendResult:
+        """The result with the payloads of its recalled tokens."""
+        if not result.recalled:
+            return result
+        positions = sorted({token.position for row in result.recalled for token in row})
+        texts = await asyncio.to_thread(self._payloads, session, positions)
+        recalled = [[replace(token, payload=texts.get(token.position)) for token in row] for row in result.recalled]
+        return replace(result, recalled=recalled)
+
+    async def _describe(self, session: Session, first: int, last: int, *, keys: bool) -> tuple[list[ChunkInfo], int]:
+        """Chunks first .. last-1, as far as there are any, and how many there are altogether."""
+
+        def ask(memory: Memory) -> tuple[Floats, int]:
+            return memory.keys[first:last].cpu().numpy().copy(), memory.length
+
+        found, length = await self._worker.batcher.submit(Probe(session, ask))
+        size = session.settings.chunk_size
+        infos = []
+        for place, key in enumerate(found):
+            index = first + place
+            num_recalls, mass, last_at = session.recalls.of_chunk(index)
+            infos.append(
+                ChunkInfo(
+                    index=index,
+                    start=index * size,
+                    stop=min((index + 1) * size, length),
+                    sealed=(index + 1) * size <= length,
+                    tier=session.state,
+                    key_norm=float(np.linalg.norm(key)),
+                    num_recalls=num_recalls,
+                    mass=mass,
+                    last_recalled_at=last_at,
+                    key=key if keys else None,
+                )
+            )
+        return infos, -(-length // size)
+
+    def _fetch(
+        self, session: Session, start: int, stop: int, embeddings: bool, payloads: bool
+    ) -> tuple[Floats | None, Sequence[bytes | None] | None]:
+        """Embeddings [stop-start, D] and payloads from the store (a worker thread)."""
+        found: Floats | None = None
+        texts: Sequence[bytes | None] | None = None
+        try:
+            if embeddings:
+                found = np.empty((stop - start, session.settings.dim), dtype=np.float32)
+                if stop > start:
+                    self._copy_tokens(session, start, stop, found)
+            if payloads:
+                by_position = self._store.read_payload_range(session.sid, start, stop)
+                texts = [by_position.get(position) for position in range(start, stop)]
+        except StoreError as error:
+            raise Unhealthy(f"session {session.id!r} cannot be read: {error}") from error
+        return found, texts
+
+    def _copy_tokens(self, session: Session, start: int, stop: int, into: Floats) -> None:
+        settings = session.settings
+        num_copied = 0
+        for block in self._store.read_blocks(session.sid, start, stop):
+            tokens = from_bytes(block.data, settings.dtype, settings.dim).float().numpy()
+            low, high = max(start, block.start), min(stop, block.start + block.num_tokens)
+            into[low - start : high - start] = tokens[low - block.start : high - block.start]
+            num_copied += high - low
+        if num_copied != stop - start:  # deleted meanwhile, or damaged
+            raise Unhealthy(f"session {session.id!r}: {num_copied} of the tokens {start} to {stop} could be read")
+
+    def _payloads(self, session: Session, positions: list[int]) -> dict[int, bytes]:
+        try:
+            return self._store.read_payloads(session.sid, positions)
+        except StoreError as error:
+            raise Unhealthy(f"session {session.id!r} cannot be read: {error}") from error
+
+
+async def engine_info(
+    config: EngineConfig,
+    store: Store,
+    worker: DeviceWorker,
+    committer: Committer,
+    device_reason: str,
+    models: list[ModelInfo],
+) -> EngineInfo:
+    """What the engine is, may take and holds."""
+    totals = await asyncio.to_thread(store.totals)
+    residency, batcher = worker.residency, worker.batcher
+    return EngineInfo(
+        version=__version__,
+        device=str(residency.device),
+        device_reason=device_reason,
+        dtype=config.dtype,
+        dtype_reason="configured; each session may name its own",
+        kernel=worker.reader.kernel.name,
+        models=models,
+        limits={
+            "memory_budget_bytes": config.memory_budget_bytes,
+            "max_waiting": config.max_waiting,
+            "max_batch": config.max_batch,
+            "max_dim": limits.MAX_DIM,
+            "max_chunk_size": limits.MAX_CHUNK_SIZE,
+            "max_top_k": limits.MAX_TOP_K,
+            "max_queries": limits.MAX_QUERIES,
+            "max_recalled": limits.MAX_RECALLED,
+        },
+        totals={
+            "sessions": totals.num_sessions,
+            "tokens": totals.num_tokens,
+            "stored_bytes": totals.num_bytes,
+            "disk_bytes": totals.num_disk_bytes,
+            "device_bytes": residency.budget.used_bytes,
+            "resident_sessions": residency.num_resident,
+            "loads": residency.num_loads,
+            "evictions": residency.num_evictions,
+            "batches": batcher.num_batches,
+            "attends": batcher.num_items,
+            "skipped": batcher.num_skipped,
+            "commits": committer.batcher.num_batches,
+        },
+    )

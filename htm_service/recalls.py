@@ -1,0 +1,80 @@
+"""What was recalled of one session: a bounded ring of accounts, and counters per chunk.
+
+Kept in host memory since the server started; a restart begins anew. Touched on the event loop only.
+Does not know how attention is computed.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from htm_service.records import AttendRequest, AttendResult, Recall, Recalled
+
+QUERIES_KEPT = 8
+"""Queries of one attend whose rows the ring keeps."""
+TOKENS_KEPT = 16
+"""Recalled tokens per query that the ring keeps."""
+
+
+class RecallLog:
+    """See the head of this module."""
+
+    def __init__(self, max_recalls: int) -> None:
+        self._ring: deque[Recall] = deque(maxlen=max_recalls)
+        self.num_recalls = np.zeros(0, dtype=np.int64)
+        self.mass = np.zeros(0, dtype=np.float64)
+        self.last_at = np.zeros(0, dtype=np.float64)
+
+    def add(self, request: AttendRequest, result: AttendResult, *, model: str, top_k: int, now: float) -> None:
+        """Count one attend and keep its account."""
+        index = result.chunk_index
+        taken = index >= 0
+        self._grow(int(index.max(initial=-1)) + 1)
+        np.add.at(self.num_recalls, index[taken], 1)
+        np.add.at(self.mass, index[taken], result.chunk_weight[taken])
+        self.last_at[index[taken]] = now
+        recalled = None
+        if result.recalled is not None:
+            recalled = [_without_payloads(row[:TOKENS_KEPT]) for row in result.recalled[:QUERIES_KEPT]]
+        self._ring.append(
+            Recall(
+                at=now,
+                request_id=request.request_id,
+                model=model,
+                length=result.length,
+                start=request.start,
+                stop=result.length if request.stop is None else request.stop,
+                top_k=top_k,
+                num_queries=len(index),
+                chunk_index=index[:QUERIES_KEPT],
+                chunk_weight=result.chunk_weight[:QUERIES_KEPT],
+                recalled=recalled,
+            )
+        )
+
+    def latest(self, limit: int) -> list[Recall]:
+        """The last accounts, newest first."""
+        return list(self._ring)[: -limit - 1 : -1]
+
+    def of_chunk(self, index: int) -> tuple[int, float, float | None]:
+        """How often chunk `index` was taken, the mass it received, and when last."""
+        if index >= len(self.num_recalls) or self.num_recalls[index] == 0:
+            return 0, 0.0, None
+        return int(self.num_recalls[index]), float(self.mass[index]), float(self.last_at[index])
+
+    def _grow(self, num_chunks: int) -> None:
+        have = len(self.num_recalls)
+        if num_chunks <= have:
+            return
+        more = max(num_chunks - have, have)
+        self.num_recalls = np.pad(self.num_recalls, (0, more))
+        self.mass = np.pad(self.mass, (0, more))
+        self.last_at = np.pad(self.last_at, (0, more))
+
+
+def _without_payloads(row: Sequence[Recalled]) -> list[Recalled]:
+    return [replace(token, payload=None) for token in row]

@@ -1,0 +1,157 @@
+"""A store in memory (`memory://`): the contract without durability, for tests and for the in-process client."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from storage.base import (
+    IDEMPOTENCY_SECONDS,
+    Append,
+    Appended,
+    Block,
+    CreateSession,
+    DeleteSession,
+    KeyReused,
+    NoSuchSession,
+    Outcome,
+    Problem,
+    Refused,
+    SessionExists,
+    SessionFull,
+    SessionRow,
+    Store,
+    Totals,
+    UpdateSession,
+    Write,
+    WrongLength,
+)
+
+
+@dataclass(slots=True)
+class _Session:
+    row: SessionRow
+    blocks: list[Block] = field(default_factory=list)
+    payloads: dict[int, bytes] = field(default_factory=dict)
+    keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
+
+
+class MemoryStore(Store):
+    """See the head of this module."""
+
+    url = "memory://"
+    durable = False
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._by_sid: dict[int, _Session] = {}
+        self._sids: dict[str, int] = {}
+        self._last_sid = 0
+
+    def write(self, writes: Sequence[Write], *, now: float) -> list[Outcome]:
+        """See `Store.write`; nothing here can fail half-way."""
+        with self._lock:
+            return [self._apply(write, now) for write in writes]
+
+    def get_session(self, session_id: str) -> SessionRow | None:
+        """See `Store.get_session`."""
+        with self._lock:
+            sid = self._sids.get(session_id)
+            return None if sid is None else self._by_sid[sid].row
+
+    def list_sessions(
+        self, *, prefix: str = "", labels: Mapping[str, str] | None = None, after: str = "", limit: int = 100
+    ) -> list[SessionRow]:
+        """See `Store.list_sessions`."""
+        wanted = (labels or {}).items()
+        with self._lock:
+            ids = sorted(id_ for id_ in self._sids if id_ > after and id_.startswith(prefix))
+            rows = (self._by_sid[self._sids[id_]].row for id_ in ids)
+            return [row for row in rows if wanted <= row.settings.get("labels", {}).items()][:limit]
+
+    def read_blocks(self, sid: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
+        """See `Store.read_blocks`."""
+        with self._lock:
+            session = self._by_sid.get(sid)
+            blocks = list(session.blocks) if session is not None else []
+        for block in blocks:
+            if block.start + block.num_tokens > start and (stop is None or block.start < stop):
+                yield block
+
+    def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
+        """See `Store.read_payloads`."""
+        return self._payloads(sid, lambda payloads: [position for position in positions if position in payloads])
+
+    def read_payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
+        """See `Store.read_payload_range`."""
+        return self._payloads(sid, lambda payloads: [position for position in payloads if start <= position < stop])
+
+    def totals(self) -> Totals:
+        """See `Store.totals`."""
+        with self._lock:
+            rows = [session.row for session in self._by_sid.values()]
+        return Totals(len(rows), sum(row.length for row in rows), sum(row.num_bytes for row in rows), 0)
+
+    def verify(self) -> Iterator[Problem]:
+        """Nothing at rest, nothing to find."""
+        return iter(())
+
+    def close(self) -> None:
+        """Forget everything."""
+        with self._lock:
+            self._by_sid.clear()
+            self._sids.clear()
+
+    def _payloads(self, sid: int, choose: Callable[[dict[int, bytes]], list[int]]) -> dict[int, bytes]:
+        with self._lock:
+            session = self._by_sid.get(sid)
+            if session is None:
+                return {}
+            return {position: session.payloads[position] for position in choose(session.payloads)}
+
+    def _apply(self, write: Write, now: float) -> Outcome:
+        if isinstance(write, CreateSession):
+            return self._create(write.row)
+        session = self._by_sid.get(write.sid)
+        if session is None:
+            return NoSuchSession(f"there is no session of key {write.sid}")
+        if isinstance(write, UpdateSession):
+            session.row = replace(session.row, settings=dict(write.settings))
+        elif isinstance(write, DeleteSession):
+            del self._by_sid[write.sid], self._sids[session.row.id]
+        else:
+            return self._append(session, write, now)
+        return session.row
+
+    def _create(self, row: SessionRow) -> Outcome:
+        if row.id in self._sids:
+            return SessionExists(f"there is a session {row.id!r}")
+        self._last_sid += 1
+        row = replace(row, sid=self._last_sid, length=0, num_bytes=0, settings=dict(row.settings))
+        self._by_sid[row.sid] = _Session(row)
+        self._sids[row.id] = row.sid
+        return row
+
+    def _append(self, session: _Session, write: Append, now: float) -> Appended | Refused:
+        row, key = session.row, write.idempotency_key
+        known = session.keys.get(key) if key is not None else None
+        if known is not None and known[2] > now - IDEMPOTENCY_SECONDS:
+            if known[0] != write.digest:
+                return KeyReused(f"idempotency key {key!r} was used with another body")
+            return replace(known[1], replayed=True)
+        if write.if_length is not None and write.if_length != row.length:
+            return WrongLength(row.length)
+        length = row.length + write.num_tokens
+        if row.max_tokens is not None and length > row.max_tokens:
+            return SessionFull(row.length, row.max_tokens)
+        session.blocks.append(Block(row.length, write.num_tokens, write.data, write.episode))
+        for place, payload in enumerate(write.payloads or ()):
+            if payload is not None:
+                session.payloads[row.length + place] = payload
+        answer = Appended(row.length, length)
+        session.row = replace(row, length=length, num_bytes=row.num_bytes + len(write.data), updated_at=now)
+        if key is not None:
+            session.keys = {k: v for k, v in session.keys.items() if v[2] > now - IDEMPOTENCY_SECONDS}
+            session.keys[key] = (write.digest, answer, now)
+        return answer

@@ -1,0 +1,128 @@
+"""Opening SQLite databases: files, lock, pragmas, and the errors of the driver in the words of the contract.
+
+The pragmas and their reasons are in docs/storage.md. Does not know sessions or blocks.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import sqlite3
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO, Any
+
+from sqlalchemy import Engine, NullPool, QueuePool, create_engine, event
+
+from storage import schema
+from storage.base import StoreError, StoreUnavailable
+from storage.sql import SqlStore, translated
+
+PAGE_BYTES = 16_384
+BUSY_SECONDS = 5.0
+MAX_READERS = 8
+
+
+def open_sqlite(path: Path) -> SqlStore:
+    """The database at `path`, made if missing, owned by this process until closed. Raises StoreUnavailable."""
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = _lock(path)
+    except OSError as error:
+        raise StoreUnavailable(f"{path.parent} cannot be used as data directory: {error}") from error
+    writer = _engine(path, "rwc", "BEGIN IMMEDIATE", NullPool)
+    readers = _engine(path, "ro", "BEGIN", QueuePool)
+    store = SqlStore(f"sqlite:///{path}", writer, readers, disk_bytes=lambda: _disk_bytes(path), on_close=lock.close)
+    try:
+        with translated(), writer.begin() as connection:
+            schema.upgrade(connection, str(path))
+    except StoreUnavailable:
+        store.close()
+        raise
+    except StoreError as error:
+        store.close()
+        raise StoreUnavailable(f"{path} cannot be opened: {error}") from error
+    return store
+
+
+def open_sqlite_readonly(path: Path) -> SqlStore:
+    """The database at `path` for reading only: no lock, no upgrade, `write` fails. Raises StoreUnavailable."""
+    if not path.is_file():
+        raise StoreUnavailable(f"there is no database at {path}")
+    readers = _engine(path, "ro", "BEGIN", NullPool)
+    store = SqlStore(f"sqlite:///{path}", readers, readers, disk_bytes=lambda: _disk_bytes(path))
+    try:
+        with translated(), readers.begin() as connection:
+            schema.check(connection, str(path))
+    except StoreUnavailable:
+        store.close()
+        raise
+    except StoreError as error:
+        store.close()
+        raise StoreUnavailable(f"{path} cannot be opened: {error}") from error
+    return store
+
+
+def _lock(path: Path) -> IO[str]:
+    """An exclusive lock beside the database, held as long as the file is open, gone when the process is."""
+    file = path.with_name(path.name + ".lock").open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        holder = file.read().strip() or "unknown"
+        file.close()
+        raise StoreUnavailable(f"{path.parent} is in use by another server, process {holder}") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()}\n")
+    file.flush()
+    return file
+
+
+def _engine(path: Path, mode: str, begin: str, pool: type[NullPool] | type[QueuePool]) -> Engine:
+    uri = f"{path.resolve().as_uri()}?mode={mode}"
+
+    def connect() -> sqlite3.Connection:
+        # Autocommit mode: SQLAlchemy's begin event below says BEGIN, so that writers can say IMMEDIATE.
+        return sqlite3.connect(
+            uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
+        )
+
+    options: dict[str, Any] = {"pool_size": MAX_READERS, "max_overflow": 0} if pool is QueuePool else {}
+    engine = create_engine("sqlite://", creator=connect, poolclass=pool, **options)
+    event.listen(engine, "connect", _configure_writer if mode == "rwc" else _configure_reader)
+    event.listen(engine, "begin", _begin(begin))
+    return engine
+
+
+def _begin(statement: str) -> Callable[[Any], None]:
+    def begin(connection: Any) -> None:
+        connection.exec_driver_sql(statement)
+
+    return begin
+
+
+def _configure_writer(connection: sqlite3.Connection, record: object) -> None:
+    for pragma in (
+        f"page_size={PAGE_BYTES}",  # these two only bind a database without tables
+        "auto_vacuum=INCREMENTAL",
+        "journal_mode=WAL",
+        "synchronous=FULL",
+        "secure_delete=ON",
+        "cache_size=-16384",
+    ):
+        connection.execute(f"PRAGMA {pragma}").fetchall()
+
+
+def _configure_reader(connection: sqlite3.Connection, record: object) -> None:
+    connection.execute("PRAGMA query_only=ON")
+    connection.execute(f"PRAGMA mmap_size={1 << 30}")
+
+
+def _disk_bytes(path: Path) -> int:
+    total = 0
+    for suffix in ("", "-wal", "-shm"):
+        with contextlib.suppress(FileNotFoundError):
+            total += path.with_name(path.name + suffix).stat().st_size
+    return total

@@ -1,0 +1,56 @@
+"""The tables as today's code sees them; `migrations/` is what makes them, and a test holds the two together."""
+
+from __future__ import annotations
+
+from sqlalchemy import JSON, BigInteger, Column, Float, Integer, LargeBinary, MetaData, String, Table
+
+metadata = MetaData()
+
+# A BIGINT key is no rowid alias in SQLite, so the sid is an INTEGER there.
+Sid = BigInteger().with_variant(Integer, "sqlite")
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("sid", Sid, primary_key=True, autoincrement=True),
+    Column("id", String, nullable=False, unique=True),
+    Column("settings", JSON, nullable=False),
+    Column("max_tokens", BigInteger),
+    Column("length", BigInteger, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("updated_at", Float, nullable=False),
+    sqlite_autoincrement=True,  # a sid is never used twice
+)
+
+blocks = Table(
+    "blocks",
+    metadata,
+    Column("sid", Sid, primary_key=True, autoincrement=False),
+    Column("start", BigInteger, primary_key=True, autoincrement=False),
+    Column("num_tokens", BigInteger, nullable=False),
+    Column("episode", BigInteger),
+    Column("checksum", BigInteger, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+payloads = Table(
+    "payloads",
+    metadata,
+    Column("sid", Sid, primary_key=True, autoincrement=False),
+    Column("position", BigInteger, primary_key=True, autoincrement=False),
+    Column("body", LargeBinary, nullable=False),
+    sqlite_with_rowid=False,
+)
+
+idempotency = Table(
+    "idempotency",
+    metadata,
+    Column("sid", Sid, primary_key=True, autoincrement=False),
+    Column("key", String, primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("start", BigInteger, nullable=False),
+    Column("length", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False, index=True),
+    sqlite_with_rowid=False,
+)

@@ -1,0 +1,130 @@
+"""Tensors on the wire: golden bytes, round trips, one test per rejection."""
+
+from __future__ import annotations
+
+import base64
+from typing import Any
+
+import numpy as np
+import orjson
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+
+from api import codec
+from htm_service.errors import HTMError, InvalidArgument, MalformedBody
+
+FLOATS = hnp.arrays(
+    np.float32,
+    hnp.array_shapes(min_dims=1, max_dims=2, min_side=1, max_side=7),
+    elements=st.floats(width=32, allow_nan=False, allow_infinity=False),
+)
+
+
+def b64(data: bytes, shape: list[Any], dtype: str = "float32") -> dict[str, Any]:
+    return {"b64": base64.b64encode(data).decode(), "shape": shape, "dtype": dtype}
+
+
+@settings(max_examples=60, deadline=None)
+@given(FLOATS)
+def test_lists_round_trip_exactly(array: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+    text = orjson.dumps(codec.to_lists(array))
+    back = codec.floats("x", orjson.loads(text))
+    assert back.dtype == np.float32
+    assert back.flags.writeable
+    np.testing.assert_array_equal(back, array)
+
+
+@settings(max_examples=60, deadline=None)
+@given(FLOATS)
+def test_base64_round_trips_exactly(array: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+    back = codec.floats("x", orjson.loads(orjson.dumps(codec.to_base64(array))))
+    assert back.flags.writeable
+    np.testing.assert_array_equal(back, array)
+
+
+def test_golden_bytes_of_each_dtype() -> None:
+    # 1.5, -2.0 little-endian; bfloat16 is the upper half of float32.
+    for dtype, data in {
+        "float32": bytes.fromhex("0000c03f000000c0"),
+        "float16": bytes.fromhex("003e00c0"),
+        "bfloat16": bytes.fromhex("c03f00c0"),
+    }.items():
+        assert codec.floats("x", b64(data, [2], dtype)).tolist() == [1.5, -2.0], dtype
+    assert codec.bools("m", b64(b"\x01\x00\x01", [3], "bool")).tolist() == [True, False, True]
+    assert codec.to_base64(np.array([1.5, -2.0], np.float32)) == {
+        "b64": "AADAPwAAAMA=",
+        "shape": [2],
+        "dtype": "float32",
+    }
+
+
+def test_shapes_are_kept() -> None:
+    assert codec.floats("x", [1, 2.5, 3]).shape == (3,)
+    assert codec.floats("x", [[1, 2], [3, 4], [5, 6]]).shape == (3, 2)
+    assert codec.floats("x", []).shape == (0,)
+    assert codec.floats("x", b64(b"", [0, 7])).shape == (0, 7)
+    assert codec.bools("m", [[True, False]]).shape == (1, 2)
+
+
+def test_large_arrays_are_written_in_pieces_of_the_same_text() -> None:
+    array = np.arange(3 * codec.PIECE, dtype=np.float32).reshape(-1, 3)
+    assert orjson.loads(orjson.dumps(codec.to_lists(array))) == array.tolist()
+    assert orjson.loads(orjson.dumps(codec.to_lists(array.ravel()))) == array.ravel().tolist()
+
+
+REJECTED: dict[str, tuple[Any, type[HTMError], str]] = {
+    "null": ([1.0, None], InvalidArgument, r"x\[1\] is None"),
+    "text": (["1.0"], InvalidArgument, r"x\[0\] is '1.0'"),
+    "true": ([1.0, True], InvalidArgument, r"x\[1\] is True"),
+    "null in a row": ([[1.0, 2.0], [3.0, None]], InvalidArgument, r"x\[1, 1\] is None"),
+    "ragged": ([[1.0, 2.0], [3.0]], InvalidArgument, r"x\[1\] has 1 numbers, x\[0\] has 2"),
+    "row beside a number": ([[1.0], 2.0], InvalidArgument, r"x\[1\] is 2.0"),
+    "three dimensions": ([[[1.0]]], InvalidArgument, r"x\[0, 0\] is \[1.0\]"),
+    "too large for float32": ([[0.0, 1e39]], InvalidArgument, r"x\[0, 1\] is NaN, infinite or too large"),
+    "a number": (1.0, InvalidArgument, "x is 1.0"),
+    "a text": ("AAAA", InvalidArgument, "x is 'AAAA'"),
+    "missing field": ({"b64": "", "shape": [0]}, InvalidArgument, "must have b64, shape and dtype"),
+    "extra field": (b64(b"", [0]) | {"order": "F"}, InvalidArgument, "must have b64, shape and dtype"),
+    "b64 is no text": ({"b64": 7, "shape": [1], "dtype": "float32"}, InvalidArgument, "must be strings"),
+    "unknown dtype": (b64(bytes(8), [1], "float64"), InvalidArgument, "dtype 'float64'"),
+    "bool as float": (b64(b"\x01", [1], "bool"), InvalidArgument, "dtype bool"),
+    "wrong size": (b64(bytes(8), [3]), InvalidArgument, "takes 12 bytes, but 8 are there"),
+    "negative": (b64(bytes(8), [-2]), InvalidArgument, "non-negative integers"),
+    "fraction": (b64(bytes(8), [2.0]), InvalidArgument, "non-negative integers"),
+    "true as size": (b64(bytes(4), [True]), InvalidArgument, "non-negative integers"),
+    "shape is a number": ({"b64": "", "shape": 0, "dtype": "float32"}, InvalidArgument, "non-negative"),
+    "no dimension": (b64(bytes(4), []), InvalidArgument, "0 dimensions"),
+    "four dimensions": (b64(bytes(4), [1, 1, 1, 1]), InvalidArgument, "4 dimensions"),
+    "huge": (b64(bytes(8), [2**40, 2**40]), InvalidArgument, "but 8 are there"),
+    "overflowing": (b64(bytes(8), [2**62, 4]), InvalidArgument, "but 8 are there"),
+    "not base64": ({"b64": "!!!!", "shape": [3], "dtype": "bool"}, MalformedBody, "not base64"),
+    "not ascii": ({"b64": "äöüß", "shape": [3], "dtype": "bool"}, MalformedBody, "not base64"),
+    "cut base64": ({"b64": "AAAAA", "shape": [3], "dtype": "bool"}, MalformedBody, "not base64"),
+    "nan": (b64(np.array([[1, np.nan]], np.float32).tobytes(), [1, 2]), InvalidArgument, r"x\[0, 1\] is NaN"),
+    "infinity": (b64(np.array([np.inf], np.float16).tobytes(), [1], "float16"), InvalidArgument, r"x\[0\]"),
+}
+
+
+@pytest.mark.parametrize("case", REJECTED)
+def test_rejected(case: str) -> None:
+    value, error, message = REJECTED[case]
+    with pytest.raises(error, match=message):
+        codec.floats("x", value) if "base64" not in case and case != "not ascii" else codec.bools("x", value)
+
+
+def test_rejected_masks() -> None:
+    with pytest.raises(InvalidArgument, match=r"m\[1\] is 1; expected true or false"):
+        codec.bools("m", [True, 1])
+    with pytest.raises(InvalidArgument, match="dtype float32"):
+        codec.bools("m", b64(bytes(4), [1]))
+    with pytest.raises(InvalidArgument, match="bytes other than 0 and 1"):
+        codec.bools("m", b64(b"\x02", [1], "bool"))
+
+
+def test_a_few_long_rows_and_many_empty_ones_allocate_nothing() -> None:
+    """Width of the first row times the number of rows would be 4 TB."""
+    rows: list[Any] = [[0.0] * 1_000_000, *([] for _ in range(1_000_000))]
+    with pytest.raises(InvalidArgument, match=r"x\[1\] has 0 numbers"):
+        codec.floats("x", rows)
