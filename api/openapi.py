@@ -20,12 +20,20 @@ from api.errors import MEDIA_TYPE, PROBLEMS, RETRY_STATUSES, document
 
 REF = "#/components/schemas/{model}"
 
-SESSION_CODES = ("session_not_found", "session_expired", "invalid_argument", "unhealthy", "draining", "internal_error")
+SESSION_CODES = (
+    "session_not_found",
+    "session_expired",
+    "invalid_argument",
+    "overloaded",
+    "unhealthy",
+    "draining",
+    "internal_error",
+)
 """What every call on a session can answer."""
 BODY_CODES = ("malformed_body", "body_too_large", "unsupported_media_type")
 """What every call with a body can answer."""
-STORE_CODES = ("overloaded", "disk_full")
-"""What every call that writes can answer."""
+WRITE_CODES = ("disk_full",)
+"""What every call that writes can answer, besides."""
 
 SESSION_ID = {
     "name": "session_id",
@@ -140,8 +148,17 @@ def build(app: FastAPI, calls: Iterable[HotCall]) -> dict[str, Any]:
     _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=REF)
     components = result.setdefault("components", {}).setdefault("schemas", {})
     components.update(definitions["$defs"])
-    # FastAPI adds these wherever a call has parameters; ours answer problem+json instead.
-    for name in ("HTTPValidationError", "ValidationError"):
-        components.pop(name, None)
+    _drop_default_errors(result)
     result["paths"] = dict(sorted(result["paths"].items()))
     return result
+
+
+def _drop_default_errors(result: dict[str, Any]) -> None:
+    """FastAPI adds its own 422 to whatever has a parameter; our calls answer problem+json, or never 422."""
+    for item in result["paths"].values():
+        for operation in item.values():
+            invalid = operation["responses"].get("422", {}).get("content", {})
+            if "HTTPValidationError" in str(invalid.get("application/json")):
+                del operation["responses"]["422"]
+    for name in ("HTTPValidationError", "ValidationError"):
+        result["components"]["schemas"].pop(name, None)

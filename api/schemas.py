@@ -338,8 +338,8 @@ class Info(Body):
     dtype_reason: str
     kernel: str
     models: list[str]
-    limits: dict[str, float]
-    totals: dict[str, float]
+    limits: dict[str, int | float]
+    totals: dict[str, int | float]
 
 
 class Health(Body):

@@ -64,7 +64,8 @@ class Committer:
                 durable.append((ticket, outcome))
                 answers.append(LATER)
         if durable and not self._device.batcher.post(lambda: self._show(durable)):
-            error = Unhealthy("written, but the device thread has stopped")
+            reason = self._device.batcher.unhealthy_reason or "the device thread has stopped"
+            error = Unhealthy(f"written, but not visible: {reason}")
             self.batcher.finish((ticket, error) for ticket, _ in durable)
         return answers
 

@@ -72,7 +72,7 @@ class Reader:
         index = _stack([selection.index for selection in selections], -1)  # [R, K]
         logits = _stack([selection.logits for selection in selections], -torch.inf)
         index = index.masked_fill(logits == -torch.inf, -1)
-        weights = logits.softmax(dim=-1).nan_to_num(0.0)
+        weights = logits.softmax(dim=-1).masked_fill(index < 0, 0.0)  # a row without any: 0 / 0
         tokens = any(read.request.tokens for read in reads)
         attended = self._attend(reads, model, folded, index, weights, tokens=tokens)
         output = model.project(attended.z, folded, (index >= 0).any(dim=-1))
@@ -85,17 +85,21 @@ class Reader:
         if first == last:
             none = torch.empty(len(summary), 0, device=summary.device)
             return Selection(none.to(torch.int64), none)
-        logits = self.kernel.score(memory.keys[first:last], summary)  # [Q, m]
-        partial, keys, hidden = partial_keys(memory, visibility, first, last)
+        keys = memory.keys[first:last]
+        partial, partial_means, hidden = partial_keys(memory, visibility, first, last)
         if len(partial):
-            logits[:, partial - first] = self.kernel.score(keys, summary)
+            keys = keys.clone()
+            keys[partial - first] = partial_means
+        logits = self.kernel.score(keys, summary)  # [Q, m]
+        is_finite = logits.isfinite().all(dim=-1, keepdim=True)
         if len(hidden):
             logits[:, hidden - first] = -torch.inf
         allowed = visibility.allowed(first, last, len(summary))
         if allowed is not None:
             logits.masked_fill_(~torch.tensor(allowed, device=logits.device), -torch.inf)
         best, index = self.kernel.select(logits, min(read.top_k, last - first))
-        return Selection(index + first, best)
+        # An overflow anywhere among the logits makes the row's weights, and so its output, NaN: `_split` tells.
+        return Selection(index + first, best.masked_fill(~is_finite, torch.nan))
 
     def _attend(
         self,

@@ -89,6 +89,7 @@ class Residency:
     def append(self, session: Session, new: NewTokens) -> None:
         """Make durable tokens visible. A cold session only learns its new length."""
         session.length = new.start + len(new.tokens)
+        session.stored_bytes += new.tokens.nbytes
         if session.state == "loading":
             session.pending.append(new)
         elif session.state == "resident":

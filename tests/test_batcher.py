@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
 import pytest
+
 from htm_service.batcher import LATER, Batcher, Outcome, Ticket
 from htm_service.errors import DeadlineExceeded, Draining, Overloaded, Unhealthy
 
@@ -86,7 +87,7 @@ async def test_a_failing_item_gets_its_own_error_and_the_next_batch_works(start:
     futures = [batcher.submit(item) for item in (1, -2, 3)]
     gate.is_open.set()
     results = await asyncio.gather(first, *futures, return_exceptions=True)
-    assert results[:2] == [0, 2] and results[3] == 6
+    assert (results[0], results[1], results[3]) == (0, 2, 6)
     assert isinstance(results[2], ValueError) and "[-2]" in str(results[2])
     assert await batcher.submit(21) == 42
 
@@ -96,7 +97,7 @@ async def test_more_than_the_queue_holds_is_refused(start: Start) -> None:
     batcher = start(gate, max_waiting=2)
     first = await shut(gate, batcher)
     futures = [batcher.submit(1), batcher.submit(2)]
-    with pytest.raises(Overloaded, match="2 requests wait .* limit is 2"):
+    with pytest.raises(Overloaded, match=r"2 requests wait .* limit is 2"):
         batcher.submit(3)
     gate.is_open.set()
     assert await asyncio.gather(first, *futures) == [0, 2, 4]
@@ -119,15 +120,16 @@ async def test_cancelled_and_late_items_are_skipped(start: Start) -> None:
 
 async def test_later_is_answered_by_finish(start: Start) -> None:
     parked: list[IntTicket] = []
+    has_run = threading.Event()
 
     def park(tickets: Sequence[IntTicket]) -> Sequence[Outcome[int]]:
         parked.extend(tickets)
+        has_run.set()
         return [LATER] * len(tickets)
 
     batcher = start(park)
     future = batcher.submit(5)
-    while not parked:
-        await asyncio.sleep(0.001)
+    await asyncio.to_thread(has_run.wait, 5)
     assert not future.done()
     batcher.finish([(parked[0], 55)])
     assert await future == 55

@@ -28,7 +28,7 @@ def router() -> APIRouter:
         methods=["GET"],
         operation_id="list_chunks",
         response_model=ChunkPage,
-        responses=problems((*SESSION_CODES, "overloaded")),
+        responses=problems((*SESSION_CODES, "out_of_memory")),
     )
     routes.add_api_route(
         "/chunks/{index}",
@@ -36,7 +36,7 @@ def router() -> APIRouter:
         methods=["GET"],
         operation_id="inspect_chunk",
         response_model=ChunkDetail,
-        responses=problems((*SESSION_CODES, "chunk_not_found", "overloaded")),
+        responses=problems((*SESSION_CODES, "chunk_not_found", "out_of_memory")),
     )
     routes.add_api_route(
         "/recalls",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from api import schemas
-from api.openapi import BODY_CODES, IDEMPOTENCY_KEY, SESSION_CODES, STORE_CODES, HotCall
+from api.openapi import BODY_CODES, IDEMPOTENCY_KEY, SESSION_CODES, WRITE_CODES, HotCall
 
 _ATTEND_BODY = {"queries": [[0.6, 0.8]], "top_k": 8, "return": ["output", "chunks", "payloads"]}
 _APPEND_BODY = {"embeddings": [[1.0, 0.0]], "payloads": [{"text": "the key is under the mat"}]}
@@ -26,15 +26,8 @@ _READ = {
     "payloads": [{"text": "the key is under the mat"}],
 }
 
-_ATTEND_CODES = (*BODY_CODES, *SESSION_CODES, "model_not_found", "overloaded", "deadline_exceeded", "out_of_memory")
-_APPEND_CODES = (
-    *BODY_CODES,
-    *SESSION_CODES,
-    *STORE_CODES,
-    "length_conflict",
-    "idempotency_mismatch",
-    "out_of_memory",
-)
+_ATTEND_CODES = (*BODY_CODES, *SESSION_CODES, "model_not_found", "deadline_exceeded", "out_of_memory")
+_APPEND_CODES = (*BODY_CODES, *SESSION_CODES, *WRITE_CODES, "length_conflict", "idempotency_mismatch")
 
 
 def calls() -> list[HotCall]:
@@ -67,7 +60,7 @@ def calls() -> list[HotCall]:
                 _query("stop", "End of the positions; the length if left out.", "integer"),
                 _query("include", "`embeddings`, `payloads`, or both with a comma; both if left out.", "string"),
             ),
-            codes=(*SESSION_CODES, "overloaded", "out_of_memory"),
+            codes=SESSION_CODES,
         ),
         HotCall(
             path=f"{session}/attend",

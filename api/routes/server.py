@@ -14,8 +14,9 @@ from htm_service.errors import Draining, ModelNotFound, Unhealthy
 def router() -> APIRouter:
     """The routes of this module."""
     routes = APIRouter(tags=["server"], route_class=JsonRoute)
-    failures = ("unhealthy", "draining", "internal_error")
-    routes.add_api_route("/v1/info", info, methods=["GET"], operation_id="info", responses=problems(failures))
+    routes.add_api_route(
+        "/v1/info", info, methods=["GET"], operation_id="info", responses=problems(("unhealthy", "internal_error"))
+    )
     routes.add_api_route(
         "/v1/models",
         models,

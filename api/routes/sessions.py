@@ -9,16 +9,17 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.errors import shorten
-from api.openapi import BODY_CODES, SESSION_CODES, STORE_CODES, problems
+from api.openapi import BODY_CODES, SESSION_CODES, WRITE_CODES, problems
 from api.routes.door import JsonRoute, engine_of
 from api.schemas import Session, SessionChange, SessionPage, SessionSettings
 from htm_service.errors import InvalidArgument
 
 _CREATE_CODES = (
     *BODY_CODES,
-    *STORE_CODES,
+    *WRITE_CODES,
     "model_not_found",
     "invalid_argument",
+    "overloaded",
     "unhealthy",
     "draining",
     "internal_error",
@@ -45,7 +46,7 @@ def router() -> APIRouter:
         list_sessions,
         methods=["GET"],
         operation_id="list_sessions",
-        responses=problems(("invalid_argument", "unhealthy", "draining", "internal_error")),
+        responses=problems(("invalid_argument", "unhealthy", "internal_error")),
     )
     routes.add_api_route(
         "/{session_id}",
@@ -55,7 +56,7 @@ def router() -> APIRouter:
         response_model=Session,
         responses={
             201: {"model": Session, "description": "Created."},
-            **problems((*_CREATE_CODES, "session_conflict", "session_expired")),
+            **problems((*_CREATE_CODES, "session_conflict")),
         },
         response_description="There with the same settings.",
     )
@@ -71,7 +72,7 @@ def router() -> APIRouter:
         change,
         methods=["PATCH"],
         operation_id="update_session",
-        responses=problems((*BODY_CODES, *SESSION_CODES, *STORE_CODES, "model_not_found", "session_conflict")),
+        responses=problems((*BODY_CODES, *SESSION_CODES, *WRITE_CODES, "model_not_found")),
     )
     routes.add_api_route(
         "/{session_id}",
@@ -79,7 +80,7 @@ def router() -> APIRouter:
         methods=["DELETE"],
         operation_id="delete_session",
         status_code=204,
-        responses=problems((*SESSION_CODES, *STORE_CODES)),
+        responses=problems((*SESSION_CODES, *WRITE_CODES)),
     )
     return routes
 

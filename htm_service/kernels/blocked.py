@@ -59,7 +59,7 @@ class BlockedKernel:
                 logits = logits.masked_fill(hidden[row], -torch.inf)
             share = logits.softmax(dim=-1)  # [H, K, C]
             if not is_full[row]:
-                share = share.nan_to_num(0.0)  # chunks without a visible token: 0 / 0
+                share = share.masked_fill(hidden[row], 0.0)  # chunks without a visible token: 0 / 0
             if shares is not None and scores is not None:
                 torch.mean(share, dim=0, out=shares[row])
                 torch.mean(logits, dim=0, out=scores[row])

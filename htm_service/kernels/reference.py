@@ -42,6 +42,6 @@ class ReferenceKernel:
         y = x if batch.positions is None else x + batch.positions
         scores = einsum(heads, y, "r h d, r k c d -> r h k c")
         scores = scores.masked_fill(~visible[:, None], -torch.inf)
-        shares = scores.softmax(dim=-1).nan_to_num(0.0)  # chunks without a visible token: 0 / 0
+        shares = scores.softmax(dim=-1).masked_fill(~visible[:, None], 0.0)  # chunks without a visible token: 0 / 0
         z = einsum(shares * weights[:, None, :, None], y, "r h k c, r k c d -> r h d")
         return z, shares.mean(dim=1), scores.mean(dim=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import struct
 from collections.abc import Callable
 from typing import Any
@@ -42,7 +43,7 @@ def test_golden_bytes() -> None:
     built = wire.build({"o": np.array([[1.5]], np.float32), "i": np.array([-1])}, {"length": 3})
     text = GOLDEN[8:]
     padded = text + b" " * (-len(text) % 8)
-    data = bytes.fromhex("ffffffffffffffff" "0000c03f")
+    data = bytes.fromhex("ffffffffffffffff0000c03f")
     assert built == struct.pack("<Q", len(padded)) + padded + data
 
 
@@ -121,7 +122,5 @@ def test_damage_never_raises_anything_else(prefix: bytes, at: int, byte: int) ->
     good = bytearray(wire.build({"x": np.ones((2, 2), np.float32)}, {"top_k": 3}))
     good[at % len(good)] = byte
     for data in (prefix, bytes(good), bytes(good[:at])):
-        try:
+        with contextlib.suppress(HTMError):
             wire.parse(data, LIMIT)
-        except HTMError:
-            pass

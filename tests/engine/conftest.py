@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
 from storage.base import Store

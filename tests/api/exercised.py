@@ -1,0 +1,93 @@
+"""One good request per operation, and the ways to make it fail: what the tests of statuses walk."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from api import errors
+from htm_service.errors import HTMError
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A good request, on a server with the session `s` of conftest.fill, and the status it gets."""
+
+    method: str
+    path: str
+    status: int = 200
+    json: Any = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+
+    async def send(self, client: httpx.AsyncClient, **changes: Any) -> httpx.Response:
+        """Send it, with httpx arguments changed."""
+        arguments: dict[str, Any] = {"headers": dict(self.headers)}
+        if self.json is not None and "content" not in changes:
+            arguments["json"] = self.json
+        headers = {**arguments["headers"], **changes.pop("headers", {})}
+        return await client.request(
+            self.method, changes.pop("path", self.path), **{**arguments, **changes, "headers": headers}
+        )
+
+
+ATTEND = {"queries": [[1, 0, 0]], "return": ["output", "chunks", "payloads"]}
+APPEND = {"embeddings": [[1, 0, 0]], "payloads": [{"text": "hello"}]}
+
+CALLS: Mapping[str, Call] = {
+    "livez": Call("GET", "/livez"),
+    "readyz": Call("GET", "/readyz"),
+    "info": Call("GET", "/v1/info"),
+    "list_models": Call("GET", "/v1/models"),
+    "inspect_model": Call("GET", "/v1/models/retrieval"),
+    "create_session": Call("POST", "/v1/sessions", 201, {"dim": 3}),
+    "list_sessions": Call("GET", "/v1/sessions?limit=10"),
+    "put_session": Call("PUT", "/v1/sessions/s", 200, {"dim": 3, "chunk_size": 2}),
+    "inspect_session": Call("GET", "/v1/sessions/s"),
+    "update_session": Call("PATCH", "/v1/sessions/s", 200, {"labels": {"agent": "7"}}),
+    "delete_session": Call("DELETE", "/v1/sessions/s", 204),
+    "append": Call("POST", "/v1/sessions/s/memories", 200, APPEND),
+    "read_memories": Call("GET", "/v1/sessions/s/memories"),
+    "attend": Call("POST", "/v1/sessions/s/attend", 200, ATTEND),
+    "step": Call("POST", "/v1/sessions/s/step", 200, {"attend": ATTEND, "append": APPEND}),
+    "list_chunks": Call("GET", "/v1/sessions/s/chunks?include=keys"),
+    "inspect_chunk": Call("GET", "/v1/sessions/s/chunks/1?include=embeddings,key"),
+    "list_recalls": Call("GET", "/v1/sessions/s/recalls"),
+}
+"""By operationId. `delete_session` comes last where all are sent to one server."""
+
+WITH_BODY = [name for name, call in CALLS.items() if call.json is not None]
+ON_SESSION = [name for name, call in CALLS.items() if "/v1/sessions/s" in call.path]
+
+
+class FailingEngine:
+    """An engine of which every call raises `error`."""
+
+    def __init__(self, error: Exception) -> None:
+        self.error = error
+        self.is_draining = getattr(error, "code", "") == "draining"
+
+    def __getattr__(self, name: str) -> Any:
+        async def call(*_: object, **__: object) -> None:
+            raise self.error
+
+        return call
+
+    def models(self) -> None:
+        raise self.error
+
+    def unhealthy_reason(self) -> str | None:
+        return "the device thread has died" if getattr(self.error, "code", "") == "unhealthy" else None
+
+
+def domain_error(code: str) -> Exception:
+    """The exception of the domain that has this code; a plain one for internal_error."""
+    if code == "internal_error":
+        return RuntimeError("a secret of the server's")
+    kinds = [HTMError]
+    for kind in kinds:
+        kinds.extend(kind.__subclasses__())
+    kind = next(kind for kind in kinds if vars(kind).get("code") == code)
+    return kind(errors.PROBLEMS[code].example)

@@ -1,0 +1,156 @@
+"""The command line: the line when ready, exit codes, one sentence for what a user can cause."""
+
+from __future__ import annotations
+
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+import safetensors.numpy
+from click.testing import Result
+from typer.testing import CliRunner
+
+from api.cli import build
+from api.settings import Settings, flag_name
+from htm_service.version import __version__
+
+Start = Callable[..., "subprocess.Popen[str]"]
+
+
+def run(*arguments: str) -> Result:
+    """In this process, because starting one takes seconds."""
+    return CliRunner(env={"COLUMNS": "200", "TERMINAL_WIDTH": "200"}).invoke(build(), arguments)
+
+
+@pytest.fixture
+def start() -> Iterator[Start]:
+    """Starts servers, and ends those that are left."""
+    running: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: str) -> subprocess.Popen[str]:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "api", "serve", "--device", "cpu", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        running.append(process)
+        return process
+
+    yield begin
+    for process in running:
+        if process.poll() is None:
+            process.kill()
+        process.communicate()
+
+
+def ready(process: subprocess.Popen[str]) -> str:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    match = re.fullmatch(r"htm-service is ready at (http://127\.0\.0\.1:\d+)\n", line)
+    assert match, (line, process.poll())
+    return match[1]
+
+
+def test_a_life_in_one_directory(start: Start, tmp_path: Path) -> None:
+    """Serve, remember, stop on SIGTERM with 0, serve again with everything there, stop on SIGINT with 0."""
+    data = str(tmp_path / "data")
+    first = start("--data", data, "--port", "0")
+    address = ready(first)
+    httpx.put(f"{address}/v1/sessions/s", json={"dim": 3}).raise_for_status()
+    httpx.post(f"{address}/v1/sessions/s/memories", json={"embeddings": [1, 2, 3]}).raise_for_status()
+    second = start("--data", data, "--port", "0")
+    out, err = second.communicate(timeout=60)
+    assert (second.returncode, out) == (1, "")
+    assert err.splitlines()[-1].startswith("htm-service: ")
+    assert "Traceback" not in err
+    taken = run("serve", "--port", address.rsplit(":", 1)[1], "--store-url", "memory://")
+    assert taken.exit_code == 1
+    assert re.search(r"htm-service: cannot listen on 127\.0\.0\.1 port \d+: .*in use", taken.stderr)
+
+    first.send_signal(signal.SIGTERM)
+    out, err = first.communicate(timeout=30)
+    assert (first.returncode, out) == (0, ""), err
+    assert "Traceback" not in err
+    checked = run("verify", data)
+    assert (checked.exit_code, checked.stdout) == (0, "1 sessions, 1 tokens, 0 problems\n"), checked.stderr
+    again = start("--data", data, "--port", "0")
+    assert httpx.get(f"{ready(again)}/v1/sessions/s").json()["length"] == 1
+    again.send_signal(signal.SIGINT)
+    again.communicate(timeout=30)
+    assert again.returncode == 0
+
+
+def test_a_socket_does_not_answer_before_the_server_is_ready() -> None:
+    from api.serving import address_of, listen_socket
+
+    with listen_socket("127.0.0.1", 0) as listener:
+        assert address_of(listener).startswith("http://127.0.0.1:")
+        with pytest.raises(ConnectionRefusedError), socket.socket() as client:
+            client.connect(listener.getsockname())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["serve", "--host", "0.0.0.0"], "refusing to listen on 0.0.0.0 without authentication"),
+        (["serve", "--port", "x"], "port: Input should be a valid integer"),
+        (["serve", "--store-url", "ftp://x", "--port", "0"], "store URL"),
+        (["serve", "--store-url", "memory://", "--port", "0", "--models-dir", "/nonexistent"], "/nonexistent"),
+        (["verify", "/nonexistent"], "/nonexistent does not exist"),
+        (["models", "convert", "/nonexistent", "x", "--from", "haiku", "--heads", "1"], "is not a file"),
+    ],
+)
+def test_failures_are_one_sentence(arguments: list[str], sentence: str) -> None:
+    done = run(*arguments)
+    assert done.exit_code == 1
+    assert done.stdout == ""
+    assert done.stderr.splitlines()[-1].startswith("htm-service: ")
+    assert sentence in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_misspelt_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTM_PROT", "1")
+    done = run("serve")
+    assert done.exit_code == 1
+    assert "unknown environment variable HTM_PROT" in done.stderr
+
+
+def test_version_and_flags() -> None:
+    assert run("--version").stdout == f"htm-service {__version__}\n"
+    text = run("serve", "--help").stdout
+    for name, field in Settings.model_fields.items():
+        assert flag_name(name, field) in text
+
+
+def test_models(tmp_path: Path) -> None:
+    dim, heads, dim_head = 7, 2, 3
+    rng = np.random.default_rng(0)
+    sizes = {
+        "to_summary_queries.weight": (dim, dim),
+        "to_summary_queries.bias": (dim,),
+        "to_summary_keys.weight": (dim, dim),
+        "to_summary_keys.bias": (dim,),
+        "attn.to_q.weight": (heads * dim_head, dim),
+        "attn.to_kv.weight": (2 * heads * dim_head, dim),
+        "attn.to_out.weight": (dim, heads * dim_head),
+        "attn.to_out.bias": (dim,),
+    }
+    tensors = {name: rng.standard_normal(size).astype(np.float32) for name, size in sizes.items()}
+    safetensors.numpy.save_file(tensors, tmp_path / "in.safetensors")
+    out = tmp_path / "navigator.safetensors"
+    arguments = ["--from", "htm-pytorch", "--heads", "2", "--dim-head", "3", "--no-position-encoding"]
+    done = run("models", "convert", str(tmp_path / "in.safetensors"), str(out), *arguments)
+    assert done.exit_code == 0, done.stderr
+    assert "model navigator, width 7, 2 heads" in done.stdout
+    (tmp_path / "in.safetensors").unlink()
+    listed = run("models", "list", "--models-dir", str(tmp_path))
+    assert [line.split()[0] for line in listed.stdout.splitlines()] == ["navigator", "retrieval"], listed.stderr

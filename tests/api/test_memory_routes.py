@@ -1,0 +1,270 @@
+"""The hot calls over HTTP: the same answers in every format, and bad input that changes nothing."""
+
+from __future__ import annotations
+
+import base64
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import numpy as np
+import orjson
+import pytest
+
+from api import codec
+from api import safetensors as wire
+from tests.api.conftest import Serve
+from tests.api.test_errors import check_problem
+
+ATTEND, MEMORIES, STEP = (f"/v1/sessions/s/{name}" for name in ("attend", "memories", "step"))
+BINARY = {"content-type": wire.MEDIA_TYPE}
+JSON = {"content-type": "application/json"}
+
+
+def unpack(body: bytes) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]]:
+    """An answer's tensors and params, by the library's reader."""
+    import safetensors.numpy
+
+    size = int.from_bytes(body[:8], "little")
+    params = orjson.loads(orjson.loads(body[8 : 8 + size])["__metadata__"]["params"])
+    return safetensors.numpy.load(body), params
+
+
+async def test_attend_answers_the_same_in_every_format(client: httpx.AsyncClient) -> None:
+    queries = np.array([[1, 0, 0], [0, 0.6, 0.8]], np.float32)
+    asked = {"top_k": 2, "return": ["output", "chunks", "tokens"]}
+    lists = (await client.post(ATTEND, json={"queries": queries.tolist(), **asked})).json()
+    assert lists.keys() == {"output", "chunks", "recalled", "length"}
+    assert lists["length"] == 5
+    assert [len(row) for row in lists["chunks"]["index"]] == [2, 2]
+    for row in lists["recalled"]:
+        assert sum(item["weight"] for item in row) == pytest.approx(1, abs=1e-5)
+        assert row[0].keys() == {"position", "weight", "score", "chunk"}
+
+    b64 = (await client.post(f"{ATTEND}?encoding=b64", json={"queries": codec.to_base64(queries), **asked})).json()
+    np.testing.assert_array_equal(codec.floats("o", b64["output"]), np.float32(lists["output"]))
+    index = np.frombuffer(base64.b64decode(b64["chunks"]["index"]["b64"]), "<i8").reshape(2, 2)
+    assert index.tolist() == lists["chunks"]["index"]
+
+    body = wire.build({"queries": queries}, asked)
+    answer = await client.post(ATTEND, content=body, headers=BINARY)
+    assert answer.headers["content-type"] == wire.MEDIA_TYPE
+    tensors, params = unpack(answer.content)
+    np.testing.assert_array_equal(tensors["output"], np.float32(lists["output"]))
+    assert tensors["chunks.index"].dtype == np.int64
+    np.testing.assert_array_equal(tensors["chunks.index"], lists["chunks"]["index"])
+    np.testing.assert_allclose(tensors["chunks.weight"], lists["chunks"]["weight"])
+    assert params == {"length": 5, "recalled": lists["recalled"]}
+
+    mixed = await client.post(ATTEND, content=body, headers={**BINARY, "accept": "application/json"})
+    assert mixed.json() == lists
+
+
+async def test_only_what_return_asks_for(client: httpx.AsyncClient) -> None:
+    usual = (await client.post(ATTEND, json={"queries": [1, 0, 0]})).json()
+    assert usual.keys() == {"output", "length"}
+    nothing = (await client.post(ATTEND, json={"queries": [1, 0, 0], "return": []})).json()
+    assert nothing == {"length": 5}
+    chunks = (await client.post(ATTEND, json={"queries": [1, 0, 0], "return": ["chunks"]})).json()
+    assert chunks.keys() == {"chunks", "length"}
+    full = (await client.post(ATTEND, json={"queries": [1, 0, 0], "return": ["payloads"], "max_recalled": 5})).json()
+    assert full.keys() == {"recalled", "length"}
+    found = {item["position"]: item["payload"] for item in full["recalled"][0]}
+    assert found == {0: {"n": 0}, 1: {"n": 1}, 2: {"n": 2}, 3: {"n": 3}, 4: None}
+
+
+async def test_fields_reach_the_engine(client: httpx.AsyncClient) -> None:
+    masked = {"queries": [1, 0, 0], "return": ["tokens"], "mask": [False, True, True, True, True]}
+    assert 0 not in await positions(client, masked)
+    assert await positions(client, {**masked, "mask": None, "start": 2, "stop": 4}) == {2, 3}
+    assert await positions(client, {**masked, "mask": None, "chunk_mask": [[False, False, True]]}) == {4}
+    mask = {"b64": base64.b64encode(b"\x00\x01\x00\x00\x00").decode(), "shape": [5], "dtype": "bool"}
+    assert await positions(client, {**masked, "mask": mask}) == {1}
+    body = wire.build({"queries": np.ones(3, np.float32), "mask": np.eye(5, dtype=bool)[3]}, {"return": ["tokens"]})
+    answer = await client.post(ATTEND, content=body, headers=BINARY)
+    assert {item["position"] for item in unpack(answer.content)[1]["recalled"][0]} == {3}
+
+
+async def positions(client: httpx.AsyncClient, body: dict[str, Any]) -> set[int]:
+    answer = await client.post(ATTEND, json=body)
+    assert answer.status_code == 200, answer.text
+    return {item["position"] for item in answer.json()["recalled"][0]}
+
+
+async def test_appending_and_reading_back_in_every_format(client: httpx.AsyncClient) -> None:
+    rows = np.array([[0.1, 0.2, 0.3], [4, 5, 6]], np.float32)
+    payloads = [{"text": 'a "quoted" <b>ü</b>', "n": 1.5}, None]
+    body = wire.build({"embeddings": rows}, {"payloads": payloads, "if_length": 5, "episode": 2})
+    tensors, params = unpack((await client.post(MEMORIES, content=body, headers=BINARY)).content)
+    assert (tensors, params) == ({}, {"start": 5, "length": 7, "num_chunks": 4})
+    added = await client.post(MEMORIES, json={"embeddings": codec.to_base64(rows), "payloads": payloads})
+    assert added.json() == {"start": 7, "length": 9, "num_chunks": 5}
+
+    found = (await client.get(f"{MEMORIES}?start=5")).json()
+    assert found.keys() == {"start", "stop", "length", "embeddings", "payloads"}
+    assert (found["start"], found["stop"], found["length"]) == (5, 9, 9)
+    np.testing.assert_array_equal(np.float32(found["embeddings"]), np.concatenate([rows, rows]))
+    assert found["payloads"] == payloads * 2
+    assert "embeddings" not in (await client.get(f"{MEMORIES}?include=payloads")).json()
+    binary = await client.get(f"{MEMORIES}?start=5&stop=7&include=embeddings", headers={"accept": wire.MEDIA_TYPE})
+    tensors, params = unpack(binary.content)
+    np.testing.assert_array_equal(tensors["embeddings"], rows)
+    assert params == {"start": 5, "stop": 7, "length": 9}
+
+
+async def test_step_attends_before_it_appends(client: httpx.AsyncClient) -> None:
+    attend, append = {"top_k": 3, "return": ["output", "chunks"]}, {"payloads": [{"n": 5}]}
+    expected = (await client.post(ATTEND, json={"queries": [1, 0, 0], **attend})).json()
+    body = {"attend": {"queries": [1, 0, 0], **attend}, "append": {"embeddings": [1, 0, 0], **append}}
+    answer = await client.post(STEP, json=body)
+    assert answer.json() == {"attend": expected, "append": {"start": 5, "length": 6, "num_chunks": 3}}
+    one = np.array([[1, 0, 0]], np.float32)
+    binary = wire.build({"queries": one, "embeddings": one}, {"attend": {**attend, "stop": 5}, "append": append})
+    tensors, params = unpack((await client.post(STEP, content=binary, headers=BINARY)).content)
+    assert tensors.keys() == {"attend.output", "attend.chunks.index", "attend.chunks.weight"}
+    np.testing.assert_array_equal(tensors["attend.output"], np.float32(expected["output"]))
+    assert params == {"attend": {"length": 6}, "append": {"start": 6, "length": 7, "num_chunks": 4}}
+
+
+async def test_headers_say_where_time_went(client: httpx.AsyncClient) -> None:
+    answer = await client.post(ATTEND, json={"queries": [1, 0, 0]}, headers={"X-Request-Id": "step-1"})
+    parts = dict(part.split(";dur=") for part in answer.headers["server-timing"].split(", "))
+    assert parts.keys() == {"queue", "compute", "store"}
+    assert float(parts["compute"]) > 0
+    assert answer.headers["x-batch-size"] == "1"
+    recalls = (await client.get("/v1/sessions/s/recalls?limit=1")).json()["recalls"]
+    assert [recall["request_id"] for recall in recalls] == ["step-1"]
+
+
+async def test_large_bodies_go_through_a_thread(serve: Serve) -> None:
+    rows = np.random.default_rng(0).standard_normal((2_000, 67)).astype(np.float32)
+    async with serve() as client:
+        await client.put("/v1/sessions/s", json={"dim": 67})
+        added = await client.post(MEMORIES, json={"embeddings": rows.tolist()})
+        assert added.json()["length"] == 2_000
+        await client.post(MEMORIES, content=wire.build({"embeddings": rows}, {}), headers=BINARY)
+        found = (await client.get(MEMORIES)).json()["embeddings"]
+        np.testing.assert_array_equal(np.float32(found), np.concatenate([rows, rows]))
+
+
+NAN = np.array([[1, np.nan, 0]], np.float32)
+BAD: dict[str, tuple[str, Any, int]] = {
+    "wrong width": (MEMORIES, {"embeddings": [[1, 2]]}, 422),
+    "no tokens": (MEMORIES, {"embeddings": []}, 422),
+    "empty tokens": (MEMORIES, {"embeddings": [[], []]}, 422),
+    "no embeddings": (MEMORIES, {}, 422),
+    "null": (MEMORIES, {"embeddings": None}, 422),
+    "nan in base64": (MEMORIES, {"embeddings": codec.to_base64(NAN)}, 422),
+    "nan in binary": (MEMORIES, wire.build({"embeddings": NAN}, {}), 422),
+    "nan in json": (MEMORIES, b'{"embeddings": [NaN, 1, 2]}', 400),
+    "huge shape": (MEMORIES, {"embeddings": {"b64": "AAAA", "shape": [2**40, 3], "dtype": "float32"}}, 422),
+    "bad base64": (MEMORIES, {"embeddings": {"b64": "?" * 16, "shape": [1, 3], "dtype": "float32"}}, 400),
+    "unknown field": (MEMORIES, {"embeddings": [1, 2, 3], "embedding": 1}, 422),
+    "a list": (MEMORIES, [1, 2, 3], 422),
+    "truncated": (MEMORIES, wire.build({"embeddings": np.ones((1, 3), np.float32)}, {})[:-1], 400),
+    "unknown tensor": (MEMORIES, wire.build({"queries": np.ones((1, 3), np.float32)}, {}), 422),
+    "one tensor too many": (
+        MEMORIES,
+        wire.build({"embeddings": np.ones((1, 3), np.float32), "mask": np.ones(5, bool)}, {}),
+        422,
+    ),
+    "tensor in params": (MEMORIES, wire.build({}, {"embeddings": [1, 2, 3]}), 422),
+    "too few payloads": (MEMORIES, {"embeddings": [[1, 2, 3], [4, 5, 6]], "payloads": [{}]}, 422),
+    "payload text": (MEMORIES, {"embeddings": [1, 2, 3], "payloads": ["text"]}, 422),
+    "payloads object": (MEMORIES, {"embeddings": [1, 2, 3], "payloads": {}}, 422),
+    "length of text": (MEMORIES, {"embeddings": [1, 2, 3], "if_length": "5"}, 422),
+    "length true": (MEMORIES, {"embeddings": [1, 2, 3], "if_length": True}, 422),
+    "durability": (MEMORIES, {"embeddings": [1, 2, 3], "durability": "memory"}, 422),
+    "queries missing": (ATTEND, {"top_k": 3}, 422),
+    "top_k 0": (ATTEND, {"queries": [1, 0, 0], "top_k": 0}, 422),
+    "top_k huge": (ATTEND, {"queries": [1, 0, 0], "top_k": 2**62}, 422),
+    "top_k fraction": (ATTEND, {"queries": [1, 0, 0], "top_k": 1.5}, 422),
+    "stop beyond": (ATTEND, {"queries": [1, 0, 0], "stop": 6}, 422),
+    "start negative": (ATTEND, {"queries": [1, 0, 0], "start": -1}, 422),
+    "mask of numbers": (ATTEND, {"queries": [1, 0, 0], "mask": [1, 1, 1, 1, 1]}, 422),
+    "mask too short": (ATTEND, {"queries": [1, 0, 0], "mask": [True]}, 422),
+    "return": (ATTEND, {"queries": [1, 0, 0], "return": ["outputs"]}, 422),
+    "return of lists": (ATTEND, {"queries": [1, 0, 0], "return": [["output"]]}, 422),
+    "rank_by": (ATTEND, {"queries": [1, 0, 0], "rank_by": "luck"}, 422),
+    "timeout": (ATTEND, {"queries": [1, 0, 0], "timeout_ms": -1}, 422),
+    "timeout 0": (ATTEND, {"queries": [1, 0, 0], "timeout_ms": 0}, 422),
+    "model": (ATTEND, {"queries": [1, 0, 0], "model": 7}, 422),
+    "episodes": (ATTEND, {"queries": [1, 0, 0], "episodes": "all"}, 422),
+    "step without append": (STEP, {"attend": {"queries": [1, 0, 0]}}, 422),
+    "step attend": (STEP, {"attend": 3, "append": {"embeddings": [1, 2, 3]}}, 422),
+    "step unknown": (STEP, {"attend": {"queries": [1, 0, 0], "x": 1}, "append": {"embeddings": [1, 2, 3]}}, 422),
+    "step bad append": (STEP, {"attend": {"queries": [1, 0, 0]}, "append": {"embeddings": [1, 2]}}, 422),
+    "step bad attend": (STEP, {"attend": {"queries": [1]}, "append": {"embeddings": [1, 2, 3]}}, 422),
+    "deep": (MEMORIES, b"[" * 100_000, 400),
+    "empty": (MEMORIES, b"", 400),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+async def test_bad_input_changes_nothing(client: httpx.AsyncClient, case: str) -> None:
+    path, body, status = BAD[case]
+    content = body if isinstance(body, bytes) else orjson.dumps(body)
+    binary = isinstance(body, bytes) and body[8:9] == b"{"
+    answer = await client.post(path, content=content, headers=BINARY if binary else JSON)
+    check_problem(answer, status, "malformed_body" if status == 400 else "invalid_argument")
+    assert (await client.get("/v1/sessions/s")).json()["length"] == 5
+
+
+@pytest.mark.parametrize(
+    "query", ["start=-1", "stop=6", "start=4&stop=3", "start=x", "start=1.5", f"stop={10**30}", "include=all"]
+)
+async def test_bad_ranges(client: httpx.AsyncClient, query: str) -> None:
+    check_problem(await client.get(f"{MEMORIES}?{query}"), 422, "invalid_argument")
+
+
+@pytest.mark.parametrize("key", ["", "x" * 256, "tab\t"])
+async def test_bad_idempotency_keys(client: httpx.AsyncClient, key: str) -> None:
+    headers = {"Idempotency-Key": key}
+    answer = await client.post(MEMORIES, json={"embeddings": [1, 2, 3]}, headers=headers)
+    check_problem(answer, 422, "invalid_argument")
+
+
+async def test_bad_formats(client: httpx.AsyncClient) -> None:
+    answer = await client.post(f"{ATTEND}?encoding=xml", json={"queries": [1, 0, 0]})
+    check_problem(answer, 422, "invalid_argument")
+    answer = await client.post(ATTEND, content=b"{}", headers={**JSON, "content-encoding": "gzip"})
+    check_problem(answer, 415, "unsupported_media_type")
+    check_problem(await client.post(ATTEND, content=b"{}"), 415, "unsupported_media_type")
+
+
+async def test_an_answer_beyond_the_limit_is_refused(serve: Serve) -> None:
+    async with serve(max_body_bytes=1024) as client:
+        await client.put("/v1/sessions/s", json={"dim": 67})
+        for _ in range(2):
+            await client.post(MEMORIES, content=wire.build({"embeddings": np.ones((3, 67), "f4")}, {}), headers=BINARY)
+        problem = check_problem(await client.get(MEMORIES), 422, "invalid_argument")
+        assert "at most 3 tokens at once" in problem["detail"]
+        assert (await client.get(f"{MEMORIES}?stop=3")).status_code == 200
+
+
+@pytest.mark.parametrize("declared", [True, False])
+@pytest.mark.parametrize("kind", [JSON, BINARY])
+async def test_a_body_of_100_mb(client: httpx.AsyncClient, declared: bool, kind: dict[str, str]) -> None:
+    num_sent = 0
+
+    async def stream() -> AsyncIterator[bytes]:
+        nonlocal num_sent
+        for _ in range(100):
+            num_sent += 1
+            yield bytes(1_000_000)
+
+    headers = {**kind, "content-length": "100000000"} if declared else kind
+    answer = await client.post(MEMORIES, content=stream(), headers=headers)
+    check_problem(answer, 413, "body_too_large")
+    assert answer.headers["connection"] == "close"
+    assert num_sent == 100  # read to its end, so that a client that writes first can read the answer
+    assert (await client.get("/v1/sessions/s")).json()["length"] == 5
+
+
+async def test_a_client_that_waits_for_100_continue_is_not_asked_to_send(client: httpx.AsyncClient) -> None:
+    async def stream() -> AsyncIterator[bytes]:
+        raise AssertionError("asked for the body")
+        yield b""
+
+    headers = {**JSON, "content-length": "100000000", "expect": "100-continue"}
+    check_problem(await client.post(MEMORIES, content=stream(), headers=headers), 413, "body_too_large")

@@ -1,0 +1,125 @@
+"""Settings: the environment, flags, refusals."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from api.machine import memory_bytes
+from api.settings import Settings, env_name, flag_name, parse_bytes, sentence
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [("4096", 4096), ("4GiB", 4 << 30), ("1.5G", 1_500_000_000), ("10 kb", 10_000), ("2MiB", 2 << 20), ("1t", 10**12)],
+)
+def test_sizes(text: str, number: int) -> None:
+    assert parse_bytes(text) == number
+
+
+@pytest.mark.parametrize("text", ["", "many", "-1", "4 Gigs", "1e9"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="not a number of bytes"):
+        parse_bytes(text)
+
+
+def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path))
+    settings = Settings()
+    assert settings.data == tmp_path / "htm-service"
+    assert settings.url_of_store == f"sqlite:///{tmp_path}/htm-service/htm.sqlite3"
+    assert settings.directory_of_models is None
+    assert settings.memory_budget_bytes == memory_bytes() // 2
+    assert (settings.host, settings.port, settings.insecure) == ("127.0.0.1", 8000, False)
+
+
+def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    for name, value in {
+        "HTM_PORT": "9000",
+        "HTM_DATA": str(tmp_path),
+        "HTM_MEMORY_BUDGET": "3GiB",
+        "HTM_MAX_BODY_BYTES": "1MiB",
+        "HTM_CREATE_ON_APPEND": "1",
+        "HTM_MODELS_DIR": "",  # as compose files write "not set"
+    }.items():
+        monkeypatch.setenv(name, value)
+    settings = Settings()
+    assert settings.port == 9000
+    assert settings.memory_budget_bytes == 3 << 30
+    assert settings.max_body_bytes == 1 << 20
+    assert settings.create_on_append
+    assert settings.directory_of_models == tmp_path / "models"
+    assert Settings(port=1).port == 1  # a flag wins
+
+
+def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A validation alias replaces the prefix, so that MEMORY_BUDGET without HTM_ could slip in."""
+    monkeypatch.setenv("MEMORY_BUDGET", "no number")
+    monkeypatch.setenv("PORT", "no number")
+    Settings()
+    for name, field in Settings.model_fields.items():
+        monkeypatch.setenv(env_name(name, field), "\x01 no such value")
+        if field.annotation is str and name == "host":
+            with pytest.raises(ValidationError, match="refusing to listen"):
+                Settings()
+        elif name not in ("data", "store_url", "models_dir"):
+            with pytest.raises(ValidationError):
+                Settings()
+        monkeypatch.delenv(env_name(name, field))
+
+
+def test_unknown_variables_are_errors(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTM_PROT", "9000")
+    with pytest.raises(ValidationError, match="unknown environment variable HTM_PROT") as caught:
+        Settings()
+    assert sentence(caught.value).startswith("unknown environment variable HTM_PROT; known are HTM_")
+
+
+def test_each_has_a_description_and_a_flag() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
+        assert field.description.endswith("."), name
+        assert flag_name(name, field).startswith("--")
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.1.2.3", "::1", "localhost"])
+def test_loopback_needs_nothing(host: str) -> None:
+    assert Settings(host=host).host == host
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
+def test_other_hosts_need_insecure(host: str) -> None:
+    with pytest.raises(ValidationError, match="without authentication"):
+        Settings(host=host)
+    assert Settings(host=host, insecure=True).host == host
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"port": 70000},
+        {"device": "tpu"},
+        {"dtype": "int8"},
+        {"default_timeout_ms": 0},
+        {"retrieval_summary_scale": float("nan")},
+        {"max_waiting": 0},
+        {"log_level": "loud"},
+        {"prot": 1},
+    ],
+)
+def test_wrong_values(wrong: dict[str, Any]) -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings(**wrong)
+    assert next(iter(wrong)) in sentence(caught.value)
+
+
+def test_memory_of_a_container(tmp_path: Path) -> None:
+    limited, unlimited = tmp_path / "limited", tmp_path / "unlimited"
+    limited.write_text("1048576\n")
+    unlimited.write_text("max\n")
+    assert memory_bytes((limited,)) == 1048576
+    assert memory_bytes((unlimited, tmp_path / "missing")) == memory_bytes(()) > 1048576

@@ -1,0 +1,191 @@
+"""Every documented status and code of every operation is answered by a test; none is answered undocumented."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import TypeAdapter
+
+from api import schemas
+from api.app import create_app
+from api.settings import Settings
+from tests.api.conftest import Serve, fill, talk_to
+from tests.api.exercised import CALLS, ON_SESSION, WITH_BODY, Call, FailingEngine, domain_error
+from tests.api.test_errors import check_problem
+
+INJECTED = {
+    "overloaded",
+    "draining",
+    "unhealthy",
+    "deadline_exceeded",
+    "out_of_memory",
+    "disk_full",
+    "internal_error",
+    "session_expired",
+    "idempotency_mismatch",
+    "chunk_not_found",
+}
+"""Codes that are raised by an engine made for it; the others come from the real one."""
+
+
+@pytest.fixture(scope="module")
+def document() -> dict[str, Any]:
+    return create_app(Settings(store_url="memory://")).openapi()
+
+
+def documented() -> list[tuple[str, int, str]]:
+    """operationId, status, code; the code is empty for success."""
+    found = []
+    for item in create_app(Settings(store_url="memory://")).openapi()["paths"].values():
+        for operation in item.values():
+            for status, response in operation["responses"].items():
+                content = response.get("content", {}).get("application/problem+json")
+                for code in content["examples"] if content else [""]:
+                    found.append((operation["operationId"], int(status), code))
+    return found
+
+
+DOCUMENTED = documented()
+
+
+# Real failures of the real engine: what to send instead of the good request.
+def at(session_id: str, *but: str) -> dict[str, dict[str, Any]]:
+    """The calls on a session, on another one."""
+    place = f"/v1/sessions/{session_id}"
+    return {name: {"path": CALLS[name].path.replace("/v1/sessions/s", place)} for name in ON_SESSION if name not in but}
+
+
+WRONG: dict[str, dict[str, dict[str, Any]]] = {
+    "malformed_body": {
+        name: {"content": b'{"dim":', "headers": {"content-type": "application/json"}} for name in WITH_BODY
+    },
+    "body_too_large": {
+        name: {"content": b" " * 20_000, "headers": {"content-type": "application/json"}} for name in WITH_BODY
+    },
+    "unsupported_media_type": {
+        name: {"content": b"{}", "headers": {"content-type": "text/plain"}} for name in WITH_BODY
+    },
+    "session_not_found": at("nobody", "put_session"),
+    "invalid_argument": {
+        **at("a%20b"),
+        "create_session": {"json": {"dim": 0}},
+        "list_sessions": {"path": "/v1/sessions?limit=0"},
+    },
+    "model_not_found": {
+        "inspect_model": {"path": "/v1/models/nothing"},
+        "create_session": {"json": {"dim": 3, "model": "nothing"}},
+        "put_session": {"json": {"dim": 3, "model": "nothing"}},
+        "update_session": {"json": {"model": "nothing"}},
+        "attend": {"json": {"queries": [1, 0, 0], "model": "nothing"}},
+        "step": {"json": {"attend": {"queries": [1, 0, 0], "model": "nothing"}, "append": {"embeddings": [1, 0, 0]}}},
+    },
+    "session_conflict": {"put_session": {"json": {"dim": 4}}},
+    "length_conflict": {
+        "append": {"json": {"embeddings": [1, 0, 0], "if_length": 99}},
+        "step": {"json": {"attend": {"queries": [1, 0, 0]}, "append": {"embeddings": [1, 0, 0], "if_length": 99}}},
+    },
+}
+
+
+def real_failures() -> set[tuple[str, str]]:
+    return {(name, code) for code, by_name in WRONG.items() for name in by_name}
+
+
+def test_every_documented_failure_is_exercised() -> None:
+    covered = {(name, code) for name, _, code in DOCUMENTED if code in INJECTED} | real_failures()
+    missing = {(name, code) for name, _, code in DOCUMENTED if code} - covered
+    assert not missing, missing
+
+
+def test_every_operation_is_exercised() -> None:
+    assert {name for name, _, _ in DOCUMENTED} == set(CALLS)
+    successes = {(name, status) for name, status, code in DOCUMENTED if not code}
+    assert successes == {(name, call.status) for name, call in CALLS.items()} | {("put_session", 201)}
+
+
+@pytest.mark.parametrize("name", CALLS)
+async def test_success(client: httpx.AsyncClient, name: str, document: dict[str, Any]) -> None:
+    answer = await CALLS[name].send(client)
+    assert answer.status_code == CALLS[name].status, answer.text
+    if answer.status_code == 204:
+        assert answer.content == b""
+        return
+    operation = next(
+        operation
+        for item in document["paths"].values()
+        for operation in item.values()
+        if operation["operationId"] == name
+    )
+    content = operation["responses"][str(answer.status_code)]["content"]["application/json"]
+    model = getattr(schemas, content["schema"]["$ref"].rsplit("/", 1)[-1])
+    TypeAdapter(model).validate_json(answer.content)
+    if "example" in content:
+        model.model_validate_json(httpx.Response(200, json=content["example"]).content)
+
+
+async def test_put_creates(client: httpx.AsyncClient) -> None:
+    answer = await client.put("/v1/sessions/new", json={"dim": 3})
+    assert answer.status_code == 201
+    assert answer.headers["location"] == "/v1/sessions/new"
+
+
+@pytest.mark.parametrize("code", WRONG)
+async def test_real_failures(serve: Serve, code: str) -> None:
+    """Each of them leaves the session as it was."""
+    async with serve(max_json_body_bytes=10_000) as client:
+        await fill(client)
+        before = (await client.get("/v1/sessions/s")).json()
+        for name, changes in WRONG[code].items():
+            status = next((status for op, status, one in DOCUMENTED if (op, one) == (name, code)), None)
+            assert status is not None, f"{name} does not document {code}"
+            check_problem(await CALLS[name].send(client, **changes), status, code)
+        after = (await client.get("/v1/sessions/s")).json()
+        changing = ("last_used_at", "num_attends", "num_queries")  # a step attends before its append is refused
+        assert {key: value for key, value in after.items() if key not in changing} == {
+            key: value for key, value in before.items() if key not in changing
+        }
+        assert len((await client.get("/v1/sessions")).json()["sessions"]) == 1
+
+
+@pytest.mark.parametrize("code", sorted(INJECTED))
+async def test_injected_failures(code: str, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.CRITICAL)
+    engine: Any = FailingEngine(domain_error(code))
+    async with talk_to(create_app(Settings(store_url="memory://"), engine=engine)) as client:
+        for name, status, documented_code in DOCUMENTED:
+            if documented_code != code:
+                continue
+            answer = await CALLS[name].send(client)
+            problem = check_problem(answer, status, code)
+            assert ("retry-after" in answer.headers) is (status in (503, 507)), name
+            assert "secret" not in problem["detail"]
+
+
+async def test_an_expired_session_is_gone(serve: Serve) -> None:
+    now = 1_000_000.0
+    async with serve(clock=lambda: now) as client:
+        await fill(client)
+        await client.patch("/v1/sessions/s", json={"ttl_s": 60})
+        now += 61
+        check_problem(await client.get("/v1/sessions/s"), 410, "session_expired")
+
+
+async def test_a_key_with_another_body(client: httpx.AsyncClient) -> None:
+    call = Call("POST", "/v1/sessions/s/memories", 200, {"embeddings": [1, 0, 0]}, {"Idempotency-Key": "k"})
+    first = await call.send(client)
+    assert (await call.send(client)).json() == first.json()
+    check_problem(await call.send(client, json={"embeddings": [0, 1, 0]}), 422, "idempotency_mismatch")
+    check_problem(await client.get("/v1/sessions/s/chunks/99"), 404, "chunk_not_found")
+    assert (await client.get("/v1/sessions/s")).json()["length"] == 6
+
+
+async def test_a_failure_is_logged_with_its_request_id(caplog: pytest.LogCaptureFixture) -> None:
+    engine: Any = FailingEngine(RuntimeError("a secret"))
+    async with talk_to(create_app(Settings(store_url="memory://"), engine=engine)) as client:
+        answer = await client.get("/v1/info", headers={"X-Request-Id": "find-me"})
+    assert "secret" not in answer.text
+    assert "find-me" in caplog.text
+    assert "a secret" in caplog.text

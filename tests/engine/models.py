@@ -1,0 +1,25 @@
+"""Random model files for tests of the serving path."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from htm_service.attention import HTMAttention, HTMBlock
+from htm_service.convert import from_module
+from htm_service.model_config import ModelConfig
+from htm_service.models import save_model
+
+Weights = Mapping[str, torch.Tensor]
+
+
+def write_model(
+    path: Path, *, dim: int, heads: int, dim_head: int, block: bool = False, seed: int = 0, add_pos_enc: bool = True
+) -> tuple[ModelConfig, Weights]:
+    """A model of random weights as a file, and its config and tensors."""
+    torch.manual_seed(seed)
+    kind = HTMBlock if block else HTMAttention
+    module = kind(dim, heads=heads, dim_head=dim_head, topk_mems=3, mem_chunk_size=5, add_pos_enc=add_pos_enc)
+    config, tensors = from_module(module)
+    save_model(path, config, tensors)
+    return config, tensors
