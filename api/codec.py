@@ -30,7 +30,10 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 FLOATS = ("float32", "float16", "bfloat16")
 
 PIECE = 1 << 15
-"""Numbers turned to JSON at once: about 2 ms, the longest that this holds the interpreter lock."""
+"""Numbers turned from or to JSON at once: about 2 ms, the longest that this holds the interpreter lock."""
+
+Where = Callable[[int], str]
+"""How a sentence names the value at an index."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,29 +137,36 @@ def _widen(raw: RawTensor) -> Floats:
 
 
 def _from_rows(name: str, value: list[Any], dtype: type[Any], types: set[type], words: str) -> npt.NDArray[Any]:
-    """An array of a list, or of a list of lists of one length; row by row, so that no step takes long."""
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which the caller reports
-        if not value or not isinstance(value[0], list):
-            _check_types(lambda at: f"{name}[{at}]", value, types, words)
-            return np.array(value, dtype)
-        _check_types(lambda at: f"{name}[{at}]", value, {list}, "lists, all of one length")
-        width = len(value[0])
-        # Before allocating: a few long rows and many empty ones would ask for far more than the body has.
-        for at, row in _ragged(value, width):
-            raise InvalidArgument(f"{name}[{at}] has {len(row)} {words}, {name}[0] has {width}")
-        array = np.empty((len(value), width), dtype)
-        for at, row in enumerate(value):
-            if not types.issuperset(map(type, row)):
-                _check_types(lambda index, at=at: f"{name}[{at}, {index}]", row, types, words)  # type: ignore[misc]
-            array[at] = row
-        return array
+    """An array of a list, or of a list of lists of one length."""
+    if not value or not isinstance(value[0], list):
+        flat = np.empty(len(value), dtype)
+        _fill(flat, value, types, words, lambda at: f"{name}[{at}]")
+        return flat
+    _check_types(value, {list}, "lists, all of one length", lambda at: f"{name}[{at}]")
+    width = len(value[0])
+    # Before allocating: a few long rows and many empty ones would ask for far more than the body has.
+    for at, row in _ragged(value, width):
+        raise InvalidArgument(f"{name}[{at}] has {len(row)} {words}, {name}[0] has {width}")
+    array = np.empty((len(value), width), dtype)
+    for at, row in enumerate(value):
+        _fill(array[at], row, types, words, lambda column, at=at: f"{name}[{at}, {column}]")  # type: ignore[misc]
+    return array
+
+
+def _fill(into: npt.NDArray[Any], values: list[Any], types: set[type], words: str, where: Where) -> None:
+    """Copy a list into a row, in pieces: each holds the interpreter lock for about 2 ms."""
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which `floats` reports
+        for start in range(0, len(values), PIECE):
+            piece = values[start : start + PIECE]
+            _check_types(piece, types, words, lambda at, start=start: where(start + at))  # type: ignore[misc]
+            into[start : start + PIECE] = piece
 
 
 def _ragged(rows: list[list[Any]], width: int) -> Iterator[tuple[int, list[Any]]]:
     return ((at, row) for at, row in enumerate(rows) if len(row) != width)
 
 
-def _check_types(where: Callable[[int], str], values: list[Any], types: set[type], words: str) -> None:
+def _check_types(values: list[Any], types: set[type], words: str, where: Where) -> None:
     if types.issuperset(map(type, values)):
         return
     at = next(index for index, value in enumerate(values) if type(value) not in types)

@@ -14,8 +14,7 @@ import httpx
 import numpy as np
 import pytest
 import safetensors.numpy
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from api.cli import build
 from api.settings import Settings, flag_name

@@ -1,0 +1,50 @@
+"""Client of htm-service, a memory server for agents: sync and async, binary by default, safe retries.
+
+Knows the REST contract. Does not know the server's code, except to run it in process for `:memory:`.
+"""
+
+from htm_client.aio import AsyncHTMClient
+from htm_client.client import HTMClient
+from htm_client.errors import (
+    ConnectionFailed,
+    HTMClientError,
+    InvalidRequest,
+    LengthConflict,
+    NotFound,
+    RequestRefused,
+    ServerUnavailable,
+    SessionConflict,
+)
+from htm_client.results import (
+    Appended,
+    Attended,
+    Chunk,
+    ChunkDetail,
+    Memories,
+    Recall,
+    Recalled,
+    SessionInfo,
+    Stepped,
+)
+
+__all__ = [
+    "Appended",
+    "AsyncHTMClient",
+    "Attended",
+    "Chunk",
+    "ChunkDetail",
+    "ConnectionFailed",
+    "HTMClient",
+    "HTMClientError",
+    "InvalidRequest",
+    "LengthConflict",
+    "Memories",
+    "NotFound",
+    "Recall",
+    "Recalled",
+    "RequestRefused",
+    "ServerUnavailable",
+    "SessionConflict",
+    "SessionInfo",
+    "Stepped",
+]

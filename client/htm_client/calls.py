@@ -1,0 +1,248 @@
+"""The REST contract without a socket: calls as values, answers as results. Shared by both clients.
+
+Does not know httpx, retries or time.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+from urllib.parse import quote
+from uuid import uuid4
+
+import numpy as np
+import numpy.typing as npt
+
+from htm_client import safetensors
+from htm_client.errors import from_answer
+from htm_client.results import Appended, Attended, ChunkDetail, Floats, Memories, Recalled, Stepped
+from htm_client.results import Chunk as ChunkResult
+
+JSON = "application/json"
+Params = dict[str, Any]
+Tensors = dict[str, npt.NDArray[Any]]
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One request: everything but where the server is. All calls are safe to send again."""
+
+    method: str
+    path: str
+    content: bytes | None = None
+    headers: Mapping[str, str] = field(default_factory=dict)
+    query: Mapping[str, str | int | Sequence[str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """A successful answer: its tensors by name, everything else, and its headers."""
+
+    tensors: Tensors
+    params: Params
+    headers: Mapping[str, str]
+
+
+def floats(value: Any) -> Floats:
+    """Anything array-like (lists, numpy, torch on any device) as float32."""
+    if hasattr(value, "detach"):
+        value = value.detach().to("cpu").float().numpy()
+    return np.ascontiguousarray(value, dtype=np.float32)
+
+
+def bools(value: Any) -> npt.NDArray[np.bool_]:
+    """Anything array-like as bool."""
+    if hasattr(value, "detach"):
+        value = value.detach().to("cpu").numpy()
+    return np.ascontiguousarray(value, dtype=np.bool_)
+
+
+def session_path(session: str, *rest: str) -> str:
+    """The path of a session, or of something in it."""
+    return "/".join(["/v1/sessions", quote(session, safe="~"), *rest])
+
+
+def plain(method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> Call:
+    """A call with a JSON body or none; None leaves a query parameter out."""
+    content = None if body is None else json.dumps(body, allow_nan=False).encode()
+    headers = {"Accept": JSON} if body is None else {"Accept": JSON, "Content-Type": JSON}
+    return Call(method, path, content, headers, {name: value for name, value in query.items() if value is not None})
+
+
+def given(**fields: Any) -> Params:
+    """The fields that are not None."""
+    return {name: value for name, value in fields.items() if value is not None}
+
+
+class Codec:
+    """How tensors travel: as safetensors, or as base64 in JSON."""
+
+    def __init__(self, *, binary: bool) -> None:
+        self.binary = binary
+
+    def append(
+        self,
+        session: str,
+        embeddings: Any,
+        payloads: Iterable[Mapping[str, Any] | None] | None,
+        *,
+        episode: int | None,
+        if_length: int | None,
+        idempotency_key: str | None,
+    ) -> Call:
+        """An append; without a key of the caller's it gets one, so that it can be sent again."""
+        params = append_params(payloads, episode, if_length)
+        return self._post(session, "memories", {"embeddings": floats(embeddings)}, params, idempotency_key or _new_key())
+
+    def attend(self, session: str, tensors: Tensors, params: Params) -> Call:
+        """An attend, of `attend_parts`."""
+        return self._post(session, "attend", tensors, params, None)
+
+    def step(
+        self, session: str, attend: tuple[Tensors, Params], embeddings: Any, append: Params, idempotency_key: str | None
+    ) -> Call:
+        """A step: an attend of `attend_parts`, then an append of `append_params`."""
+        tensors, params = attend
+        key = idempotency_key or _new_key()
+        if self.binary:
+            tensors = {**tensors, "embeddings": floats(embeddings)}
+            return self._post(session, "step", tensors, {"attend": params, "append": append}, key)
+        body = {
+            "attend": params | {name: _base64(array) for name, array in tensors.items()},
+            "append": append | {"embeddings": _base64(floats(embeddings))},
+        }
+        return self._post(session, "step", {}, body, key)
+
+    def read(self, session: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool) -> Call:
+        """A read back."""
+        include = [name for name, wanted in (("embeddings", embeddings), ("payloads", payloads)) if wanted]
+        query = given(start=start, stop=stop, include=",".join(include)) | self._encoding()
+        return Call("GET", session_path(session, "memories"), None, {"Accept": self._accept()}, query)
+
+    def _post(self, session: str, name: str, tensors: Tensors, params: Params, key: str | None) -> Call:
+        if self.binary:
+            content, media_type = safetensors.dump(tensors, params), safetensors.MEDIA_TYPE
+        else:
+            body = params | {name: _base64(array) for name, array in tensors.items()}
+            content, media_type = json.dumps(body, allow_nan=False).encode(), JSON
+        headers = {"Content-Type": media_type, "Accept": self._accept()}
+        if key is not None:
+            headers["Idempotency-Key"] = key
+        return Call("POST", session_path(session, name), content, headers, self._encoding())
+
+    def _accept(self) -> str:
+        return safetensors.MEDIA_TYPE if self.binary else JSON
+
+    def _encoding(self) -> dict[str, str]:
+        return {} if self.binary else {"encoding": "b64"}
+
+
+def attend_parts(
+    queries: Any,
+    *,
+    mask: Any = None,
+    chunk_mask: Any = None,
+    returns: Sequence[str] = ("output",),
+    **fields: Any,
+) -> tuple[Tensors, Params]:
+    """Tensors and parameters of an attend; see docs/api.md of the server for each field."""
+    tensors: Tensors = {"queries": floats(queries)}
+    if mask is not None:
+        tensors["mask"] = bools(mask)
+    if chunk_mask is not None:
+        tensors["chunk_mask"] = bools(chunk_mask)
+    return tensors, {"return": list(returns)} | given(**fields)
+
+
+def append_params(
+    payloads: Iterable[Mapping[str, Any] | None] | None, episode: int | None, if_length: int | None
+) -> Params:
+    """Parameters of an append."""
+    listed = None if payloads is None else list(payloads)
+    return given(payloads=listed, episode=episode, if_length=if_length)
+
+
+def parse(status: int, headers: Mapping[str, str], content: bytes) -> Answer:
+    """An answer of the server. Raises the error that it says."""
+    if status >= 400:
+        try:
+            problem = json.loads(content)
+        except ValueError:
+            problem = {"detail": content[:200].decode(errors="replace")}
+        raise from_answer(status, problem, headers.get("x-request-id", ""))
+    if headers.get("content-type", "").startswith(safetensors.MEDIA_TYPE):
+        tensors, params = safetensors.load(content)
+        return Answer(tensors, params, headers)
+    params = json.loads(content) if content else {}
+    return Answer(_take_tensors(params), params, headers)
+
+
+def attended(answer: Answer, prefix: str = "") -> Attended:
+    """The result of an attend; `prefix` names its part of a step."""
+    params = answer.params[prefix.rstrip(".")] if prefix else answer.params
+    rows = params.get("recalled")
+    return Attended(
+        output=answer.tensors.get(f"{prefix}output"),
+        chunk_index=answer.tensors.get(f"{prefix}chunks.index"),
+        chunk_weight=answer.tensors.get(f"{prefix}chunks.weight"),
+        recalled=None if rows is None else [[Recalled.of(token) for token in row] for row in rows],
+        length=params["length"],
+        timing_ms=_timing(answer.headers.get("server-timing", "")),
+        batch_size=int(answer.headers.get("x-batch-size", 0)),
+        request_id=answer.headers.get("x-request-id", ""),
+    )
+
+
+def stepped(answer: Answer) -> Stepped:
+    """The result of a step."""
+    return Stepped(attended(answer, "attend."), Appended.of(answer.params["append"]))
+
+
+def memories(answer: Answer) -> Memories:
+    """The result of a read back."""
+    params = answer.params
+    return Memories(
+        params["start"], params["stop"], params["length"], answer.tensors.get("embeddings"), params.get("payloads")
+    )
+
+
+def chunk_detail(answer: Answer) -> ChunkDetail:
+    """The result of looking at one chunk."""
+    embeddings = answer.params.get("embeddings")
+    found = answer.tensors.get("embeddings")
+    if embeddings is not None:
+        found = floats(embeddings)
+    return ChunkDetail(ChunkResult.of(answer.params["chunk"]), answer.params["payloads"], found)
+
+
+def _new_key() -> str:
+    return uuid4().hex
+
+
+def _base64(array: npt.NDArray[Any]) -> Params:
+    text = base64.b64encode(array.tobytes()).decode()
+    return {"b64": text, "shape": list(array.shape), "dtype": array.dtype.name}
+
+
+def _take_tensors(params: Params, prefix: str = "") -> Tensors:
+    """Take the base64 tensors out of a JSON answer, by their dotted names."""
+    tensors: Tensors = {}
+    for name, value in list(params.items()):
+        if not isinstance(value, dict) or name in {"labels", "bytes"}:
+            continue
+        if value.keys() == {"b64", "shape", "dtype"}:
+            dtype = np.dtype(value["dtype"]).newbyteorder("<")
+            tensors[prefix + name] = np.frombuffer(base64.b64decode(value["b64"]), dtype).reshape(value["shape"])
+            del params[name]
+        elif name in {"chunks", "attend"}:
+            tensors |= _take_tensors(value, f"{prefix}{name}.")
+    return tensors
+
+
+def _timing(header: str) -> dict[str, float]:
+    """`queue;dur=0.1, compute;dur=2` as {"queue": 0.1, "compute": 2.0}."""
+    parts = (part.strip().split(";dur=") for part in header.split(",") if ";dur=" in part)
+    return {name: float(value) for name, value in parts}

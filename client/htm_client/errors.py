@@ -1,0 +1,80 @@
+"""What a call can raise; every answer of the server that is an error carries its stable `code`.
+
+HTMClientError
+├── ConnectionFailed        no answer: refused, reset or timed out, after the retries
+└── RequestRefused          the server answered with an error
+    ├── InvalidRequest      400, 413, 415, 422: the request is wrong and will stay wrong
+    ├── NotFound            404, 410
+    ├── SessionConflict     409 session_conflict (and the other conflicts)
+    │   └── LengthConflict  409 length_conflict; `length` is the session's
+    └── ServerUnavailable   429, 5xx, after the retries
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+
+class HTMClientError(Exception):
+    """A call that failed."""
+
+
+class ConnectionFailed(HTMClientError):
+    """The server could not be reached, or did not answer in time."""
+
+
+class RequestRefused(HTMClientError):
+    """The server's answer is an error: `status`, stable `code`, `detail`, `request_id`, and what `extra` it says."""
+
+    def __init__(self, status: int, code: str, detail: str, request_id: str, extra: Mapping[str, Any]) -> None:
+        super().__init__(f"{code} ({status}): {detail}")
+        self.status = status
+        self.code = code
+        self.detail = detail
+        self.request_id = request_id
+        self.extra = extra
+
+
+class InvalidRequest(RequestRefused):
+    """The request is wrong."""
+
+
+class NotFound(RequestRefused):
+    """What the request names is not there, or no longer."""
+
+
+class SessionConflict(RequestRefused):
+    """The request contradicts what is stored."""
+
+
+class LengthConflict(SessionConflict):
+    """`if_length` was not the session's length."""
+
+    @property
+    def length(self) -> int:
+        """The session's length."""
+        return int(self.extra["length"])
+
+
+class ServerUnavailable(RequestRefused):
+    """The server cannot do it now."""
+
+
+def from_answer(status: int, problem: Mapping[str, Any], request_id: str) -> RequestRefused:
+    """The error of a problem document."""
+    code = str(problem.get("code", "unknown"))
+    kind: type[RequestRefused]
+    if code == "length_conflict":
+        kind = LengthConflict
+    elif status == 409:
+        kind = SessionConflict
+    elif status in {404, 410}:
+        kind = NotFound
+    elif status == 429 or status >= 500:
+        kind = ServerUnavailable
+    else:
+        kind = InvalidRequest
+    known = {"type", "title", "status", "detail", "code", "request_id"}
+    extra = {name: value for name, value in problem.items() if name not in known}
+    return kind(status, code, str(problem.get("detail", "")), str(problem.get("request_id", request_id)), extra)

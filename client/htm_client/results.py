@@ -1,0 +1,146 @@
+"""What calls answer, as frozen records. Shapes: T tokens, D width, Q queries, K selected chunks."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = npt.NDArray[np.float32]
+Ints = npt.NDArray[np.int64]
+
+
+class _FromJSON:
+    """Built from a JSON object; fields of later servers are ignored."""
+
+    __slots__ = ()
+
+    @classmethod
+    def of(cls, value: Mapping[str, Any]) -> Self:
+        """The record of a JSON object."""
+        return cls(**{field.name: value[field.name] for field in fields(cls) if field.name in value})  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SessionInfo(_FromJSON):
+    """A session under inspection; times are RFC 3339 text, `bytes` by tier."""
+
+    id: str
+    dim: int
+    chunk_size: int
+    model: str
+    dtype: str
+    open_chunk: str
+    labels: Mapping[str, str]
+    ttl_s: float | None
+    max_tokens: int | None
+    on_full: str
+    length: int
+    num_chunks: int
+    num_sealed_chunks: int
+    residency: str
+    bytes: Mapping[str, int]
+    created_at: str
+    updated_at: str
+    last_used_at: str
+    num_appends: int
+    num_attends: int
+    num_queries: int
+
+
+@dataclass(frozen=True, slots=True)
+class Appended(_FromJSON):
+    """The new tokens are positions `start` on; `length` and `num_chunks` are the session's after them."""
+
+    start: int
+    length: int
+    num_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memories:
+    """Tokens `start` .. `stop`-1: `embeddings` [stop-start, D] and payloads, each when asked for."""
+
+    start: int
+    stop: int
+    length: int
+    embeddings: Floats | None
+    payloads: Sequence[Mapping[str, Any] | None] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Recalled(_FromJSON):
+    """One recalled token: `weight` is its share of the output, `score` its similarity."""
+
+    position: int
+    weight: float
+    score: float
+    chunk: int
+    payload: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Attended:
+    """`output` [Q, D]; `chunk_index`, `chunk_weight` [Q, K]; `recalled` per query; each when asked for."""
+
+    output: Floats | None
+    chunk_index: Ints | None
+    chunk_weight: Floats | None
+    recalled: Sequence[Sequence[Recalled]] | None
+    length: int
+    timing_ms: Mapping[str, float]
+    """Where the server's time went: `queue`, `compute`, `store`."""
+    batch_size: int
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """The two answers of a step."""
+
+    attended: Attended
+    appended: Appended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Chunk(_FromJSON):
+    """One chunk, tokens `start` .. `stop`-1, with its recall counters; `key` [D] when asked for."""
+
+    index: int
+    start: int
+    stop: int
+    sealed: bool
+    tier: str
+    key_norm: float
+    num_recalls: int
+    mass: float
+    last_recalled_at: str | None
+    key: Sequence[float] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ChunkDetail:
+    """One chunk with its tokens' payloads, and `embeddings` [stop-start, D] when asked for."""
+
+    chunk: Chunk
+    payloads: Sequence[Mapping[str, Any] | None]
+    embeddings: Floats | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recall(_FromJSON):
+    """The account of one attend. `chunks` holds `index` and `weight`, lists [Q', K]."""
+
+    at: str
+    request_id: str
+    model: str
+    length: int
+    start: int
+    stop: int
+    top_k: int
+    num_queries: int
+    chunks: Mapping[str, Any]
+    recalled: Sequence[Sequence[Mapping[str, Any]]] | None

@@ -1,0 +1,55 @@
+"""The safetensors format in numpy: named tensors and, in the header, one JSON text of parameters.
+
+Layout: 8 bytes length of the header (little-endian), a JSON header padded with spaces, the tensors' bytes.
+Does not know what the tensors are for.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+MEDIA_TYPE = "application/x-safetensors"
+_DTYPES = {"F32": np.dtype("<f4"), "F16": np.dtype("<f2"), "I64": np.dtype("<i8"), "BOOL": np.dtype("?")}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
+
+Array = npt.NDArray[Any]
+
+
+def dump(tensors: Mapping[str, Array], params: Mapping[str, Any]) -> bytes:
+    """Tensors and parameters as bytes. Raises KeyError for a dtype that the format here does not have."""
+    header: dict[str, Any] = {"__metadata__": {"params": json.dumps(params, allow_nan=False)}}
+    parts: list[bytes] = []
+    offset = 0
+    for name, array in tensors.items():
+        data = array.tobytes()
+        header[name] = {
+            "dtype": _NAMES[array.dtype.newbyteorder("<")],
+            "shape": list(array.shape),
+            "data_offsets": [offset, offset + len(data)],
+        }
+        parts.append(data)
+        offset += len(data)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return b"".join([len(text).to_bytes(8, "little"), text, *parts])
+
+
+def load(data: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
+    """The tensors (read-only views of `data`) and the parameters. Raises ValueError for anything else."""
+    size = int.from_bytes(data[:8], "little")
+    if len(data) < 8 or size > len(data) - 8:
+        raise ValueError(f"{len(data)} bytes are no safetensors file")
+    header = json.loads(data[8 : 8 + size])
+    params = json.loads(header.pop("__metadata__", {}).get("params", "{}"))
+    tensors: dict[str, Array] = {}
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        body = np.frombuffer(data, dtype, (end - begin) // dtype.itemsize, 8 + size + begin)
+        tensors[name] = body.reshape(entry["shape"])
+    return tensors, params
