@@ -46,30 +46,36 @@ def check_encoding(request: Request) -> None:
         raise UnsupportedMediaType(f"the content encoding is {shorten(encoding)}; send the body as it is")
 
 
-async def read_body(request: Request, limit: int, advice: str = "") -> bytes:
+async def read_body(request: Request, limit: int, advice: str = "") -> bytes | bytearray:
     """The whole body. Raises BodyTooLarge beyond `limit` bytes, ClientDisconnect when the client is gone."""
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > limit:
+    num_declared = int(declared) if declared.isascii() and declared.isdecimal() else 0
+    if num_declared > limit:
         # A client that waits for "100 Continue" has sent nothing yet, and reading would ask it to.
         if "100-continue" not in request.headers.get("expect", "").lower():
             await _discard(request, 0)
-        raise BodyTooLarge(f"the body has {int(declared)} bytes, the limit is {limit}{advice}")
-    chunks: list[bytes] = []
+        raise BodyTooLarge(f"the body has {num_declared} bytes, the limit is {limit}{advice}")
+    # Joining 40 MB at the end would hold the event loop for 30 ms; copying each part as it comes does not.
+    whole = bytearray(num_declared) if num_declared > THREAD_BYTES else bytearray()
     num_bytes = 0
     while True:
         message = await request.receive()
         if message["type"] == "http.disconnect":
             raise ClientDisconnect
-        chunk = message.get("body", b"")
-        num_bytes += len(chunk)
+        part: bytes = message.get("body", b"")
+        more = message.get("more_body", False)
+        if not more and num_bytes == 0 and len(part) <= limit:
+            return part
+        whole[num_bytes : num_bytes + len(part)] = part
+        num_bytes += len(part)
         if num_bytes > limit:
-            chunks.clear()
-            if message.get("more_body", False):
+            whole.clear()
+            if more:
                 await _discard(request, num_bytes)
             raise BodyTooLarge(f"the body has more than {limit} bytes, which is the limit{advice}")
-        chunks.append(chunk)
-        if not message.get("more_body", False):
-            return chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        if not more:
+            del whole[num_bytes:]
+            return whole
 
 
 async def _discard(request: Request, num_bytes: int) -> None:

@@ -32,7 +32,7 @@ class Asked:
     chunks: bool
 
 
-def read_fields(body: bytes, wire: Wire, max_header_bytes: int) -> Fields:
+def read_fields(body: bytes | bytearray, wire: Wire, max_header_bytes: int) -> Fields:
     """The fields of a body."""
     if wire == "safetensors":
         tensors, params = safetensors.parse(body, max_header_bytes)

@@ -27,7 +27,7 @@ _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool
 _NAMES = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
 
 
-def parse(body: bytes, max_header_bytes: int) -> tuple[dict[str, RawTensor], dict[str, Any]]:
+def parse(body: bytes | bytearray, max_header_bytes: int) -> tuple[dict[str, RawTensor], dict[str, Any]]:
     """Tensors, as views of `body`, and params. Raises MalformedBody, InvalidArgument, BodyTooLarge."""
     header, data = _split(body, max_header_bytes)
     metadata = header.pop(METADATA, {})
@@ -56,7 +56,7 @@ def build(tensors: Mapping[str, npt.NDArray[Any]], params: Mapping[str, Any]) ->
     return b"".join([struct.pack("<Q", len(text)), text, *chunks])
 
 
-def _split(body: bytes, max_header_bytes: int) -> tuple[dict[str, Any], memoryview]:
+def _split(body: bytes | bytearray, max_header_bytes: int) -> tuple[dict[str, Any], memoryview]:
     if len(body) < 8:
         raise MalformedBody(f"the safetensors body has {len(body)} bytes, fewer than the 8 of its length")
     (size,) = struct.unpack_from("<Q", body)

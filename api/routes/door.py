@@ -59,8 +59,8 @@ class JsonRoute(APIRoute):
         return read_then_handle
 
 
-def _replay(body: bytes) -> Callable[[], Awaitable[Message]]:
+def _replay(body: bytes | bytearray) -> Callable[[], Awaitable[Message]]:
     async def receive() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
+        return {"type": "http.request", "body": bytes(body), "more_body": False}
 
     return receive

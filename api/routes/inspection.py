@@ -15,7 +15,7 @@ from api.codec import to_lists
 from api.openapi import SESSION_CODES, problems
 from api.routes.door import JsonRoute, engine_of
 from api.routes.memory import included
-from api.schemas import Chunk, ChunkDetail, ChunkPage, Recall, Recalls
+from api.views import Chunk, ChunkDetail, ChunkPage, Recall, Recalls
 from htm_service import records
 
 

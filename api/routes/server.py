@@ -7,7 +7,7 @@ from starlette.requests import Request
 
 from api.openapi import problems
 from api.routes.door import JsonRoute, engine_of, settings_of
-from api.schemas import Health, Info, Model, Models
+from api.views import Health, Info, Model, Models
 from htm_service.errors import Draining, ModelNotFound, Unhealthy
 
 

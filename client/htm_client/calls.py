@@ -95,7 +95,9 @@ class Codec:
     ) -> Call:
         """An append; without a key of the caller's it gets one, so that it can be sent again."""
         params = append_params(payloads, episode, if_length)
-        return self._post(session, "memories", {"embeddings": floats(embeddings)}, params, idempotency_key or _new_key())
+        return self._post(
+            session, "memories", {"embeddings": floats(embeddings)}, params, idempotency_key or _new_key()
+        )
 
     def attend(self, session: str, tensors: Tensors, params: Params) -> Call:
         """An attend, of `attend_parts`."""

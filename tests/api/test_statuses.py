@@ -9,7 +9,7 @@ import httpx
 import pytest
 from pydantic import TypeAdapter
 
-from api import schemas
+from api import schemas, views
 from api.app import create_app
 from api.settings import Settings
 from tests.api.conftest import Serve, fill, talk_to
@@ -120,7 +120,8 @@ async def test_success(client: httpx.AsyncClient, name: str, document: dict[str,
         if operation["operationId"] == name
     )
     content = operation["responses"][str(answer.status_code)]["content"]["application/json"]
-    model = getattr(schemas, content["schema"]["$ref"].rsplit("/", 1)[-1])
+    name = content["schema"]["$ref"].rsplit("/", 1)[-1]
+    model = getattr(views, name, None) or getattr(schemas, name)
     TypeAdapter(model).validate_json(answer.content)
     if "example" in content:
         model.model_validate_json(httpx.Response(200, json=content["example"]).content)

@@ -1,0 +1,184 @@
+"""The sync client. All calls retry what is worth retrying and raise `htm_client.errors`.
+
+Does not know how calls are written or answers read: see `requests.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Self, TypeVar, Unpack
+
+import httpx
+
+from htm_client.calls import Answer, parse
+from htm_client.errors import ConnectionFailed
+from htm_client.in_process import ADDRESS, SyncApp
+from htm_client.options import AppendOptions, AttendOptions, SessionChanges, SessionOptions
+from htm_client.requests import Request, Requests
+from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
+from htm_client.retry import Retry
+
+T = TypeVar("T")
+
+
+class HTMClient:
+    """A connection pool to one server; `":memory:"` runs the server's app in this process.
+
+    `binary` sends and asks for safetensors; otherwise JSON with base64 tensors. Use it as a context manager,
+    or call `close`.
+    """
+
+    def __init__(
+        self,
+        base_url: str = "http://127.0.0.1:8000",
+        *,
+        api_key: str | None = None,
+        timeout: float = 30.0,
+        retries: int = 3,
+        binary: bool = True,
+        transport: httpx.BaseTransport | None = None,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        if base_url == ADDRESS:
+            base_url, transport = "http://in-process", SyncApp()
+        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
+        # Connections are as many as the caller makes concurrent calls: the server is the one to refuse.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
+        self._http = httpx.Client(
+            base_url=base_url, headers=headers, timeout=timeout, transport=transport, limits=limits, trust_env=False
+        )
+        self._requests = Requests(binary=binary)
+        self._retry = Retry(retries)
+        self._sleep = sleep
+
+    def __enter__(self) -> Self:
+        """The client itself."""
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        """Close."""
+        self.close()
+
+    def close(self) -> None:
+        """Close all connections. Safe to call twice."""
+        self._http.close()
+
+    # --- sessions ---
+
+    def create_session(self, session: str | None = None, **options: Unpack[SessionOptions]) -> SessionInfo:
+        """Create a session, or confirm that it exists with these settings; without an id the server makes one."""
+        return self._send(self._requests.create_session(session, options))
+
+    def sessions(self, *, label: Mapping[str, str] | None = None, prefix: str | None = None) -> Iterator[SessionInfo]:
+        """All sessions that have these labels and this prefix, by id."""
+        cursor: str | None = None
+        while True:
+            page = self._send(self._requests.sessions(label, prefix, cursor))
+            yield from page.items
+            if (cursor := page.cursor) is None:
+                return
+
+    def session(self, session: str) -> SessionInfo:
+        """Inspect a session."""
+        return self._send(self._requests.session(session))
+
+    def update_session(self, session: str, **changes: Unpack[SessionChanges]) -> SessionInfo:
+        """Change labels, ttl_s or model."""
+        return self._send(self._requests.update_session(session, changes))
+
+    def delete_session(self, session: str) -> None:
+        """Delete a session and its tokens."""
+        return self._send(self._requests.delete_session(session))
+
+    # --- tokens in, answers out ---
+
+    def append(self, session: str, embeddings: Any, **options: Unpack[AppendOptions]) -> Appended:
+        """Add tokens `embeddings` [T, D] or [D]: on disk and visible when this returns."""
+        return self._send(self._requests.append(session, embeddings, options))
+
+    def attend(self, session: str, queries: Any, **options: Unpack[AttendOptions]) -> Attended:
+        """HTM attention for `queries` [Q, D] or [D]."""
+        return self._send(self._requests.attend(session, queries, options))
+
+    def step(
+        self,
+        session: str,
+        queries: Any,
+        embeddings: Any,
+        *,
+        attend: AttendOptions | None = None,
+        append: AppendOptions | None = None,
+    ) -> Stepped:
+        """One round trip per agent step: attend to the memory as it is, then append."""
+        return self._send(self._requests.step(session, queries, embeddings, attend or {}, append or {}))
+
+    def recall(self, session: str, query: Any, n: int = 5, **options: Unpack[AttendOptions]) -> list[Recalled]:
+        """The n most similar tokens in the chunks that `query` [D] recalls, with their payloads."""
+        return (self._send(self._requests.recall(session, query, n, options)))[0]
+
+    def recall_many(
+        self, session: str, queries: Any, n: int = 5, **options: Unpack[AttendOptions]
+    ) -> list[list[Recalled]]:
+        """The same for `queries` [Q, D], a list for each."""
+        return self._send(self._requests.recall(session, queries, n, options))
+
+    def read(
+        self, session: str, start: int = 0, stop: int | None = None, *, embeddings: bool = True, payloads: bool = True
+    ) -> Memories:
+        """Read tokens start .. stop-1 back."""
+        return self._send(self._requests.read(session, start, stop, embeddings=embeddings, payloads=payloads))
+
+    # --- inspection ---
+
+    def chunks(self, session: str, *, keys: bool = False) -> Iterator[Chunk]:
+        """All chunks of a session, in order."""
+        cursor: str | None = None
+        while True:
+            page = self._send(self._requests.chunks(session, cursor, keys=keys))
+            yield from page.items
+            if (cursor := page.cursor) is None:
+                return
+
+    def chunk(self, session: str, index: int, *, embeddings: bool = False, key: bool = False) -> ChunkDetail:
+        """One chunk with its tokens' payloads."""
+        return self._send(self._requests.chunk(session, index, embeddings=embeddings, key=key))
+
+    def recalls(self, session: str, limit: int = 20) -> list[Recall]:
+        """The last recalls of a session, newest first."""
+        return self._send(self._requests.recalls(session, limit))
+
+    def models(self) -> list[dict[str, Any]]:
+        """The models that are served."""
+        return self._send(self._requests.models())
+
+    def info(self) -> dict[str, Any]:
+        """Version, device, limits and totals of the server."""
+        return self._send(self._requests.info())
+
+    def ready(self) -> None:
+        """Return when the server takes requests; raises what keeps it from that."""
+        self._send(self._requests.ready())
+
+    # --- sending ---
+
+    def _send(self, request: Request[T]) -> T:
+        call, attempt = request.call, 0
+        while True:
+            status, headers, failure = None, httpx.Headers(), None
+            try:
+                response = self._http.request(
+                    call.method, call.path, content=call.content, headers=call.headers, params=call.query
+                )
+            except httpx.TransportError as error:
+                failure = error
+            else:
+                status, headers = response.status_code, response.headers
+            delay_s = self._retry.delay_s(attempt, status, headers) if status is None or status >= 400 else None
+            if delay_s is None:
+                if failure is not None:
+                    raise ConnectionFailed(f"{call.method} {call.path}: {failure!r}") from failure
+                answer: Answer = parse(response.status_code, headers, response.content)
+                return request.read(answer)
+            self._sleep(delay_s)
+            attempt += 1

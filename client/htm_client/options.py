@@ -1,0 +1,53 @@
+"""The optional arguments of the calls, typed once for both clients; what is left out is the server's default."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypedDict
+
+
+class SessionOptions(TypedDict, total=False):
+    """Settings of a new session."""
+
+    dim: int
+    chunk_size: int
+    model: str
+    dtype: Literal["float32", "float16", "bfloat16"]
+    open_chunk: Literal["attend", "exclude"]
+    labels: Mapping[str, str]
+    ttl_s: float
+    max_tokens: int
+    on_full: Literal["reject", "evict_oldest"]
+
+
+class SessionChanges(TypedDict, total=False):
+    """What can be changed later; `ttl_s` None removes the limit."""
+
+    labels: Mapping[str, str]
+    ttl_s: float | None
+    model: str
+
+
+class AppendOptions(TypedDict, total=False):
+    """Beside the embeddings [T, D]: one JSON object (or None) per token, and conditions."""
+
+    payloads: Sequence[Mapping[str, Any] | None]
+    episode: int
+    if_length: int
+    idempotency_key: str
+
+
+class AttendOptions(TypedDict, total=False):
+    """Beside the queries [Q, D]: what they may see (`mask` [n], `chunk_mask` [M] or [Q, M]), what to answer."""
+
+    model: str
+    top_k: int
+    start: int
+    stop: int
+    episodes: Sequence[int]
+    mask: Any
+    chunk_mask: Any
+    returns: Sequence[Literal["output", "chunks", "tokens", "payloads"]]
+    max_recalled: int
+    rank_by: Literal["weight", "score"]
+    timeout_ms: float

@@ -1,0 +1,140 @@
+"""Each call of the contract once: how it is asked and how its answer is read. Both clients send these.
+
+Does not know sockets, retries or whether anyone awaits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+from htm_client import calls
+from htm_client.calls import Answer, Call, Codec, attend_parts, plain, session_path
+from htm_client.options import AppendOptions, AttendOptions, SessionChanges, SessionOptions
+from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Request(Generic[T]):
+    """A call and what to make of its answer."""
+
+    call: Call
+    read: Callable[[Answer], T]
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[T]):
+    """One page of a listing, and the cursor of the next."""
+
+    items: Sequence[T]
+    cursor: str | None
+
+
+class Requests:
+    """See the head of this module."""
+
+    def __init__(self, *, binary: bool) -> None:
+        self._codec = Codec(binary=binary)
+
+    def create_session(self, session: str | None, options: SessionOptions) -> Request[SessionInfo]:
+        """PUT with an id, POST without."""
+        method, path = ("POST", "/v1/sessions") if session is None else ("PUT", session_path(session))
+        return Request(plain(method, path, dict(options)), _session)
+
+    def sessions(
+        self, label: Mapping[str, str] | None, prefix: str | None, cursor: str | None
+    ) -> Request[Page[SessionInfo]]:
+        """One page of the sessions."""
+        labels = [f"{key}:{value}" for key, value in (label or {}).items()] or None
+        call = plain("GET", "/v1/sessions", label=labels, prefix=prefix, cursor=cursor)
+        return Request(call, lambda answer: _page(answer, "sessions", SessionInfo.of))
+
+    def session(self, session: str) -> Request[SessionInfo]:
+        """Inspect one."""
+        return Request(plain("GET", session_path(session)), _session)
+
+    def update_session(self, session: str, changes: SessionChanges) -> Request[SessionInfo]:
+        """Change one."""
+        return Request(plain("PATCH", session_path(session), dict(changes)), _session)
+
+    def delete_session(self, session: str) -> Request[None]:
+        """Delete one."""
+        return Request(plain("DELETE", session_path(session)), lambda answer: None)
+
+    def append(self, session: str, embeddings: Any, options: AppendOptions) -> Request[Appended]:
+        """Add tokens."""
+        call = self._codec.append(
+            session,
+            embeddings,
+            options.get("payloads"),
+            episode=options.get("episode"),
+            if_length=options.get("if_length"),
+            idempotency_key=options.get("idempotency_key"),
+        )
+        return Request(call, lambda answer: Appended.of(answer.params))
+
+    def attend(self, session: str, queries: Any, options: AttendOptions) -> Request[Attended]:
+        """Ask."""
+        return Request(self._codec.attend(session, *attend_parts(queries, **options)), calls.attended)
+
+    def step(
+        self, session: str, queries: Any, embeddings: Any, attend: AttendOptions, append: AppendOptions
+    ) -> Request[Stepped]:
+        """Ask, then add."""
+        params = calls.append_params(append.get("payloads"), append.get("episode"), append.get("if_length"))
+        parts = attend_parts(queries, **attend)
+        return Request(
+            self._codec.step(session, parts, embeddings, params, append.get("idempotency_key")), calls.stepped
+        )
+
+    def read(
+        self, session: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool
+    ) -> Request[Memories]:
+        """Read back."""
+        call = self._codec.read(session, start, stop, embeddings=embeddings, payloads=payloads)
+        return Request(call, calls.memories)
+
+    def chunks(self, session: str, cursor: str | None, *, keys: bool) -> Request[Page[Chunk]]:
+        """One page of a session's chunks."""
+        call = plain("GET", session_path(session, "chunks"), cursor=cursor, include="keys" if keys else None)
+        return Request(call, lambda answer: _page(answer, "chunks", Chunk.of))
+
+    def chunk(self, session: str, index: int, *, embeddings: bool, key: bool) -> Request[ChunkDetail]:
+        """One chunk."""
+        include = ",".join(name for name, wanted in (("embeddings", embeddings), ("key", key)) if wanted) or None
+        return Request(plain("GET", session_path(session, "chunks", str(index)), include=include), calls.chunk_detail)
+
+    def recalls(self, session: str, limit: int) -> Request[list[Recall]]:
+        """The last recalls."""
+        call = plain("GET", session_path(session, "recalls"), limit=limit)
+        return Request(call, lambda answer: [Recall.of(item) for item in answer.params["recalls"]])
+
+    def models(self) -> Request[list[dict[str, Any]]]:
+        """The models that are served."""
+        return Request(plain("GET", "/v1/models"), lambda answer: list(answer.params["models"]))
+
+    def info(self) -> Request[dict[str, Any]]:
+        """What the server is, may take and holds."""
+        return Request(plain("GET", "/v1/info"), lambda answer: answer.params)
+
+    def ready(self) -> Request[None]:
+        """Whether the server takes requests."""
+        return Request(plain("GET", "/readyz"), lambda answer: None)
+
+    def recall(self, session: str, queries: Any, n: int, options: AttendOptions) -> Request[list[list[Recalled]]]:
+        """The n most similar of the recalled tokens per query, with their payloads."""
+        defaults: AttendOptions = {"top_k": 16, "rank_by": "score"}
+        asked: AttendOptions = {**defaults, **options, "returns": ["payloads"], "max_recalled": n}
+        call = self._codec.attend(session, *attend_parts(queries, **asked))
+        return Request(call, lambda answer: [list(row) for row in calls.attended(answer).recalled or []])
+
+
+def _session(answer: Answer) -> SessionInfo:
+    return SessionInfo.of(answer.params)
+
+
+def _page(answer: Answer, name: str, of: Callable[[Mapping[str, Any]], T]) -> Page[T]:
+    return Page([of(item) for item in answer.params[name]], answer.params["cursor"])

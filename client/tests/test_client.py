@@ -1,0 +1,272 @@
+"""Both clients against the server's app in this process, in both formats; and against a fake server that fails."""
+
+import asyncio
+import inspect
+import json
+from collections.abc import Awaitable, Callable, Iterator
+from typing import Any
+
+import httpx
+import numpy as np
+import pytest
+import safetensors.numpy
+from htm_client import (
+    AsyncHTMClient,
+    ConnectionFailed,
+    HTMClient,
+    InvalidRequest,
+    LengthConflict,
+    NotFound,
+    ServerUnavailable,
+    SessionConflict,
+)
+from htm_client import (
+    safetensors as wire,
+)
+
+DIM = 7
+
+
+class Both:
+    """Calls either client as if it were sync."""
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.client: Any
+        if kind == "sync":
+            self.client = HTMClient(**options)
+        else:
+
+            async def make() -> AsyncHTMClient:
+                return AsyncHTMClient(**options)
+
+            self.client = self.loop.run_until_complete(make())
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            result = getattr(self.client, name)(*args, **kwargs)
+            if inspect.isasyncgen(result):
+                return self.loop.run_until_complete(collect(result))
+            return self.loop.run_until_complete(result) if inspect.isawaitable(result) else result
+
+        return call
+
+    def end(self) -> None:
+        self.close()
+        self.close()
+        self.loop.close()
+
+
+async def collect(items: Any) -> list[Any]:
+    return [item async for item in items]
+
+
+@pytest.fixture(params=[("sync", True), ("sync", False), ("async", True), ("async", False)], ids=str)
+def client(request: pytest.FixtureRequest) -> Iterator[Any]:
+    kind, binary = request.param
+    both = Both(kind, base_url=":memory:", binary=binary)
+    yield both
+    both.end()
+
+
+def vectors(seed: int, *shape: int) -> Any:
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def test_the_life_of_a_session(client: Any) -> None:
+    info = client.create_session("a", dim=DIM, chunk_size=3, labels={"team": "x"})
+    assert (info.id, info.dim, info.length, info.labels) == ("a", DIM, 0, {"team": "x"})
+    tokens = vectors(1, 11, DIM)
+    payloads = [{"n": i, "text": "ü" * i} if i % 2 else None for i in range(11)]
+    assert client.append("a", tokens[:10], payloads=payloads[:10], if_length=0).length == 10
+    assert client.append("a", tokens[10].tolist(), payloads=payloads[10:]).num_chunks == 4
+
+    attended = client.attend("a", tokens[4], top_k=2, returns=["output", "chunks", "payloads"], max_recalled=3)
+    assert attended.output.shape == (1, DIM) and attended.chunk_index.shape == (1, 2)
+    assert attended.chunk_weight.sum() == pytest.approx(1.0, abs=1e-5)
+    assert attended.length == 11 and attended.batch_size == 1 and attended.request_id
+    assert {"queue", "compute"} <= attended.timing_ms.keys()
+    assert len(attended.recalled[0]) == 3
+    only = client.attend("a", vectors(2, 2, DIM), returns=["chunks"], mask=np.ones(11, bool), chunk_mask=[True] * 4)
+    assert only.output is None and only.recalled is None and only.chunk_index.shape == (2, 4)
+
+    best = client.recall("a", tokens[5], n=2)
+    assert best[0].position == 5 and best[0].payload == payloads[5] and len(best) == 2
+    assert [row[0].position for row in client.recall_many("a", tokens[[7, 9]], n=1)] == [7, 9]
+
+    stepped = client.step("a", tokens[0], tokens[0], attend={"top_k": 1}, append={"payloads": [{"n": 11}]})
+    assert stepped.attended.length == 11 and stepped.appended.length == 12 and stepped.attended.output.shape == (1, DIM)
+
+    memories = client.read("a", 2, 11)
+    np.testing.assert_array_equal(memories.embeddings, tokens[2:])
+    assert memories.payloads == payloads[2:] and memories.length == 12
+    assert client.read("a", embeddings=False).embeddings is None
+
+    chunks = list(client.chunks("a", keys=True))
+    assert [chunk.stop for chunk in chunks] == [3, 6, 9, 12] and len(chunks[0].key) == DIM
+    detail = client.chunk("a", 1, embeddings=True)
+    np.testing.assert_allclose(detail.embeddings, tokens[3:6], rtol=1e-6)
+    assert detail.payloads == payloads[3:6] and detail.chunk.sealed
+    assert client.recalls("a", limit=1)[0].top_k == 1
+
+    assert client.update_session("a", labels={}, ttl_s=60.0).ttl_s == 60
+    assert client.create_session(dim=3).dim == 3
+    assert [item.id for item in client.sessions(prefix="a")] == ["a"]
+    assert list(client.sessions(label={"team": "x"})) == []
+    assert client.models()[0]["name"] == "retrieval" and client.info()["version"]
+    client.ready()
+    client.delete_session("a")
+    with pytest.raises(NotFound, match="session_not_found"):
+        client.session("a")
+
+
+def test_errors_are_typed_and_carry_what_the_server_says(client: Any) -> None:
+    client.create_session("a", dim=DIM)
+    client.append("a", vectors(1, 3, DIM))
+    with pytest.raises(LengthConflict) as caught:
+        client.append("a", vectors(1, 3, DIM), if_length=0)
+    assert caught.value.length == 3 and caught.value.code == "length_conflict" and caught.value.status == 409
+    with pytest.raises(SessionConflict, match="dim"):
+        client.create_session("a", dim=3)
+    with pytest.raises(InvalidRequest, match=r"shape \[3, 5\]") as invalid:
+        client.append("a", vectors(1, 3, 5))
+    assert invalid.value.request_id and invalid.value.detail
+    assert client.session("a").length == 3
+
+
+def test_a_key_makes_a_repeated_append_harmless(client: Any) -> None:
+    client.create_session("a", dim=DIM)
+    first = client.append("a", vectors(1, 3, DIM), idempotency_key="k")
+    assert client.append("a", vectors(1, 3, DIM), idempotency_key="k") == first
+    assert client.session("a").length == 3
+
+
+def test_more_sessions_than_a_page(client: Any) -> None:
+    for i in range(103):
+        client.create_session(f"s{i:03}", dim=1)
+    assert [item.id for item in client.sessions()] == [f"s{i:03}" for i in range(103)]
+
+
+# --- retries, on a fake server ---
+
+
+class Fake:
+    """Answers in order; remembers what it was asked and how long the client slept."""
+
+    def __init__(self, *answers: httpx.Response | Exception) -> None:
+        self.answers = list(answers)
+        self.requests: list[httpx.Request] = []
+        self.slept: list[float] = []
+
+    def __call__(self, request: httpx.Request) -> httpx.Response:
+        self.requests.append(request)
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+    async def sleep_async(self, seconds: float) -> None:
+        self.slept.append(seconds)
+
+
+def fake_client(kind: str, fake: Fake, **options: Any) -> Both:
+    sleep: Callable[[float], Any] | Callable[[float], Awaitable[None]] = (
+        fake.sleep if kind == "sync" else fake.sleep_async
+    )
+    return Both(kind, base_url="http://fake", transport=httpx.MockTransport(fake), sleep=sleep, **options)
+
+
+def problem(status: int, code: str, **headers: str) -> httpx.Response:
+    return httpx.Response(status, json={"code": code, "detail": "why", "status": status}, headers=headers)
+
+
+APPENDED = {"start": 0, "length": 1, "num_chunks": 1}
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_an_append_is_sent_again_with_the_same_key(kind: str) -> None:
+    fake = Fake(
+        httpx.ConnectError("refused"),
+        problem(503, "overloaded", **{"Retry-After": "2"}),
+        httpx.ReadTimeout("late"),
+        httpx.Response(200, json=APPENDED),
+    )
+    client = fake_client(kind, fake)
+    assert client.append("s", [1.0]).length == 1
+    keys = {request.headers["idempotency-key"] for request in fake.requests}
+    assert len(fake.requests) == 4 and len(keys) == 1 and len(keys.pop()) == 32
+    assert 0.05 <= fake.slept[0] <= 0.1 and fake.slept[1] == 2.0
+    client.end()
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_retries_end(kind: str) -> None:
+    fake = Fake(*[problem(503, "draining")] * 3)
+    client = fake_client(kind, fake, retries=2)
+    with pytest.raises(ServerUnavailable, match=r"draining \(503\): why"):
+        client.session("s")
+    assert len(fake.requests) == 3
+    fake.answers = [httpx.ConnectError("refused")] * 3
+    with pytest.raises(ConnectionFailed, match="refused"):
+        client.session("s")
+    client.end()
+
+
+@pytest.mark.parametrize("status", [400, 404, 409, 422, 500, 504, 507])
+def test_other_errors_are_not_sent_again(status: int) -> None:
+    fake = Fake(problem(status, "some_code"))
+    client = fake_client("sync", fake)
+    with pytest.raises(Exception, match="some_code"):
+        client.session("s")
+    assert len(fake.requests) == 1
+    client.end()
+
+
+def test_an_answer_that_is_no_problem_document() -> None:
+    client = fake_client("sync", Fake(httpx.Response(418, content=b"<html>teapot")))
+    with pytest.raises(InvalidRequest, match="teapot"):
+        client.session("s")
+    client.end()
+
+
+def test_the_api_key_and_the_path_are_sent() -> None:
+    fake = Fake(httpx.Response(204))
+    client = fake_client("sync", fake, api_key="secret")
+    client.delete_session("a~b.c")
+    assert fake.requests[0].headers["authorization"] == "Bearer secret"
+    assert fake.requests[0].url.path == "/v1/sessions/a~b.c"
+    client.end()
+
+
+def test_safetensors_as_others_write_and_read_it() -> None:
+    tensors = {
+        "a": vectors(1, 2, 3),
+        "b": np.array([[1, -1]], np.int64),
+        "c": np.array([True, False]),
+        "d": vectors(1, 0, 3),
+    }
+    data = wire.dump(tensors, {"x": "ü"})
+    theirs = safetensors.numpy.load(data)
+    assert theirs.keys() == tensors.keys()
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(theirs[name], array)
+    ours, params = wire.load(safetensors.numpy.save(tensors, {"params": json.dumps({"x": 1})}))
+    assert params == {"x": 1}
+    for name, array in tensors.items():
+        np.testing.assert_array_equal(ours[name], array)
+    with pytest.raises(ValueError, match="no safetensors"):
+        wire.load(b"\xff" * 12)
+
+
+def test_torch_tensors_are_taken() -> None:
+    import torch
+
+    fake = Fake(httpx.Response(200, json=APPENDED))
+    client = fake_client("sync", fake)
+    client.append("s", torch.ones(2, 3, dtype=torch.bfloat16, requires_grad=True))
+    tensors, _ = wire.load(fake.requests[0].content)
+    np.testing.assert_array_equal(tensors["embeddings"], np.ones((2, 3), np.float32))
+    client.end()
