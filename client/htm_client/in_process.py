@@ -83,7 +83,8 @@ class SyncApp(httpx.BaseTransport):
             return httpx.Response(response.status_code, headers=response.headers, content=content)
 
         request.read()
-        return self._run(call())
+        response: httpx.Response = self._run(call())
+        return response
 
     def close(self) -> None:
         """Stop the app and its loop. Safe to call twice."""
