@@ -12,7 +12,7 @@ import torch
 
 from htm_service.errors import OutOfMemory
 
-SLAB_BYTES = 64 << 20
+SLAB_BYTES = 256 << 20
 """Size of one allocation on the device; smaller under a small budget."""
 
 
@@ -88,16 +88,24 @@ class Arena:
 
     def take(self, pages: torch.Tensor) -> torch.Tensor:
         """Pages [N] (int64) as a copy of their contents [N, C, D]."""
-        slab_of = pages // self.slab_pages
-        places = pages - slab_of * self.slab_pages
-        indexes = slab_of.unique().tolist()
-        if len(indexes) == 1:
-            return self._slab(indexes[0]).index_select(0, places)
-        contents = torch.empty(len(pages), self.chunk_size, self.dim, dtype=self.dtype, device=self.device)
-        for index in indexes:
-            rows = (slab_of == index).nonzero().squeeze(1)
-            contents[rows] = self._slab(index).index_select(0, places[rows])
+        shape = (len(pages), self.chunk_size, self.dim)
+        contents = torch.empty(shape, dtype=self.dtype, device=self.device)
+        self.take_into(pages, contents)
         return contents
+
+    def take_into(self, pages: torch.Tensor, contents: torch.Tensor) -> None:
+        """Copy pages [N] (int64) into `contents` [N, C, D], converting to its dtype."""
+        slab_of = pages // self.slab_pages
+        used = [index for index, slab in enumerate(self._slabs) if slab is not None]
+        for index in used if len(used) == 1 else slab_of.unique().tolist():
+            slab, places = self._slab(index), pages - index * self.slab_pages
+            rows = (slab_of == index).nonzero().squeeze(1)
+            if len(rows) < len(pages):
+                contents[rows] = slab.index_select(0, places[rows]).to(contents.dtype)
+            elif contents.dtype == self.dtype:
+                torch.index_select(slab, 0, places, out=contents)
+            else:
+                contents.copy_(slab.index_select(0, places))
 
     def _slab(self, index: int) -> torch.Tensor:
         slab = self._slabs[index]

@@ -67,8 +67,7 @@ class Reader:
         """Fold, score, select, attend, project: the main path."""
         model, arena = reads[0].model, reads[0].memory.arena
         folded = model.fold(_stack_queries(reads, arena.device))
-        summaries = folded.summary.split([len(read.request.queries) for read in reads])
-        selections = [self._select(read, summary) for read, summary in zip(reads, summaries, strict=True)]
+        selections = self._select_all(reads, folded.summary)
         index = _stack([selection.index for selection in selections], -1)  # [R, K]
         logits = _stack([selection.logits for selection in selections], -torch.inf)
         index = index.masked_fill(logits == -torch.inf, -1)
@@ -78,6 +77,20 @@ class Reader:
         output = model.project(attended.z, folded, (index >= 0).any(dim=-1))
         return _split(reads, output, index, weights, attended)
 
+    def _select_all(self, reads: list[Read], summary: Tensor) -> list[Selection]:
+        """One selection per read; reads that see the same of the same session share one pass over its keys."""
+        rows = summary.split([len(read.request.queries) for read in reads])
+        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
+        for place, read in enumerate(reads):
+            alike[_what_is_seen(read, place)].append(place)
+        selections: dict[int, Selection] = {}
+        for places in alike.values():
+            together = self._select(reads[places[0]], torch.cat([rows[place] for place in places]))
+            counts = [len(rows[place]) for place in places]
+            parts = zip(places, together.index.split(counts), together.logits.split(counts), strict=True)
+            selections.update((place, Selection(index, logits)) for place, index, logits in parts)
+        return [selections[place] for place in range(len(reads))]
+
     def _select(self, read: Read, summary: Tensor) -> Selection:
         """Score the keys of one session against `summary` [Q, D] and take the top-k visible chunks."""
         memory, visibility = read.memory, read.visibility
@@ -86,14 +99,15 @@ class Reader:
             none = torch.empty(len(summary), 0, device=summary.device)
             return Selection(none.to(torch.int64), none)
         keys = memory.keys[first:last]
-        partial, partial_means, hidden = partial_keys(memory, visibility, first, last)
-        if len(partial):
+        in_part = partial_keys(memory, visibility, first, last)
+        if in_part is not None:
+            partial, means, _ = in_part
             keys = keys.clone()
-            keys[partial - first] = partial_means
+            keys[partial - first] = means
         logits = self.kernel.score(keys, summary)  # [Q, m]
         is_finite = logits.isfinite().all(dim=-1, keepdim=True)
-        if len(hidden):
-            logits[:, hidden - first] = -torch.inf
+        if in_part is not None:
+            logits[:, in_part[2] - first] = -torch.inf
         allowed = visibility.allowed(first, last, len(summary))
         if allowed is not None:
             logits.masked_fill_(~torch.tensor(allowed, device=logits.device), -torch.inf)
@@ -113,15 +127,8 @@ class Reader:
     ) -> ChunkAttention:
         """Attend in the chunks `index` [R, K] of all rows, -1 meaning none."""
         arena: Arena = reads[0].memory.arena
-        pages, visible = [], []
-        for read, rows in zip(reads, index.split([len(read.request.queries) for read in reads]), strict=True):
-            chunks = rows.clamp(min=0)
-            if read.memory.num_chunks:
-                pages.append(read.memory.page_table[chunks])
-                visible.append(read.visibility.slots(chunks, arena.chunk_size) & (rows >= 0)[..., None])
-            else:
-                pages.append(torch.full_like(rows, -1))
-                visible.append(rows.new_zeros(*rows.shape, arena.chunk_size, dtype=torch.bool))
+        counts = [len(read.request.queries) for read in reads]
+        pages = [_pages_of(read.memory, rows) for read, rows in zip(reads, index.split(counts), strict=True)]
         page_ids = torch.cat(pages)
         some = page_ids[page_ids >= 0]
         if not len(some) or not index.shape[1]:
@@ -131,8 +138,42 @@ class Reader:
         # A row of an empty session has no page of its own; any page will do, nothing of it is visible.
         page_ids = page_ids.where(page_ids >= 0, some[0])
         positions = model.positions(arena.chunk_size)
-        batch = ChunkBatch(arena, page_ids, torch.cat(visible), weights, folded.heads, positions)
+        visible = _visible_slots(reads, index, counts, arena.chunk_size)
+        batch = ChunkBatch(arena, page_ids, visible, weights, folded.heads, positions)
         return self.kernel.attend_chunks(batch, tokens=tokens)
+
+
+def _what_is_seen(read: Read, place: int) -> tuple[int, ...]:
+    """Equal for reads that can share a selection; masks are not compared, such a read stays alone."""
+    visibility = read.visibility
+    if visibility.token_mask is not None or visibility.chunk_mask is not None:
+        return (place,)
+    return id(read.memory), visibility.start, visibility.stop, read.top_k
+
+
+def _pages_of(memory: Memory, index: Tensor) -> Tensor:
+    """Page ids [Q, K] of chunks [Q, K], -1 all over for an empty session."""
+    if not memory.num_chunks:
+        return torch.full_like(index, -1)
+    return memory.page_table[index.clamp(min=0)]
+
+
+def _visible_slots(reads: list[Read], index: Tensor, counts: list[int], chunk_size: int) -> Tensor:
+    """Visible slots [R, K, C] of the selected chunks [R, K]; ranges for all rows at once, masks read by read."""
+    repeats = torch.tensor(counts)
+    starts, stops = (
+        torch.tensor(bounds).repeat_interleave(repeats).to(index.device)[:, None, None]
+        for bounds in ([read.visibility.start for read in reads], [read.visibility.stop for read in reads])
+    )
+    positions = index[..., None] * chunk_size + torch.arange(chunk_size, device=index.device)
+    visible = (positions >= starts) & (positions < stops) & (index >= 0)[..., None]
+    first = 0
+    for read, count in zip(reads, counts, strict=True):
+        if read.visibility.token_mask is not None:
+            rows = slice(first, first + count)
+            visible[rows] &= read.visibility.slots(index[rows].clamp(min=0), chunk_size)
+        first += count
+    return visible
 
 
 def _stack_queries(reads: list[Read], device: torch.device) -> Tensor:

@@ -93,14 +93,17 @@ def plan_visibility(
     return Visibility(request.start, stop, mask if stop else None, chunk_mask)
 
 
-def partial_keys(memory: Memory, visibility: Visibility, first: int, last: int) -> tuple[Tensor, Tensor, Tensor]:
+def partial_keys(memory: Memory, visibility: Visibility, first: int, last: int) -> tuple[Tensor, Tensor, Tensor] | None:
     """Of the chunks first .. last-1: those seen in part, their keys over what is seen, those not seen at all.
 
-    Returns indexes [p] int64, keys [p, D] float32, indexes [h] int64, all on the memory's device.
+    Returns indexes [p] int64, keys [p, D] float32, indexes [h] int64, all on the memory's device; None when
+    every chunk is seen as far as it is filled, which is the common case.
     """
     size = memory.chunk_size
     if visibility.token_mask is None:
         edges = {chunk for chunk in (first, last - 1) if _is_cut(memory, visibility, chunk)}
+        if not edges:
+            return None
         suspects = torch.tensor(sorted(edges), dtype=torch.int64, device=memory.keys.device)
     else:
         suspects = torch.arange(first, last, device=memory.keys.device)

@@ -39,9 +39,7 @@ def _is_current(connection: Connection, config: Config, name: str) -> bool:
     known = [revision.revision for revision in script.walk_revisions()]
     version = MigrationContext.configure(connection).get_current_revision()
     if version is not None and version not in known:
-        raise StoreUnavailable(
-            f"{name} has schema version {version}, this release knows up to {known[0]}: it is newer"
-        )
+        raise StoreUnavailable(f"{name} has schema version {version}, this release knows up to {known[0]}: it is newer")
     return version == known[0]
 
 

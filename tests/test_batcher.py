@@ -159,7 +159,7 @@ async def test_close_finishes_what_was_admitted_and_refuses_the_rest(start: Star
         batcher.submit(3)
     gate.is_open.set()
     await closing
-    assert await asyncio.gather(first, second) == [0, 4]
+    assert (await first, await second) == (0, 4)
     assert not batcher.post(lambda: None)
     await batcher.close(1.0)
 

@@ -23,8 +23,13 @@ class BlockedKernel:
         self._workspace = torch.empty(0)
 
     def score(self, keys: Tensor, summary: Tensor) -> Tensor:
-        """[M, D], [R, D] -> [R, M]."""
-        return summary @ keys.T
+        """[M, D], [R, D] -> [R, M].
+
+        One row is scored as two equal ones: the matrix-vector product of the BLAS that torch brings streams
+        keys at half the rate of its matrix product (135 us against 70 us for 625 keys of width 512).
+        """
+        rows = summary if len(summary) > 1 else summary.expand(2, -1)
+        return (keys @ rows.T).T[: len(summary)].contiguous()
 
     def select(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """[R, M] -> [R, k], [R, k]; `topk`, and a stable sort only where it met a tie."""
@@ -38,43 +43,46 @@ class BlockedKernel:
         return values, indexes
 
     def attend_chunks(self, batch: ChunkBatch, *, tokens: bool) -> ChunkAttention:
-        """Row by row; see `ChunkAttention`."""
+        """Row by row; see `ChunkAttention`. What positions contribute is computed for all rows at once."""
         num_rows, num_chunks, size = batch.visible.shape
+        num_heads = batch.heads.shape[1]
         z = torch.empty_like(batch.heads)
-        shares = batch.weights.new_empty(num_rows, num_chunks, size) if tokens else None
-        scores = batch.weights.new_empty(num_rows, num_chunks, size) if tokens else None
+        by_slot = batch.heads.new_empty(num_rows, num_heads, size)
+        position_logits = None if batch.positions is None else batch.heads @ batch.positions.T  # [R, H, C]
+        token_weights = batch.weights.new_empty(num_rows, num_chunks, size) if tokens else None
+        token_scores = batch.weights.new_empty(num_rows, num_chunks, size) if tokens else None
         hidden = ~batch.visible
-        is_full = (~hidden.flatten(1).any(dim=1)).tolist()
-        pages = batch.pages.tolist()
+        has_hidden = hidden.flatten(1).any(dim=1).tolist()
         for row in range(num_rows):
-            x = self._gather(batch.arena, pages[row])  # [K*C, D]
-            if not is_full[row]:
+            x = self._gather(batch.arena, batch.pages[row])  # [K*C, D]
+            if has_hidden[row]:
                 # Slots that were never written hold anything, NaN included, and 0 x NaN is NaN.
                 x.masked_fill_(hidden[row].view(-1, 1), 0.0)
-            logits = batch.heads[row] @ x.T  # [H, K*C]
-            logits = logits.view(-1, num_chunks, size)
+            logits = (batch.heads[row] @ x.T).view(num_heads, num_chunks, size)
+            if position_logits is not None:
+                logits += position_logits[row, :, None]
+            if has_hidden[row]:
+                logits.masked_fill_(hidden[row], -torch.inf)
+            shares = logits.softmax(dim=-1)  # [H, K, C]
+            if has_hidden[row]:
+                shares.masked_fill_(hidden[row], 0.0)  # chunks without a visible token: 0 / 0
+            if token_weights is not None and token_scores is not None:
+                torch.mean(shares, dim=0, out=token_weights[row])
+                torch.mean(logits, dim=0, out=token_scores[row])
+            shares *= batch.weights[row, :, None]
+            torch.mm(shares.view(num_heads, -1), x, out=z[row])
             if batch.positions is not None:
-                logits = logits + (batch.heads[row] @ batch.positions.T)[:, None]
-            if not is_full[row]:
-                logits = logits.masked_fill(hidden[row], -torch.inf)
-            share = logits.softmax(dim=-1)  # [H, K, C]
-            if not is_full[row]:
-                share = share.masked_fill(hidden[row], 0.0)  # chunks without a visible token: 0 / 0
-            if shares is not None and scores is not None:
-                torch.mean(share, dim=0, out=shares[row])
-                torch.mean(logits, dim=0, out=scores[row])
-            share = share * batch.weights[row, :, None]
-            torch.mm(share.view(-1, num_chunks * size), x, out=z[row])
-            if batch.positions is not None:
-                z[row].addmm_(share.sum(dim=1), batch.positions)
-        return ChunkAttention(z, shares, scores)
+                torch.sum(shares, dim=1, out=by_slot[row])
+        if batch.positions is not None:
+            z += by_slot @ batch.positions
+        return ChunkAttention(z, token_weights, token_scores)
 
-    def _gather(self, arena: Arena, pages: list[int]) -> Tensor:
-        """Copy pages into the workspace, as float32: [K*C, D]."""
-        num_tokens = len(pages) * arena.chunk_size
-        if self._workspace.numel() < num_tokens * arena.dim:
-            self._workspace = torch.empty(num_tokens * arena.dim)
-        x = self._workspace[: num_tokens * arena.dim].view(len(pages), arena.chunk_size, arena.dim)
-        for place, page in enumerate(pages):
-            x[place] = arena.page(page)
-        return x.view(num_tokens, arena.dim)
+    def _gather(self, arena: Arena, pages: Tensor) -> Tensor:
+        """Copy pages [K] into the workspace, as float32: [K*C, D]."""
+        shape = (len(pages), arena.chunk_size, arena.dim)
+        num_values = shape[0] * shape[1] * shape[2]
+        if self._workspace.numel() < num_values:
+            self._workspace = torch.empty(num_values)
+        x = self._workspace[:num_values].view(shape)
+        arena.take_into(pages, x)
+        return x.view(-1, arena.dim)

@@ -1,0 +1,1 @@
+"""Benchmarks, run by hand: each checks answers first, prints a table, then one JSON line."""
