@@ -1,32 +1,39 @@
-# The only commands anyone needs. Each sets up what it uses: a virtual environment in .venv.
+# The only commands anyone needs; each first sets up what it uses, in .venv. They need Python 3.11 or newer, pip and make.
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# pip from outside installs into the environment: some distributions' Python cannot put a pip of its own there.
+PIP    := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install -q -c constraints.txt
 ARGS   ?=
 
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
 .PHONY: help setup demo serve test check format bench image clean
 
 help:  ## Show the commands
-	@grep -E '^[a-z]+:.*##' Makefile | sed 's/:.*##/\t/' | expand -t 10
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
 
-setup: $(STAMP)  ## Make the virtual environment
+setup: $(STAMP)  ## Make the virtual environment in .venv
 
+# torch first, at the pin of constraints.txt: nothing after it can choose another build.
 $(STAMP): pyproject.toml constraints.txt client/pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed, this is " + sys.version)'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q -c constraints.txt torch
-	$(BIN)/python -m pip install -q -c constraints.txt -e ".[dev,demo]" -e ./client
+	@$(PYTHON) -c 'import sys; sys.exit(0 if sys.version_info >= (3, 11) else "Python 3.11 or newer is needed; this is Python %d.%d. Name another: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	@$(PYTHON) -c 'import pip, venv' || { echo "Python needs its modules pip and venv" >&2; exit 1; }
+	@echo "Setting up .venv: some minutes, mostly for torch"
+	@$(PYTHON) -m venv --without-pip $(VENV)
+	@$(PIP) torch
+	@$(PIP) -e ".[dev,demo]" -e ./client
 	@touch $@
 
-demo: $(STAMP)  ## Start a server, let agents fill it with the standard library's documentation, ask it questions
-	$(BIN)/htm-service demo $(ARGS)
+demo: $(STAMP)  ## Start a server, let agents fill it with Python's documentation, ask it questions (ARGS="--keep")
+	@$(BIN)/htm-service demo $(ARGS)
 
-serve: $(STAMP)  ## Start a server on 127.0.0.1:8000
-	$(BIN)/htm-service serve $(ARGS)
+serve: $(STAMP)  ## Serve on 127.0.0.1:8000 (ARGS="--data DIR")
+	@$(BIN)/htm-service serve $(ARGS)
 
-test: $(STAMP)  ## Run the tests with coverage
-	$(BIN)/python -m pytest --cov --cov-report=term:skip-covered $(ARGS)
+test: $(STAMP)  ## Run all tests with coverage (ARGS="-k arena")
+	$(BIN)/python -m pytest --cov $(ARGS)
 
 check: $(STAMP)  ## Format, lint, types, Dockerfile
 	$(BIN)/ruff format --check .
@@ -34,15 +41,15 @@ check: $(STAMP)  ## Format, lint, types, Dockerfile
 	$(BIN)/mypy
 	$(BIN)/hadolint Dockerfile
 
-format: $(STAMP)  ## Format and fix what can be fixed
+format: $(STAMP)  ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## Measure served attends against the naive service
-	$(BIN)/python -m bench.served $(ARGS)
+bench: $(STAMP)  ## Served attends per second beside a naive service's, in one run
+	@$(BIN)/python -m bench.served $(ARGS)
 
-image:  ## Build the Docker image
-	docker build -t htm-service .
+image:  ## Build the image htm-service (ARGS="--build-arg ...", see Dockerfile)
+	docker build -t htm-service $(ARGS) .
 
-clean:  ## Remove the virtual environment and caches
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info client/*.egg-info
+clean:  ## Remove the environment, caches and build output
+	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info client/build client/*.egg-info

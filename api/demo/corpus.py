@@ -6,18 +6,18 @@ The modules are read as text and parsed, never imported. Does not know embedding
 from __future__ import annotations
 
 import ast
-import io
 import re
 import sysconfig
-import tokenize
-from collections.abc import Iterator
-from dataclasses import dataclass
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 MIN_WORDS, MAX_WORDS = 60, 120
-"""Of a passage; the last of a text may have half as many as MIN_WORDS."""
+"""Of a passage. The last of a module may have half of MIN_WORDS; what is shorter joins the passage before it."""
 SKIPPED = {
     "__pycache__",
+    "dist-packages",
     "encodings",
     "idlelib",
     "lib2to3",
@@ -32,11 +32,11 @@ MAX_FILE_BYTES = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Passage:
-    """Words of one docstring or comment: where it is from and what it says."""
+    """Words of consecutive docstrings and comments of one module: where they begin and what they say."""
 
     module: str
     name: str
-    """The class or function it belongs to, or "" for the module itself."""
+    """The class or function whose docstring it begins in, or "" for the module's and for a comment."""
     line: int
     text: str
 
@@ -59,7 +59,7 @@ def read_corpus(root: Path | None = None, limit: int | None = None) -> list[Pass
     for path in sorted(root.rglob("*.py")):
         if SKIPPED & set(path.relative_to(root).parts) or path.stat().st_size > MAX_FILE_BYTES:
             continue
-        for passage in _of_file(path, _module(path.relative_to(root))):
+        for passage in _cut(_module(path.relative_to(root)), _texts(path)):
             if passage.text not in seen:
                 seen.add(passage.text)
                 passages.append(passage)
@@ -73,17 +73,16 @@ def _module(path: Path) -> str:
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def _of_file(path: Path, module: str) -> Iterator[Passage]:
-    """The passages of one file in the order of their lines."""
+def _texts(path: Path) -> list[tuple[int, str, str]]:
+    """Line, name and text of the docstrings and comments of one file, in the order of their lines."""
     try:
         source = path.read_text("utf-8")
-        tree = ast.parse(source)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a doubtful escape in somebody's file is not our user's concern
+            tree = ast.parse(source)
     except (UnicodeDecodeError, SyntaxError):  # files that are broken on purpose
-        return
-    texts = [*_docstrings(tree), *_comments(source)]
-    for line, name, text in sorted(texts):
-        for part in _cut(text):
-            yield Passage(module, name, line, part)
+        return []
+    return sorted([*_docstrings(tree), *_comments(source, tree)])
 
 
 def _docstrings(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
@@ -99,34 +98,48 @@ def _docstrings(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
     return walk(tree, ())
 
 
-def _comments(source: str) -> Iterator[tuple[int, str, str]]:
-    """Comments of their own lines, consecutive ones as one text."""
+def _comments(source: str, tree: ast.AST) -> Iterator[tuple[int, str, str]]:
+    """Comments of their own lines, consecutive ones as one text.
+
+    The tree tells which lines are inside a string; tokenizing the library for that takes three times as long.
+    """
+    in_strings: set[int] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno is not None:
+            in_strings.update(range(node.lineno + 1, node.end_lineno + 1))
     run: list[str] = []
-    first, last = 0, -2
-    for token in tokenize.generate_tokens(io.StringIO(source).readline):
-        if token.type != tokenize.COMMENT or token.line[: token.start[1]].strip():
-            continue
-        if token.start[0] != last + 1 and run:
-            yield first, "", "\n".join(run)
+    for number, line in enumerate([*source.split("\n"), ""], start=1):
+        if line.lstrip().startswith("#") and number not in in_strings:
+            run.append(line.lstrip(" \t\f#!").rstrip())
+        elif run:
+            yield number - len(run), "", "\n".join(run)
             run = []
-        if not run:
-            first = token.start[0]
-        run.append(token.string.lstrip("#! "))
-        last = token.start[0]
-    if run:
-        yield first, "", "\n".join(run)
 
 
-def _cut(text: str) -> Iterator[str]:
-    """Paragraphs, short ones joined and long ones cut, as passages of MIN_WORDS to MAX_WORDS words."""
+def _cut(module: str, texts: Sequence[tuple[int, str, str]]) -> list[Passage]:
+    """The texts of a module as passages, cut between paragraphs where possible.
+
+    Most docstrings are one line: alone they say too little to be found and are too unlike their neighbours for a
+    summary key, so short texts are joined with what follows, each under its name.
+    """
+    passages: list[Passage] = []
     words: list[str] = []
-    for paragraph in re.split(r"\n\s*\n", text):
-        words += paragraph.split()
-        while len(words) > MAX_WORDS:
-            yield " ".join(words[:MAX_WORDS])
-            words = words[MAX_WORDS:]
-        if len(words) >= MIN_WORDS:
-            yield " ".join(words)
-            words = []
+    line, name = 0, ""
+    for at, owner, text in texts:
+        if words and owner:
+            words.append(f"{owner.rpartition('.')[2]}:")
+        for paragraph in re.split(r"\n\s*\n", text):
+            if not words:
+                line, name = at, owner
+            words += paragraph.split()
+            while len(words) > MAX_WORDS:
+                passages.append(Passage(module, name, line, " ".join(words[:MAX_WORDS])))
+                words, line, name = words[MAX_WORDS:], at, owner
+            if len(words) >= MIN_WORDS:
+                passages.append(Passage(module, name, line, " ".join(words)))
+                words = []
     if len(words) >= MIN_WORDS // 2:
-        yield " ".join(words)
+        passages.append(Passage(module, name, line, " ".join(words)))
+    elif words and passages:
+        passages[-1] = replace(passages[-1], text=" ".join([passages[-1].text, *words]))
+    return passages

@@ -26,11 +26,17 @@ class Embedder(Protocol):
 
 
 class TfidfEmbedder:
-    """TF-IDF over words and word pairs, reduced by truncated SVD; fitted to `texts`, the same on every run."""
+    """TF-IDF over words, reduced by truncated SVD; fitted to `texts`, the same on every run.
+
+    Raises OSError when scikit-learn is not installed.
+    """
 
     def __init__(self, texts: Sequence[str], dim: int = DIM) -> None:
-        from sklearn.decomposition import TruncatedSVD
-        from sklearn.feature_extraction.text import TfidfVectorizer
+        try:
+            from sklearn.decomposition import TruncatedSVD
+            from sklearn.feature_extraction.text import TfidfVectorizer
+        except ModuleNotFoundError as error:
+            raise OSError(f"the demo needs {error.name}; install it with: pip install '.[demo]'") from error
 
         self._tfidf: Any = TfidfVectorizer(sublinear_tf=True, stop_words="english", min_df=2, max_features=60_000)
         matrix = self._tfidf.fit_transform(texts)

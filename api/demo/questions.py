@@ -64,7 +64,7 @@ QUESTIONS: tuple[Question, ...] = tuple(
         ("inspect the signature of a function and its parameters", "inspect"),
         ("parse python source into an abstract syntax tree and walk its nodes", "ast"),
         ("disassemble bytecode instructions of a function", "dis"),
-        ("tokenize python source code", "tokenize lib2to3"),
+        ("tokenize python source code", "tokenize"),
         ("create a virtual environment with pip installed", "venv ensurepip"),
         ("import a module from a path with a custom finder and loader", "importlib imp pkgutil zipimport"),
         ("remove a directory tree and copy files recursively", "shutil"),

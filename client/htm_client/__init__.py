@@ -14,6 +14,7 @@ from htm_client.errors import (
     RequestRefused,
     ServerUnavailable,
     SessionConflict,
+    UnreadableAnswer,
 )
 from htm_client.results import (
     Appended,
@@ -47,4 +48,5 @@ __all__ = [
     "SessionConflict",
     "SessionInfo",
     "Stepped",
+    "UnreadableAnswer",
 ]

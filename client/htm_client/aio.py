@@ -11,13 +11,19 @@ from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
-from htm_client.calls import Answer, parse
-from htm_client.errors import ConnectionFailed
+from htm_client.calls import Call
 from htm_client.in_process import ADDRESS, AsyncApp
-from htm_client.options import AppendOptions, AttendOptions, SessionChanges, SessionOptions
+from htm_client.options import (
+    AppendConditions,
+    AppendOptions,
+    AttendOptions,
+    Payloads,
+    SessionChanges,
+    SessionOptions,
+)
 from htm_client.requests import Request, Requests
 from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
-from htm_client.retry import Retry
+from htm_client.retry import Outcome, Retry, finish
 
 T = TypeVar("T")
 
@@ -96,9 +102,11 @@ class AsyncHTMClient:
 
     # --- tokens in, answers out ---
 
-    async def append(self, session: str, embeddings: Any, **options: Unpack[AppendOptions]) -> Appended:
-        """Add tokens `embeddings` [T, D] or [D]: on disk and visible when this returns."""
-        return await self._send(self._requests.append(session, embeddings, options))
+    async def append(
+        self, session: str, embeddings: Any, payloads: Payloads | None = None, **options: Unpack[AppendConditions]
+    ) -> Appended:
+        """Add tokens `embeddings` [T, D] or [D], and T payloads: on disk and visible when this returns."""
+        return await self._send(self._requests.append(session, embeddings, payloads, options))
 
     async def attend(self, session: str, queries: Any, **options: Unpack[AttendOptions]) -> Attended:
         """HTM attention for `queries` [Q, D] or [D]."""
@@ -118,13 +126,13 @@ class AsyncHTMClient:
 
     async def recall(self, session: str, query: Any, n: int = 5, **options: Unpack[AttendOptions]) -> list[Recalled]:
         """The n most similar tokens in the chunks that `query` [D] recalls, with their payloads."""
-        return (await self._send(self._requests.recall(session, query, n, options)))[0]
+        return await self._send(self._requests.recall(session, query, n, options))
 
     async def recall_many(
         self, session: str, queries: Any, n: int = 5, **options: Unpack[AttendOptions]
     ) -> list[list[Recalled]]:
         """The same for `queries` [Q, D], a list for each."""
-        return await self._send(self._requests.recall(session, queries, n, options))
+        return await self._send(self._requests.recall_many(session, queries, n, options))
 
     async def read(
         self, session: str, start: int = 0, stop: int | None = None, *, embeddings: bool = True, payloads: bool = True
@@ -160,6 +168,10 @@ class AsyncHTMClient:
         """Version, device, limits and totals of the server."""
         return await self._send(self._requests.info())
 
+    async def live(self) -> None:
+        """Return when the server's process answers."""
+        await self._send(self._requests.live())
+
     async def ready(self) -> None:
         """Return when the server takes requests; raises what keeps it from that."""
         await self._send(self._requests.ready())
@@ -167,22 +179,19 @@ class AsyncHTMClient:
     # --- sending ---
 
     async def _send(self, request: Request[T]) -> T:
-        call, attempt = request.call, 0
+        attempt = 0
         while True:
-            status, headers, failure = None, httpx.Headers(), None
-            try:
-                response = await self._http.request(
-                    call.method, call.path, content=call.content, headers=call.headers, params=call.query
-                )
-            except httpx.TransportError as error:
-                failure = error
-            else:
-                status, headers = response.status_code, response.headers
-            delay_s = self._retry.delay_s(attempt, status, headers) if status is None or status >= 400 else None
+            outcome = await self._attempt(request.call)
+            delay_s = self._retry.delay_s(attempt, request.call, outcome)
             if delay_s is None:
-                if failure is not None:
-                    raise ConnectionFailed(f"{call.method} {call.path}: {failure!r}") from failure
-                answer: Answer = parse(response.status_code, headers, response.content)
-                return request.read(answer)
+                return finish(request, attempt, outcome)
             await self._sleep(delay_s)
             attempt += 1
+
+    async def _attempt(self, call: Call) -> Outcome:
+        try:
+            return await self._http.request(
+                call.method, call.path, content=call.content, headers=call.headers, params=call.query
+            )
+        except httpx.TransportError as error:
+            return error

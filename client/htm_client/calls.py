@@ -17,7 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from htm_client import safetensors
-from htm_client.errors import from_answer
+from htm_client.errors import UnreadableAnswer, from_answer
+from htm_client.json_text import dumps
 from htm_client.results import Appended, Attended, ChunkDetail, Floats, Memories, Recalled, Stepped
 from htm_client.results import Chunk as ChunkResult
 
@@ -28,13 +29,17 @@ Tensors = dict[str, npt.NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """One request: everything but where the server is. All calls are safe to send again."""
+    """One request: everything but where the server is.
+
+    `idempotent` tells whether it may be sent again although the server may have carried it out.
+    """
 
     method: str
     path: str
     content: bytes | None = None
     headers: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, str | int | Sequence[str]] = field(default_factory=dict)
+    idempotent: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +66,15 @@ def bools(value: Any) -> npt.NDArray[np.bool_]:
 
 
 def session_path(session: str, *rest: str) -> str:
-    """The path of a session, or of something in it."""
+    """The path of a session, or of something in it. Raises ValueError for ids that would change the path."""
+    if session in {"", ".", ".."}:
+        raise ValueError(f"{session!r} is no session id")
     return "/".join(["/v1/sessions", quote(session, safe="~"), *rest])
 
 
 def plain(method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> Call:
     """A call with a JSON body or none; None leaves a query parameter out."""
-    content = None if body is None else json.dumps(body, allow_nan=False).encode()
+    content = None if body is None else dumps(body).encode()
     headers = {"Accept": JSON} if body is None else {"Accept": JSON, "Content-Type": JSON}
     return Call(method, path, content, headers, {name: value for name, value in query.items() if value is not None})
 
@@ -129,7 +136,7 @@ class Codec:
             content, media_type = safetensors.dump(tensors, params), safetensors.MEDIA_TYPE
         else:
             body = params | {name: _base64(array) for name, array in tensors.items()}
-            content, media_type = json.dumps(body, allow_nan=False).encode(), JSON
+            content, media_type = dumps(body).encode(), JSON
         headers = {"Content-Type": media_type, "Accept": self._accept()}
         if key is not None:
             headers["Idempotency-Key"] = key
@@ -168,18 +175,25 @@ def append_params(
 
 
 def parse(status: int, headers: Mapping[str, str], content: bytes) -> Answer:
-    """An answer of the server. Raises the error that it says."""
+    """An answer of the server. Raises the error that it says, or UnreadableAnswer."""
     if status >= 400:
         try:
             problem = json.loads(content)
         except ValueError:
+            problem = None
+        if not isinstance(problem, dict):  # not from the server, but from something in between
             problem = {"detail": content[:200].decode(errors="replace")}
         raise from_answer(status, problem, headers.get("x-request-id", ""))
-    if headers.get("content-type", "").startswith(safetensors.MEDIA_TYPE):
-        tensors, params = safetensors.load(content)
-        return Answer(tensors, params, headers)
-    params = json.loads(content) if content else {}
-    return Answer(_take_tensors(params), params, headers)
+    try:
+        if status >= 300:
+            raise ValueError(f"it redirects to {headers.get('location', '')!r:.200}")
+        if headers.get("content-type", "").startswith(safetensors.MEDIA_TYPE):
+            tensors, params = safetensors.load(content)
+            return Answer(tensors, params, headers)
+        params = json.loads(content) if content else {}
+        return Answer(_take_tensors(params), params, headers)
+    except (ValueError, AttributeError) as error:
+        raise UnreadableAnswer(f"the answer ({status}) is not one of htm-service: {error}") from error
 
 
 def attended(answer: Answer, prefix: str = "") -> Attended:
@@ -233,7 +247,7 @@ def _take_tensors(params: Params, prefix: str = "") -> Tensors:
     """Take the base64 tensors out of a JSON answer, by their dotted names."""
     tensors: Tensors = {}
     for name, value in list(params.items()):
-        if not isinstance(value, dict) or name in {"labels", "bytes"}:
+        if not isinstance(value, dict):
             continue
         if value.keys() == {"b64", "shape", "dtype"}:
             dtype = np.dtype(value["dtype"]).newbyteorder("<")

@@ -11,13 +11,19 @@ from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
-from htm_client.calls import Answer, parse
-from htm_client.errors import ConnectionFailed
+from htm_client.calls import Call
 from htm_client.in_process import ADDRESS, SyncApp
-from htm_client.options import AppendOptions, AttendOptions, SessionChanges, SessionOptions
+from htm_client.options import (
+    AppendConditions,
+    AppendOptions,
+    AttendOptions,
+    Payloads,
+    SessionChanges,
+    SessionOptions,
+)
 from htm_client.requests import Request, Requests
 from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
-from htm_client.retry import Retry
+from htm_client.retry import Outcome, Retry, finish
 
 T = TypeVar("T")
 
@@ -93,9 +99,11 @@ class HTMClient:
 
     # --- tokens in, answers out ---
 
-    def append(self, session: str, embeddings: Any, **options: Unpack[AppendOptions]) -> Appended:
-        """Add tokens `embeddings` [T, D] or [D]: on disk and visible when this returns."""
-        return self._send(self._requests.append(session, embeddings, options))
+    def append(
+        self, session: str, embeddings: Any, payloads: Payloads | None = None, **options: Unpack[AppendConditions]
+    ) -> Appended:
+        """Add tokens `embeddings` [T, D] or [D], and T payloads: on disk and visible when this returns."""
+        return self._send(self._requests.append(session, embeddings, payloads, options))
 
     def attend(self, session: str, queries: Any, **options: Unpack[AttendOptions]) -> Attended:
         """HTM attention for `queries` [Q, D] or [D]."""
@@ -115,13 +123,13 @@ class HTMClient:
 
     def recall(self, session: str, query: Any, n: int = 5, **options: Unpack[AttendOptions]) -> list[Recalled]:
         """The n most similar tokens in the chunks that `query` [D] recalls, with their payloads."""
-        return (self._send(self._requests.recall(session, query, n, options)))[0]
+        return self._send(self._requests.recall(session, query, n, options))
 
     def recall_many(
         self, session: str, queries: Any, n: int = 5, **options: Unpack[AttendOptions]
     ) -> list[list[Recalled]]:
         """The same for `queries` [Q, D], a list for each."""
-        return self._send(self._requests.recall(session, queries, n, options))
+        return self._send(self._requests.recall_many(session, queries, n, options))
 
     def read(
         self, session: str, start: int = 0, stop: int | None = None, *, embeddings: bool = True, payloads: bool = True
@@ -156,6 +164,10 @@ class HTMClient:
         """Version, device, limits and totals of the server."""
         return self._send(self._requests.info())
 
+    def live(self) -> None:
+        """Return when the server's process answers."""
+        self._send(self._requests.live())
+
     def ready(self) -> None:
         """Return when the server takes requests; raises what keeps it from that."""
         self._send(self._requests.ready())
@@ -163,22 +175,19 @@ class HTMClient:
     # --- sending ---
 
     def _send(self, request: Request[T]) -> T:
-        call, attempt = request.call, 0
+        attempt = 0
         while True:
-            status, headers, failure = None, httpx.Headers(), None
-            try:
-                response = self._http.request(
-                    call.method, call.path, content=call.content, headers=call.headers, params=call.query
-                )
-            except httpx.TransportError as error:
-                failure = error
-            else:
-                status, headers = response.status_code, response.headers
-            delay_s = self._retry.delay_s(attempt, status, headers) if status is None or status >= 400 else None
+            outcome = self._attempt(request.call)
+            delay_s = self._retry.delay_s(attempt, request.call, outcome)
             if delay_s is None:
-                if failure is not None:
-                    raise ConnectionFailed(f"{call.method} {call.path}: {failure!r}") from failure
-                answer: Answer = parse(response.status_code, headers, response.content)
-                return request.read(answer)
+                return finish(request, attempt, outcome)
             self._sleep(delay_s)
             attempt += 1
+
+    def _attempt(self, call: Call) -> Outcome:
+        try:
+            return self._http.request(
+                call.method, call.path, content=call.content, headers=call.headers, params=call.query
+            )
+        except httpx.TransportError as error:
+            return error

@@ -2,8 +2,9 @@
 
 HTMClientError
 ├── ConnectionFailed        no answer: refused, reset or timed out, after the retries
+├── UnreadableAnswer        an answer that htm-service does not give: something else is at this address
 └── RequestRefused          the server answered with an error
-    ├── InvalidRequest      400, 413, 415, 422: the request is wrong and will stay wrong
+    ├── InvalidRequest      400, 401, 403, 405, 413, 415, 422: the request is wrong and will stay wrong
     ├── NotFound            404, 410
     ├── SessionConflict     409 session_conflict (and the other conflicts)
     │   └── LengthConflict  409 length_conflict; `length` is the session's
@@ -22,6 +23,10 @@ class HTMClientError(Exception):
 
 class ConnectionFailed(HTMClientError):
     """The server could not be reached, or did not answer in time."""
+
+
+class UnreadableAnswer(HTMClientError):
+    """The answer is not one of htm-service."""
 
 
 class RequestRefused(HTMClientError):

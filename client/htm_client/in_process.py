@@ -6,7 +6,6 @@ Imports the server only when it is asked for.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import threading
 from collections.abc import Coroutine
 from typing import Any
@@ -14,15 +13,18 @@ from typing import Any
 import httpx
 
 ADDRESS = ":memory:"
+STOP_S = 10.0
 
 
 def make_app() -> Any:
-    """The app, not yet started."""
+    """The app, not yet started. Raises RuntimeError when the server is not installed."""
     try:
         from api.app import create_app
         from api.settings import Settings
-    except ModuleNotFoundError as error:
-        raise RuntimeError(f"{ADDRESS} runs the server in this process: install htm-service ({error})") from error
+    except ImportError as error:  # not ModuleNotFoundError: a stranger's `api` has no `create_app`
+        raise RuntimeError(
+            f"{ADDRESS} runs the server in this process and needs it: pip install htm-client[server] ({error})"
+        ) from error
     return create_app(Settings(store_url="memory://"))
 
 
@@ -36,18 +38,15 @@ class AsyncApp(httpx.AsyncBaseTransport):
         self._app = make_app()
         self._transport = httpx.ASGITransport(self._app)
         self._stop = asyncio.Event()
-        self._started = asyncio.Event()
+        self._started: asyncio.Future[None] | None = None
         self._task: asyncio.Task[None] | None = None
 
     async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
-        """Start the app if need be, then pass the request on."""
-        if self._task is None:
-            self._task = asyncio.create_task(self._live())
-        started = asyncio.create_task(self._started.wait())
-        await asyncio.wait({started, self._task}, return_when=asyncio.FIRST_COMPLETED)
-        if not started.done():
-            started.cancel()
-            self._task.result()  # raises what kept the app from starting
+        """Start the app if need be, then pass the request on. Raises what kept the app from starting."""
+        if self._started is None:
+            self._started = asyncio.get_running_loop().create_future()
+            self._task = asyncio.create_task(self._live(self._started))
+        await asyncio.shield(self._started)  # a cancelled request does not stop the others' start
         return await self._transport.handle_async_request(request)
 
     async def aclose(self) -> None:
@@ -56,47 +55,48 @@ class AsyncApp(httpx.AsyncBaseTransport):
             self._stop.set()
             await self._task
 
-    async def _live(self) -> None:
-        async with self._app.router.lifespan_context(self._app):
-            self._started.set()
-            await self._stop.wait()
+    async def _live(self, started: asyncio.Future[None]) -> None:
+        try:
+            async with self._app.router.lifespan_context(self._app):
+                started.set_result(None)
+                await self._stop.wait()
+        except Exception as error:
+            if started.done():
+                raise  # while stopping: for `aclose`
+            started.set_exception(error)
 
 
 class SyncApp(httpx.BaseTransport):
     """The same for the sync client: an event loop in a thread of its own."""
 
     def __init__(self) -> None:
+        self._app = AsyncApp()  # before the thread, which nobody would stop if this fails
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="htm-in-process", daemon=True)
         self._thread.start()
-        self._app = self._run(self._make())
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        """Pass the request to the app, with its body read whole."""
-
-        async def call() -> httpx.Response:
-            asked = httpx.Request(
-                request.method, request.url, headers=request.headers, content=request.content, extensions={}
-            )
-            response = await self._app.handle_async_request(asked)
-            content = await response.aread()
-            return httpx.Response(response.status_code, headers=response.headers, content=content)
-
+        """Pass the request to the app, with its body and its answer's read whole."""
         request.read()
-        response: httpx.Response = self._run(call())
-        return response
+        status, headers, content = self._run(self._call(request))
+        return httpx.Response(status, headers=headers, content=content)
 
     def close(self) -> None:
         """Stop the app and its loop. Safe to call twice."""
-        if self._thread.is_alive():
-            with contextlib.suppress(RuntimeError):
-                self._run(self._app.aclose())
+        if self._loop.is_closed():
+            return
+        try:
+            self._run(self._app.aclose())
+        finally:
             self._loop.call_soon_threadsafe(self._loop.stop)
-            self._thread.join(10)
-            self._loop.close()
+            self._thread.join(STOP_S)
+            if not self._thread.is_alive():
+                self._loop.close()
 
-    async def _make(self) -> AsyncApp:
-        return AsyncApp()
+    async def _call(self, request: httpx.Request) -> tuple[int, httpx.Headers, bytes]:
+        asked = httpx.Request(request.method, request.url, headers=request.headers, content=request.content)
+        response = await self._app.handle_async_request(asked)
+        return response.status_code, response.headers, await response.aread()
 
     def _run(self, work: Coroutine[Any, Any, Any]) -> Any:
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()

@@ -28,13 +28,22 @@ class SessionChanges(TypedDict, total=False):
     model: str
 
 
-class AppendOptions(TypedDict, total=False):
-    """Beside the embeddings [T, D]: one JSON object (or None) per token, and conditions."""
+Payloads = Sequence[Mapping[str, Any] | None]
+"""One JSON object, or None, per token."""
 
-    payloads: Sequence[Mapping[str, Any] | None]
+
+class AppendConditions(TypedDict, total=False):
+    """Under which episode, whether at all, and what makes two appends the same one."""
+
     episode: int
     if_length: int
     idempotency_key: str
+
+
+class AppendOptions(AppendConditions, total=False):
+    """The same with the payloads, for a step's append."""
+
+    payloads: Payloads
 
 
 class AttendOptions(TypedDict, total=False):

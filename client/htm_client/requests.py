@@ -6,12 +6,19 @@ Does not know sockets, retries or whether anyone awaits.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from htm_client import calls
 from htm_client.calls import Answer, Call, Codec, attend_parts, plain, session_path
-from htm_client.options import AppendOptions, AttendOptions, SessionChanges, SessionOptions
+from htm_client.options import (
+    AppendConditions,
+    AppendOptions,
+    AttendOptions,
+    Payloads,
+    SessionChanges,
+    SessionOptions,
+)
 from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
 
 T = TypeVar("T")
@@ -41,8 +48,9 @@ class Requests:
 
     def create_session(self, session: str | None, options: SessionOptions) -> Request[SessionInfo]:
         """PUT with an id, POST without."""
-        method, path = ("POST", "/v1/sessions") if session is None else ("PUT", session_path(session))
-        return Request(plain(method, path, dict(options)), _session)
+        if session is None:  # sent twice, it would make two sessions
+            return Request(replace(plain("POST", "/v1/sessions", dict(options)), idempotent=False), _session)
+        return Request(plain("PUT", session_path(session), dict(options)), _session)
 
     def sessions(
         self, label: Mapping[str, str] | None, prefix: str | None, cursor: str | None
@@ -64,12 +72,14 @@ class Requests:
         """Delete one."""
         return Request(plain("DELETE", session_path(session)), lambda answer: None)
 
-    def append(self, session: str, embeddings: Any, options: AppendOptions) -> Request[Appended]:
+    def append(
+        self, session: str, embeddings: Any, payloads: Payloads | None, options: AppendConditions
+    ) -> Request[Appended]:
         """Add tokens."""
         call = self._codec.append(
             session,
             embeddings,
-            options.get("payloads"),
+            payloads,
             episode=options.get("episode"),
             if_length=options.get("if_length"),
             idempotency_key=options.get("idempotency_key"),
@@ -120,12 +130,24 @@ class Requests:
         """What the server is, may take and holds."""
         return Request(plain("GET", "/v1/info"), lambda answer: answer.params)
 
+    def live(self) -> Request[None]:
+        """Whether the process answers."""
+        return Request(plain("GET", "/livez"), lambda answer: None)
+
     def ready(self) -> Request[None]:
         """Whether the server takes requests."""
         return Request(plain("GET", "/readyz"), lambda answer: None)
 
-    def recall(self, session: str, queries: Any, n: int, options: AttendOptions) -> Request[list[list[Recalled]]]:
-        """The n most similar of the recalled tokens per query, with their payloads."""
+    def recall(self, session: str, query: Any, n: int, options: AttendOptions) -> Request[list[Recalled]]:
+        """The n most similar of the tokens that one query recalls, with their payloads."""
+        array = calls.floats(query)
+        if array.ndim != 1:
+            raise ValueError(f"recall takes one query [D], not shape {list(array.shape)}; recall_many takes [Q, D]")
+        many = self.recall_many(session, array, n, options)
+        return Request(many.call, lambda answer: many.read(answer)[0])
+
+    def recall_many(self, session: str, queries: Any, n: int, options: AttendOptions) -> Request[list[list[Recalled]]]:
+        """The same for each of several queries."""
         defaults: AttendOptions = {"top_k": 16, "rank_by": "score"}
         asked: AttendOptions = {**defaults, **options, "returns": ["payloads"], "max_recalled": n}
         call = self._codec.attend(session, *attend_parts(queries, **asked))

@@ -1,18 +1,35 @@
-"""When to send a call again, and after how long. Pure: the clients do the sending and the sleeping.
+"""When to send a call again, after how long, and what its last attempt comes to. The clients send and sleep.
 
-Every call may be sent again: reads change nothing, PUT, PATCH and DELETE repeat themselves, and appends and
-steps carry an idempotency key.
+Most calls may be sent again whatever became of them: reads change nothing, PUT, PATCH and DELETE repeat
+themselves, and appends and steps carry an idempotency key. One may not: a POST that makes a new session.
+That one is sent again only when the server cannot have carried it out.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeVar
 
-RETRIED = frozenset({429, 502, 503})
+import httpx
+
+from htm_client.calls import Call, parse
+from htm_client.errors import ConnectionFailed, UnreadableAnswer
+from htm_client.requests import Request
+
+T = TypeVar("T")
+Outcome = httpx.Response | httpx.TransportError
+"""What became of one attempt."""
+
+REFUSED = frozenset({429, 503})
+"""The server says: not now. It has done nothing."""
+RETRIED = REFUSED | {502}
+NOT_SENT = (httpx.ConnectError, httpx.ConnectTimeout, httpx.PoolTimeout)
+HOPELESS = (httpx.UnsupportedProtocol, httpx.LocalProtocolError)
+"""The caller's mistakes, such as an address without `http://`."""
 FIRST_DELAY_S = 0.1
 MAX_DELAY_S = 5.0
+MAX_DOUBLINGS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,16 +38,38 @@ class Retry:
 
     retries: int
 
-    def delay_s(self, attempt: int, status: int | None, headers: Mapping[str, str]) -> float | None:
-        """Seconds until the next attempt after attempt number `attempt` (from 0) failed; None to give up.
-
-        `status` is None when no answer came.
-        """
-        if attempt >= self.retries or (status is not None and status not in RETRIED):
+    def delay_s(self, attempt: int, call: Call, outcome: Outcome) -> float | None:
+        """Seconds until the next attempt after attempt number `attempt` (from 0); None when this was the last."""
+        if attempt >= self.retries or not _is_worth_it(call, outcome):
             return None
-        backoff = min(MAX_DELAY_S, FIRST_DELAY_S * 2.0**attempt) * random.uniform(0.5, 1.0)
-        try:
-            asked = float(headers.get("retry-after", 0))
-        except ValueError:
-            asked = 0.0
-        return min(MAX_DELAY_S, max(asked, backoff))
+        backoff = min(MAX_DELAY_S, FIRST_DELAY_S * 2.0 ** min(attempt, MAX_DOUBLINGS)) * random.uniform(0.5, 1.0)
+        asked = 0.0
+        if isinstance(outcome, httpx.Response):
+            try:
+                asked = float(outcome.headers.get("retry-after", 0))
+            except ValueError:  # a date; then our own delay has to do
+                asked = 0.0
+        return min(MAX_DELAY_S, max(backoff, asked))
+
+
+def finish(request: Request[T], attempt: int, outcome: Outcome) -> T:
+    """The result of a call whose last attempt, number `attempt`, had this outcome. Raises HTMClientError."""
+    call = request.call
+    if isinstance(outcome, httpx.TransportError):
+        raise ConnectionFailed(f"{call.method} {call.path}: {outcome!r}") from outcome
+    if call.method == "DELETE" and outcome.status_code == 404 and attempt > 0:
+        # An earlier attempt deleted it and its answer was lost; either way it is gone, as asked.
+        outcome = httpx.Response(204, headers=outcome.headers)
+    answer = parse(outcome.status_code, outcome.headers, outcome.content)
+    try:
+        return request.read(answer)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UnreadableAnswer(f"{call.method} {call.path} is answered, but not by htm-service: {error!r}") from error
+
+
+def _is_worth_it(call: Call, outcome: Outcome) -> bool:
+    if isinstance(outcome, httpx.Response):
+        return outcome.status_code in (RETRIED if call.idempotent else REFUSED)
+    if isinstance(outcome, HOPELESS):
+        return False
+    return call.idempotent or isinstance(outcome, NOT_SENT)

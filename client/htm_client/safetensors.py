@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from htm_client.json_text import dumps
+
 MEDIA_TYPE = "application/x-safetensors"
 _DTYPES: dict[str, np.dtype[Any]] = {
     "F32": np.dtype("<f4"),
@@ -26,14 +28,18 @@ Array = npt.NDArray[Any]
 
 
 def dump(tensors: Mapping[str, Array], params: Mapping[str, Any]) -> bytes:
-    """Tensors and parameters as bytes. Raises KeyError for a dtype that the format here does not have."""
-    header: dict[str, Any] = {"__metadata__": {"params": json.dumps(params, allow_nan=False)}}
+    """Tensors and parameters as bytes. Raises KeyError for a dtype that the format here does not have.
+
+    The widest numbers go first, so that each tensor starts at a multiple of its item size.
+    """
+    header: dict[str, Any] = {"__metadata__": {"params": dumps(params)}}
     parts: list[bytes] = []
     offset = 0
-    for name, array in tensors.items():
-        data = array.tobytes()
+    for name, array in sorted(tensors.items(), key=lambda item: -item[1].itemsize):
+        dtype = array.dtype.newbyteorder("<")
+        data = array.astype(dtype, copy=False).tobytes()
         header[name] = {
-            "dtype": _NAMES[array.dtype.newbyteorder("<")],
+            "dtype": _NAMES[dtype],
             "shape": list(array.shape),
             "data_offsets": [offset, offset + len(data)],
         }
@@ -49,12 +55,15 @@ def load(data: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     size = int.from_bytes(data[:8], "little")
     if len(data) < 8 or size > len(data) - 8:
         raise ValueError(f"{len(data)} bytes are no safetensors file")
-    header = json.loads(data[8 : 8 + size])
-    params = json.loads(header.pop("__metadata__", {}).get("params", "{}"))
-    tensors: dict[str, Array] = {}
-    for name, entry in header.items():
-        begin, end = entry["data_offsets"]
-        dtype = _DTYPES[entry["dtype"]]
-        body = np.frombuffer(data, dtype, (end - begin) // dtype.itemsize, 8 + size + begin)
-        tensors[name] = body.reshape(entry["shape"])
-    return tensors, params
+    try:
+        header = json.loads(data[8 : 8 + size])
+        params = json.loads(header.pop("__metadata__", {}).get("params", "{}"))
+        return {name: _tensor(data, 8 + size, entry) for name, entry in header.items()}, params
+    except (AttributeError, KeyError, TypeError) as error:  # JSON, but not of this form
+        raise ValueError(f"the safetensors header is malformed: {error!r}") from error
+
+
+def _tensor(data: bytes, origin: int, entry: Mapping[str, Any]) -> Array:
+    begin, end = entry["data_offsets"]
+    dtype = _DTYPES[entry["dtype"]]
+    return np.frombuffer(data, dtype, (end - begin) // dtype.itemsize, origin + begin).reshape(entry["shape"])

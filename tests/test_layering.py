@@ -1,0 +1,163 @@
+"""Imports flow one way, `api -> htm_service -> storage`; the client knows none of them. Files are parsed, never run."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("api", "htm_service", "storage", "client/htm_client")
+OWN = {"api", "htm_service", "storage", "htm_client", "tests", "bench"}
+
+ALLOWED = {
+    "api": {"htm_service"},
+    "htm_service": {"storage"},
+    "storage": set[str](),
+    "htm_client": set[str](),
+}
+EXCEPTIONS = {
+    ("api/app.py", "storage"),  # the composition root opens the store
+    ("api/cli.py", "storage"),  # `verify` reads a store without an engine; a store's errors become one sentence
+    ("client/htm_client/in_process.py", "api"),  # `:memory:`, imported when it is asked for
+}
+"""Edges beyond ALLOWED, by file; each must be in use."""
+
+AT_IMPORT = {
+    "re.compile", "frozenset", "set", "dict", "tuple", "list", "range", "sorted", "enumerate",
+    "np.dtype", "bindparam", "update",
+}  # fmt: skip
+"""Functions that modules may call when they are imported: they make constants and touch nothing outside the module."""
+
+LIVING = {"FastAPI", "Starlette", "APIRouter", "Typer", "Settings", "Engine", "Thread", "Lock", "Event", "Client"}
+"""Classes whose instances are no values, so that no module may hold one; other classes' instances may be constants."""
+
+RUN_BY_ALEMBIC = "storage/migrations/env.py"
+"""The one module that is there to be executed."""
+
+TREES: dict[str, ast.Module] = {
+    path.relative_to(ROOT).as_posix(): ast.parse(path.read_text(), str(path))
+    for folder in FOLDERS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+}
+
+
+def imports(tree: ast.AST) -> Iterator[tuple[str, int]]:
+    """Every module that a file imports anywhere, with its line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, node.lineno) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: imports are absolute here"
+            yield node.module or "", node.lineno
+
+
+def run_at_import(node: ast.AST) -> Iterator[ast.AST]:
+    """The parts of a module that run when it is imported: not the bodies of functions, not annotations."""
+    if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+        parts: list[ast.AST] = [*node.decorator_list, *node.args.defaults, *filter(None, node.args.kw_defaults)]
+    elif isinstance(node, ast.Lambda):
+        parts = []
+    elif isinstance(node, ast.AnnAssign):
+        parts = [] if node.value is None else [node.value]
+    elif isinstance(node, ast.If) and ast.unparse(node.test) in ("TYPE_CHECKING", "__name__ == '__main__'"):
+        parts = list(node.orelse)
+    else:
+        parts = list(ast.iter_child_nodes(node))
+    for part in parts:
+        yield part
+        yield from run_at_import(part)
+
+
+def package(file: str) -> str:
+    return file.removeprefix("client/").split("/")[0]
+
+
+def test_files_were_found() -> None:
+    assert {package(file) for file in TREES} == set(ALLOWED)
+
+
+def test_imports_flow_one_way() -> None:
+    wrong, used = [], set()
+    for file, tree in TREES.items():
+        here = package(file)
+        for name, line in imports(tree):
+            top = name.split(".")[0]
+            if top == here or top not in OWN or top in ALLOWED[here]:
+                continue
+            if top == "htm_client" and file.startswith("api/demo/"):  # the demo's agents are clients
+                continue
+            if (file, top) in EXCEPTIONS:
+                used.add((file, top))
+            else:
+                wrong.append(f"{file}:{line} imports {name}")
+    assert not wrong, "\n".join(wrong)
+    assert used == EXCEPTIONS, f"exceptions that nothing uses: {EXCEPTIONS - used}"
+
+
+def test_the_client_imports_the_server_only_on_demand() -> None:
+    for file, tree in TREES.items():
+        if package(file) == "htm_client":
+            at_import = [node for node in run_at_import(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
+            known = {name.split(".")[0] for node in at_import for name, _ in imports(node)}
+            assert known and not known & {"api", "htm_service", "storage"}, file
+
+
+@pytest.mark.parametrize(
+    ("folder", "modules"),
+    [
+        ("api/", {"torch", "einops", "sqlalchemy", "alembic"}),
+        ("storage/", {"torch", "einops", "numpy", "fastapi", "starlette"}),
+        ("htm_service/", {"sqlalchemy", "alembic", "fastapi", "starlette", "pydantic", "httpx"}),
+        ("client/", {"torch", "fastapi", "starlette", "pydantic", "sqlalchemy", "safetensors", "orjson"}),
+    ],
+)
+def test_what_a_layer_does_not_know(folder: str, modules: set[str]) -> None:
+    for file, tree in TREES.items():
+        if file.startswith(folder):
+            known = {name.split(".")[0] for name, _ in imports(tree)}
+            assert not known & modules, f"{file} imports {known & modules}"
+
+
+def test_the_environment_is_read_in_one_file() -> None:
+    readers = {
+        file
+        for file, tree in TREES.items()
+        for node in ast.walk(tree)
+        if (isinstance(node, ast.Attribute) and node.attr in ("environ", "environb", "getenv", "putenv"))
+        or (isinstance(node, ast.ImportFrom) and node.module == "os" and any("env" in a.name for a in node.names))
+    }
+    assert readers == {"api/settings.py"}
+
+
+@pytest.mark.parametrize("file", sorted(TREES))
+def test_every_module_says_what_it_owns(file: str) -> None:
+    assert not TREES[file].body or ast.get_docstring(TREES[file]), f"{file} has no docstring"
+
+
+@pytest.mark.parametrize("file", sorted(TREES.keys() - {RUN_BY_ALEMBIC}))
+def test_no_work_at_import(file: str) -> None:
+    """No device probing, settings, loggers or app objects at module level: constants and types only."""
+    calls = [
+        f"{file}:{node.lineno} {ast.unparse(node.func)}(...)"
+        for statement in TREES[file].body
+        if not isinstance(statement, ast.ClassDef)  # fields and decorators of classes declare
+        for node in [statement, *run_at_import(statement)]
+        if isinstance(node, ast.Call) and not makes_a_constant(node)
+    ]
+    assert not calls, "\n".join(calls)
+
+
+def makes_a_constant(call: ast.Call) -> bool:
+    function = ast.unparse(call.func)
+    if isinstance(call.func, ast.Attribute) and not isinstance(call.func.value, ast.Name):
+        return True  # a method of a value made on the spot, such as `"a b".split()`; that value is looked at itself
+    name = function.rpartition(".")[2]
+    return function in AT_IMPORT or (name[0].isupper() and name not in LIVING) or name in ("items", "split", "values")
+
+
+def test_no_drawers() -> None:
+    drawers = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
+    assert not [file for file in TREES if Path(file).name in drawers or "manager" in Path(file).name]

@@ -1,0 +1,141 @@
+"""The README: its examples run against a real server, its links lead somewhere, its file tree is what git tracks."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import httpx
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+ADDRESS = "http://127.0.0.1:8000"
+IMPLIED = {"__init__.py", "py.typed"}
+"""Their folder's line speaks for them."""
+
+
+def block(language: str, start: str) -> str:
+    """The one block of that language whose text begins so."""
+    (found,) = re.findall(rf"^```{language}\n({re.escape(start)}.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    assert isinstance(found, str)
+    return found
+
+
+@pytest.fixture(scope="module")
+def address() -> Iterator[str]:
+    """A server of its own process, as `htm-service serve` starts it."""
+    command = [sys.executable, "-m", "api", "serve", "--port", "0", "--store-url", "memory://", "--log-level", "error"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as server:
+        assert server.stdout is not None
+        yield server.stdout.readline().split()[-1]
+        server.terminate()
+        assert server.wait(20) == 0
+
+
+def test_python_example(address: str) -> None:
+    code = block("python", "from htm_client")
+    assert (ROOT / "examples" / "quickstart.py").read_text().endswith(code), "examples/quickstart.py is another"
+    lines = [line for line in code.splitlines() if line.strip()]
+    assert len(lines) == 10
+    path = [str(ROOT / "client"), str(ROOT)]
+    script = f"import sys; sys.path[:0] = {path!r}\n" + code.replace(ADDRESS, address)
+    run = subprocess.run([sys.executable, "-W", "error", "-c", script], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    recalled, attended = run.stdout.split("\n", 1)
+    assert f"# {recalled}" in code, "the comment shows what is printed"
+    assert re.fullmatch(r"\[\[[-+\de.\s]+\]\]\n", attended)
+
+
+def post_as_curl_would(command: str) -> httpx.Response:
+    """The request of one curl command that has -X, -H and -d only."""
+    program, *words = shlex.split(command)
+    assert program == "curl"
+    (url,) = (
+        word for place, word in enumerate(words) if word.startswith("http") and words[place - 1] not in ("-H", "-d")
+    )
+    options = list(pairwise(words))
+    headers = dict(value.split(": ", 1) for flag, value in options if flag == "-H")
+    (body,) = (value for flag, value in options if flag == "-d")
+    (method,) = [value for flag, value in options if flag == "-X"] or ["POST"]
+    return httpx.request(method, url, headers=headers, content=body, trust_env=False)
+
+
+def test_curl_example(address: str) -> None:
+    text = block("sh", "curl")
+    assert (ROOT / "examples" / "quickstart.sh").read_text().endswith(text), "examples/quickstart.sh is another"
+    commands = text.replace("\\\n", " ").replace(ADDRESS, address).splitlines()
+    answers = [post_as_curl_would(command) for command in commands]
+    assert [answer.status_code for answer in answers] == [201, 200, 200]
+    (recalled,) = answers[-1].json()["recalled"]
+    assert recalled[0]["payload"] == {"text": "dogs bark"}
+    if shutil.which("curl"):  # the same by curl itself, where there is one
+        script = (
+            (ROOT / "examples" / "quickstart.sh").read_text().replace(ADDRESS, address).replace("/pet", "/pet-by-curl")
+        )
+        run = subprocess.run(["sh"], input=script, capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert run.stdout.endswith(answers[-1].text)
+
+
+def test_make_commands_exist() -> None:
+    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    pages = README + (ROOT / "CONTRIBUTING.md").read_text()
+    named = set(re.findall(r"(?:^|`)make (\w+)", pages, re.MULTILINE))
+    assert {"demo", "test"} <= named <= targets
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "client/README.md"])
+def test_links_lead_somewhere(page: str) -> None:
+    links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text())
+    missing = [
+        link
+        for link in links
+        if not urlsplit(link).scheme and not (ROOT / page).parent.joinpath(link.split("#")[0]).exists()
+    ]
+    assert not missing
+
+
+def test_every_page_is_linked() -> None:
+    pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
+    assert pages <= set(re.findall(r"\]\(([^)#]+)", README)), "the README links every page of docs/"
+
+
+def read_tree() -> dict[str, str]:
+    """Paths of the file tree, folders with a slash at the end, and their comments."""
+    entries: dict[str, str] = {}
+    folders: list[str] = []
+    for line in block("", "api/").splitlines():
+        match = re.fullmatch(r"((?:  )*)(\S+)\s{2,}(\S.*)", line)
+        assert match is not None, f"{line!r} is not a name, two spaces or more, and a comment"
+        del folders[len(match[1]) // 2 :]
+        path = "".join(folders) + match[2]
+        assert path not in entries, f"{path} stands twice"
+        entries[path] = match[3]
+        if path.endswith("/"):
+            folders.append(match[2])
+    return entries
+
+
+def test_file_tree_is_what_git_tracks() -> None:
+    """A folder's line speaks for its `__init__.py` and, where no file is named in it, for all that it holds."""
+    listed = set(read_tree())
+    command = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]  # also what is not yet added
+    listing = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = {name for name in listing.stdout.split("\0") if name and (ROOT / name).exists()}
+    whole = {
+        path for path in listed if path.endswith("/") and not any(o != path and o.startswith(path) for o in listed)
+    }
+    named = {name for name in tracked if Path(name).name not in IMPLIED and not name.startswith(tuple(whole))}
+    folders = {path for path in listed if path.endswith("/")}
+    missing, gone = named - listed, listed - folders - tracked
+    assert not missing, f"the file tree of README.md lacks {sorted(missing)}"
+    assert not gone, f"the file tree of README.md has what git does not: {sorted(gone)}"
+    assert not [folder for folder in folders if not any(name.startswith(folder) for name in tracked)]
