@@ -7,9 +7,10 @@ Any other write flushes what was gathered before it, so that each write sees the
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
@@ -32,10 +33,17 @@ from storage.base import (
 )
 from storage.tables import blocks, idempotency, payloads, sessions
 
+T = TypeVar("T")
+
 BLOCK_BYTES = 256 << 10
 """A longer append is stored as several blocks: bounds what a reader must hold, and what a small read costs."""
 PURGE_LIMIT = 500
 """Expired idempotency keys deleted with one group that brings new ones."""
+SIDS_AT_ONCE = 500
+"""Sessions looked up by one statement: databases bound the number of parameters."""
+KEYS_AT_ONCE = 32
+"""Keys looked up by one statement. It probes the index once for each pair of a session and a key of them, which
+is why it is few; a list of pairs reads better, but makes SQLite scan the whole table."""
 
 _UPDATE_LENGTH = (
     update(sessions)
@@ -68,6 +76,11 @@ class _Tally:
     is_changed: bool = False
 
 
+_DELETE_KEY = delete(idempotency).where(
+    idempotency.c.sid == bindparam("of_sid"), idempotency.c.key == bindparam("of_key")
+)
+
+
 class WriteGroup:
     """See the head of this module. `run` once."""
 
@@ -86,7 +99,7 @@ class WriteGroup:
         """Do all writes; one outcome for each."""
         appends = [write for write in self._writes if isinstance(write, Append)]
         self._look_up({write.sid for write in appends})
-        self._look_up_keys({write.idempotency_key for write in appends if write.idempotency_key is not None})
+        self._look_up_keys({(w.sid, w.idempotency_key) for w in appends if w.idempotency_key is not None})
         outcomes = [self._apply(write) for write in self._writes]
         self._flush()
         return outcomes
@@ -119,7 +132,7 @@ class WriteGroup:
             "length": 0,
             "num_bytes": 0,
             "created_at": row.created_at,
-            "updated_at": row.updated_at,
+            "updated_at": row.updated_at or row.created_at,
         }
         created = self._connection.execute(insert(sessions).values(values).returning(sessions)).one()
         self._tallies[created.sid] = _Tally(0, 0, created.max_tokens)
@@ -171,27 +184,27 @@ class WriteGroup:
         return answer
 
     def _look_up(self, sids: set[int]) -> None:
-        if not sids:
-            return
         columns = (sessions.c.sid, sessions.c.length, sessions.c.num_bytes, sessions.c.max_tokens)
-        for sid, length, num_bytes, max_tokens in self._connection.execute(
-            select(*columns).where(sessions.c.sid.in_(sids))
-        ):
-            self._tallies[sid] = _Tally(length, num_bytes, max_tokens)
+        for some in _lots(sids, SIDS_AT_ONCE):
+            rows = self._connection.execute(select(*columns).where(sessions.c.sid.in_(some)))
+            for sid, length, num_bytes, max_tokens in rows:
+                self._tallies[sid] = _Tally(length, num_bytes, max_tokens)
 
-    def _look_up_keys(self, keys: set[str]) -> None:
+    def _look_up_keys(self, keys: set[tuple[int, str]]) -> None:
         if not keys:
             return
         table, horizon = idempotency.c, self._now - IDEMPOTENCY_SECONDS
         expired = select(table.sid, table.key).where(table.created_at <= horizon).limit(PURGE_LIMIT)
-        for sid, key in self._connection.execute(expired).all():
-            self._connection.execute(delete(idempotency).where(table.sid == sid, table.key == key))
-        found = self._connection.execute(select(idempotency).where(table.key.in_(keys)))
-        for row in found.all():
-            if row.created_at > horizon:
-                self._keys[row.sid, row.key] = (row.digest, Appended(row.start, row.length))
-            else:  # past its time, and not purged yet
-                self._connection.execute(delete(idempotency).where(table.sid == row.sid, table.key == row.key))
+        past = {(sid, key) for sid, key in self._connection.execute(expired)}
+        for some in _lots(sorted(keys), KEYS_AT_ONCE):
+            pairs = table.sid.in_({sid for sid, _ in some}), table.key.in_({key for _, key in some})
+            for row in self._connection.execute(select(idempotency).where(*pairs)):
+                if row.created_at > horizon:
+                    self._keys[row.sid, row.key] = (row.digest, Appended(row.start, row.length))
+                else:  # beyond the limit above; it must go, for its place is wanted
+                    past.add((row.sid, row.key))
+        if past:
+            self._connection.execute(_DELETE_KEY, [{"of_sid": sid, "of_key": key} for sid, key in past])
 
     def _flush(self) -> None:
         """Write what was gathered."""
@@ -215,13 +228,21 @@ def _rows_of(write: Append, start: int) -> Iterator[dict[str, Any]]:
     token_bytes = len(write.data) // write.num_tokens
     step = max(1, BLOCK_BYTES // max(1, token_bytes))
     for first in range(0, write.num_tokens, step):
-        num_tokens = min(step, write.num_tokens - first)
-        data = write.data if step >= write.num_tokens else write.data[first * token_bytes :][: num_tokens * token_bytes]
+        stop = min(first + step, write.num_tokens)
+        is_whole = stop - first == write.num_tokens
+        data = write.data if is_whole else write.data[first * token_bytes : stop * token_bytes]
         yield {
             "sid": write.sid,
             "start": start + first,
-            "num_tokens": num_tokens,
+            "num_tokens": stop - first,
             "episode": write.episode,
             "checksum": zlib.crc32(data),
             "data": data,
         }
+
+
+def _lots(items: Iterable[T], size: int) -> Iterator[list[T]]:
+    """The items in lists of at most `size`."""
+    rest = iter(items)
+    while some := list(islice(rest, size)):
+        yield some

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 from storage.base import (
@@ -76,16 +76,16 @@ class MemoryStore(Store):
             session = self._by_sid.get(sid)
             blocks = list(session.blocks) if session is not None else []
         for block in blocks:
-            if block.start + block.num_tokens > start and (stop is None or block.start < stop):
+            if block.start + block.num_tokens > start and (stop is None or max(start, block.start) < stop):
                 yield block
 
     def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
         """See `Store.read_payloads`."""
-        return self._payloads(sid, lambda payloads: [position for position in positions if position in payloads])
+        return self._payloads(sid, positions)
 
     def read_payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
         """See `Store.read_payload_range`."""
-        return self._payloads(sid, lambda payloads: [position for position in payloads if start <= position < stop])
+        return self._payloads(sid, range(max(start, 0), stop))
 
     def totals(self) -> Totals:
         """See `Store.totals`."""
@@ -103,12 +103,14 @@ class MemoryStore(Store):
             self._by_sid.clear()
             self._sids.clear()
 
-    def _payloads(self, sid: int, choose: Callable[[dict[int, bytes]], list[int]]) -> dict[int, bytes]:
+    def _payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
         with self._lock:
             session = self._by_sid.get(sid)
             if session is None:
                 return {}
-            return {position: session.payloads[position] for position in choose(session.payloads)}
+            if isinstance(positions, range):
+                positions = positions[: session.row.length]
+            return {position: session.payloads[position] for position in positions if position in session.payloads}
 
     def _apply(self, write: Write, now: float) -> Outcome:
         if isinstance(write, CreateSession):
@@ -128,7 +130,9 @@ class MemoryStore(Store):
         if row.id in self._sids:
             return SessionExists(f"there is a session {row.id!r}")
         self._last_sid += 1
-        row = replace(row, sid=self._last_sid, length=0, num_bytes=0, settings=dict(row.settings))
+        updated_at = row.updated_at or row.created_at
+        settings = dict(row.settings)
+        row = replace(row, sid=self._last_sid, length=0, num_bytes=0, settings=settings, updated_at=updated_at)
         self._by_sid[row.sid] = _Session(row)
         self._sids[row.id] = row.sid
         return row

@@ -6,9 +6,13 @@ Does not know which database it is (see `sqlite.py`), nor what the settings mean
 from __future__ import annotations
 
 import contextlib
+import json
 import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 from sqlalchemy import Connection, Engine, Select, and_, func, select
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
@@ -32,13 +36,13 @@ from storage.tables import blocks, payloads, sessions
 ROWS_AT_ONCE = 64
 """Blocks fetched together while streaming; each is at most `group.BLOCK_BYTES`, or one token."""
 POSITIONS_AT_ONCE = 500
-VACUUM_PAGES = 512
-"""Free pages given back to the file system after one commit: bounds the pause."""
+CLOSE_SECONDS = 2.0
+"""How long closing may give free space back; the rest waits for the next start."""
 
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
-    """Raise the driver's errors as StoreFull or StoreError."""
+    """Raise the errors of driver and library as StoreFull, StoreDamaged or StoreError."""
     try:
         yield
     except DBAPIError as error:
@@ -48,47 +52,62 @@ def translated() -> Iterator[None]:
         raise StoreError(f"{error.orig} ({name})") from error
     except SQLAlchemyError as error:
         raise StoreError(str(error)) from error
+    except json.JSONDecodeError as error:
+        raise StoreDamaged(f"the settings of a session are damaged: {error}") from error
+    except (OverflowError, UnicodeError) as error:  # from the driver: a number or a text it cannot express
+        raise StoreError(f"a value cannot be stored: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Upkeep:
+    """What a kind of database needs besides SQL."""
+
+    disk_bytes: Callable[[], int]
+    give_back: Callable[[Connection], bool]
+    """Return some free space to the file system, so little that nobody waits long; True when there is more."""
+    finish: Callable[[Connection], None]
+    """The last thing done on the connection that writes."""
+    release: Callable[[], None]
+    """Called when all connections are closed, maybe again."""
 
 
 class SqlStore(Store):
-    """See the head of this module. `on_close` releases what belongs to the store besides its connections."""
+    """See the head of this module."""
 
     durable = True
 
-    def __init__(
-        self,
-        url: str,
-        writer: Engine,
-        readers: Engine,
-        *,
-        disk_bytes: Callable[[], int],
-        on_close: Callable[[], None] = lambda: None,
-    ) -> None:
+    def __init__(self, url: str, writer: Engine, readers: Engine, upkeep: Upkeep) -> None:
         self.url = url
         self._writer_engine = writer
         self._readers = readers
-        self._disk_bytes = disk_bytes
-        self._on_close = on_close
+        self._upkeep = upkeep
         self._writer: Connection | None = None
         self._write_lock = threading.Lock()
-        self._has_free_pages = True
-        """Until it is known better: the last process may have died before it gave them back."""
+        self._is_closed = False
+        self._has_free_space = True
+        """Until it is known better: the last process may have died before it gave it back."""
 
     def write(self, writes: Sequence[Write], *, now: float) -> list[Outcome]:
         """See `Store.write`."""
         with self._write_lock, translated():
+            self._check_open()
             if self._writer is None:
                 self._writer = self._writer_engine.connect()
-            with self._writer.begin():
-                group = WriteGroup(self._writer, writes, now)
-                outcomes = group.run()
-            self._has_free_pages |= group.has_deleted
-            self._give_pages_back(VACUUM_PAGES)
+            try:
+                with self._writer.begin():
+                    group = WriteGroup(self._writer, writes, now)
+                    outcomes = group.run()
+            except BaseException:
+                # Whatever state the failure left the connection in, the next group gets a fresh one.
+                self._drop_writer()
+                raise
+            self._has_free_space |= group.has_deleted
+            self._give_back()
             return outcomes
 
     def get_session(self, session_id: str) -> SessionRow | None:
         """See `Store.get_session`."""
-        with translated(), self._readers.connect() as connection:
+        with self._reading() as connection:
             row = connection.execute(select(sessions).where(sessions.c.id == session_id)).first()
             return None if row is None else row_of(row)
 
@@ -98,33 +117,40 @@ class SqlStore(Store):
         """See `Store.list_sessions`. Labels are compared here: no two databases spell that alike in SQL."""
         wanted = (labels or {}).items()
         found: list[SessionRow] = []
-        query = select(sessions).where(sessions.c.id > after).order_by(sessions.c.id)
-        if prefix:
-            query = query.where(func.substr(sessions.c.id, 1, len(prefix)) == prefix, sessions.c.id >= prefix)
-        with translated(), self._readers.connect() as connection:
-            for row in connection.execution_options(yield_per=min(limit, 500)).execute(query):
+        query = select(sessions).where(sessions.c.id > after, sessions.c.id >= prefix).order_by(sessions.c.id)
+        end = _end_of(prefix)
+        if end is not None:
+            query = query.where(sessions.c.id < end)
+        if limit <= 0:
+            return found
+        with self._reading() as connection, connection.execute(query, **_streamed(min(limit, 500))) as rows:
+            for row in rows:
                 session = row_of(row)
                 if wanted <= session.settings.get("labels", {}).items():
                     found.append(session)
-                if len(found) == limit:
-                    break
+                    if len(found) == limit:
+                        break
         return found
 
     def read_blocks(self, sid: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
-        """See `Store.read_blocks`."""
-        with translated(), self._readers.connect() as connection:
-            for row in connection.execution_options(yield_per=ROWS_AT_ONCE).execute(_blocks_query(sid, start, stop)):
+        """See `Store.read_blocks`. Holds one of the reading connections until it ends or is closed."""
+        if stop is not None and stop <= start:
+            return
+        query = _blocks_query(sid, start, stop)
+        with self._reading() as connection, connection.execute(query, **_streamed(ROWS_AT_ONCE)) as rows:
+            for row in rows:
                 if row.start + row.num_tokens <= start:
                     continue
                 if zlib.crc32(row.data) != row.checksum:
-                    raise StoreDamaged(f"{self._name(sid)} is damaged at position {row.start}: its checksum is wrong")
+                    id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
+                    raise StoreDamaged(f"session {id_!r} is damaged at position {row.start}: its checksum is wrong")
                 yield Block(row.start, row.num_tokens, row.data, row.episode)
 
     def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
         """See `Store.read_payloads`."""
         found: dict[int, bytes] = {}
         query = select(payloads.c.position, payloads.c.body).where(payloads.c.sid == sid)
-        with translated(), self._readers.connect() as connection:
+        with self._reading() as connection:
             for place in range(0, len(positions), POSITIONS_AT_ONCE):
                 some = positions[place : place + POSITIONS_AT_ONCE]
                 rows = connection.execute(query.where(payloads.c.position.in_(some)))
@@ -134,52 +160,77 @@ class SqlStore(Store):
     def read_payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
         """See `Store.read_payload_range`."""
         inside = and_(payloads.c.sid == sid, payloads.c.position >= start, payloads.c.position < stop)
-        with translated(), self._readers.connect() as connection:
+        with self._reading() as connection:
             rows = connection.execute(select(payloads.c.position, payloads.c.body).where(inside))
             return {row.position: row.body for row in rows}
 
     def totals(self) -> Totals:
         """See `Store.totals`."""
         sums = select(func.count(), func.sum(sessions.c.length), func.sum(sessions.c.num_bytes)).select_from(sessions)
-        with translated(), self._readers.connect() as connection:
+        with self._reading() as connection:
             num_sessions, num_tokens, num_bytes = connection.execute(sums).one()
-        return Totals(num_sessions, int(num_tokens or 0), int(num_bytes or 0), self._disk_bytes())
+        return Totals(num_sessions, int(num_tokens or 0), int(num_bytes or 0), self._upkeep.disk_bytes())
 
     def verify(self) -> Iterator[Problem]:
         """See `Store.verify`; one snapshot."""
-        with translated(), self._readers.connect() as connection:
+        with self._reading() as connection:
             yield from verification.problems(connection)
 
     def close(self) -> None:
-        """Give free pages back, fold the write-ahead log into the file, release the lock."""
+        """Give free space back for a moment, end the connections, release the rest."""
         with self._write_lock:
+            self._is_closed = True
+            self._readers.dispose()  # before the writer's: SQLite folds its log in when the last one closes
             if self._writer is not None:
+                deadline = time.monotonic() + CLOSE_SECONDS
+                while self._has_free_space and time.monotonic() < deadline:
+                    self._give_back()
                 with contextlib.suppress(StoreError), translated():
-                    self._give_pages_back(1 << 20)
-                    self._writer.rollback()
-                self._writer.close()
-                self._writer = None
-        self._readers.dispose()
-        self._writer_engine.dispose()
-        self._on_close()
+                    self._upkeep.finish(self._writer)
+                self._drop_writer()
+            self._writer_engine.dispose()
+            self._upkeep.release()
 
-    def _give_pages_back(self, num_pages: int) -> None:
-        """Return up to `num_pages` free pages to the file system (the database must be in autocommit)."""
-        if not self._has_free_pages or self._writer is None:
+    def _check_open(self) -> None:
+        if self._is_closed:
+            raise StoreError(f"the store {self.url} is closed")
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        self._check_open()
+        with translated(), self._readers.connect() as connection:
+            yield connection
+
+    def _give_back(self) -> None:
+        """One step of it. A failure is no failure of the group before it, which is on disk."""
+        if not self._has_free_space or self._writer is None:
             return
-        raw = self._writer.connection.cursor()
         try:
-            raw.execute(f"PRAGMA incremental_vacuum({num_pages})")
-            raw.fetchall()
-            raw.execute("PRAGMA freelist_count")
-            self._has_free_pages = raw.fetchall()[0][0] > 0
-        finally:
-            raw.close()
+            with translated(), self._writer.begin():
+                self._has_free_space = self._upkeep.give_back(self._writer)
+        except StoreError:
+            self._has_free_space = False  # until the next deletion
+            self._drop_writer()
 
-    def _name(self, sid: int) -> str:
-        with self._readers.connect() as connection:
-            session_id = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
-        return f"session {session_id!r}"
+    def _drop_writer(self) -> None:
+        if self._writer is not None:
+            with contextlib.suppress(SQLAlchemyError):
+                self._writer.close()
+            self._writer = None
+
+
+def _streamed(num_rows: int) -> dict[str, Any]:
+    """Options of a statement whose rows are fetched as they are taken."""
+    return {"execution_options": {"yield_per": num_rows}}
+
+
+def _end_of(prefix: str) -> str | None:
+    """The first text, by code point, after all that begin with `prefix`; None when there is none."""
+    stem = prefix.rstrip("\U0010ffff")
+    if not stem:
+        return None
+    following = ord(stem[-1]) + 1
+    return stem[:-1] + chr(0xE000 if following == 0xD800 else following)  # UTF-8 has no surrogates
 
 
 def _blocks_query(sid: int, start: int, stop: int | None) -> Select[tuple[int, int, int | None, int, bytes]]:

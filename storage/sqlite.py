@@ -9,19 +9,24 @@ import contextlib
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from sqlalchemy import Engine, NullPool, QueuePool, create_engine, event
+from sqlalchemy import Connection, Engine, NullPool, QueuePool, create_engine, event
 
 from storage import schema
 from storage.base import StoreError, StoreUnavailable
-from storage.sql import SqlStore, translated
+from storage.sql import SqlStore, Upkeep, translated
 
 PAGE_BYTES = 16_384
+VACUUM_PAGES = 512
+"""Free pages given back to the file system by one step: 8 MiB."""
+LOG_BYTES = 64 << 20
+"""The write-ahead log is cut back to this after something large went through it."""
 BUSY_SECONDS = 5.0
-MAX_READERS = 8
+MAX_POOLED_READERS = 8
+MAX_READERS = 64
 
 
 def open_sqlite(path: Path) -> SqlStore:
@@ -29,20 +34,18 @@ def open_sqlite(path: Path) -> SqlStore:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = _lock(path)
+        is_new = not path.exists() or path.stat().st_size == 0
     except OSError as error:
         raise StoreUnavailable(f"{path.parent} cannot be used as data directory: {error}") from error
     writer = _engine(path, "rwc", "BEGIN IMMEDIATE", NullPool)
     readers = _engine(path, "ro", "BEGIN", QueuePool)
-    store = SqlStore(f"sqlite:///{path}", writer, readers, disk_bytes=lambda: _disk_bytes(path), on_close=lock.close)
-    try:
-        with translated(), writer.begin() as connection:
+    store = SqlStore(f"sqlite:///{path}", writer, readers, _upkeep(path, lock.close))
+    with _closed_unless_opened(store, path):
+        if not is_new:
+            with readers.begin() as connection:  # reading only: a database of something else stays as it is
+                schema.check_upgradable(connection, str(path))
+        with writer.begin() as connection:
             schema.upgrade(connection, str(path))
-    except StoreUnavailable:
-        store.close()
-        raise
-    except StoreError as error:
-        store.close()
-        raise StoreUnavailable(f"{path} cannot be opened: {error}") from error
     return store
 
 
@@ -51,29 +54,54 @@ def open_sqlite_readonly(path: Path) -> SqlStore:
     if not path.is_file():
         raise StoreUnavailable(f"there is no database at {path}")
     readers = _engine(path, "ro", "BEGIN", NullPool)
-    store = SqlStore(f"sqlite:///{path}", readers, readers, disk_bytes=lambda: _disk_bytes(path))
+    store = SqlStore(f"sqlite:///{path}", readers, readers, _upkeep(path, lambda: None))
+    with _closed_unless_opened(store, path), readers.begin() as connection:
+        schema.check(connection, str(path))
+    return store
+
+
+@contextlib.contextmanager
+def _closed_unless_opened(store: SqlStore, path: Path) -> Iterator[None]:
     try:
-        with translated(), readers.begin() as connection:
-            schema.check(connection, str(path))
+        with translated():
+            yield
     except StoreUnavailable:
         store.close()
         raise
     except StoreError as error:
         store.close()
         raise StoreUnavailable(f"{path} cannot be opened: {error}") from error
-    return store
+
+
+def _upkeep(path: Path, release: Callable[[], None]) -> Upkeep:
+    def give_back(connection: Connection) -> bool:
+        connection.exec_driver_sql(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
+        return bool(connection.exec_driver_sql("PRAGMA freelist_count").scalar_one())
+
+    def finish(connection: Connection) -> None:
+        # Not through SQLAlchemy, which would begin a transaction: checkpoints run outside.
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(connection.connection.cursor()) as cursor:
+            cursor.execute("PRAGMA busy_timeout=500")  # for readers that are still there
+            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            cursor.fetchall()
+
+    return Upkeep(lambda: _disk_bytes(path), give_back, finish, release)
 
 
 def _lock(path: Path) -> IO[str]:
     """An exclusive lock beside the database, held as long as the file is open, gone when the process is."""
+    path = path.resolve()  # by whatever link it was named
     file = path.with_name(path.name + ".lock").open("a+")
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except BlockingIOError:
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()
         raise StoreUnavailable(f"{path.parent} is in use by another server, process {holder}") from None
+    except OSError:
+        file.close()
+        raise
     file.truncate(0)
     file.write(f"{os.getpid()}\n")
     file.flush()
@@ -89,7 +117,9 @@ def _engine(path: Path, mode: str, begin: str, pool: type[NullPool] | type[Queue
             uri, uri=True, timeout=BUSY_SECONDS, isolation_level=None, check_same_thread=False, cached_statements=64
         )
 
-    options: dict[str, Any] = {"pool_size": MAX_READERS, "max_overflow": 0} if pool is QueuePool else {}
+    options: dict[str, Any] = {}
+    if pool is QueuePool:
+        options = {"pool_size": MAX_POOLED_READERS, "max_overflow": MAX_READERS - MAX_POOLED_READERS}
     engine = create_engine("sqlite://", creator=connect, poolclass=pool, **options)
     event.listen(engine, "connect", _configure_writer if mode == "rwc" else _configure_reader)
     event.listen(engine, "begin", _begin(begin))
@@ -110,6 +140,7 @@ def _configure_writer(connection: sqlite3.Connection, record: object) -> None:
         "journal_mode=WAL",
         "synchronous=FULL",
         "secure_delete=ON",
+        f"journal_size_limit={LOG_BYTES}",
         "cache_size=-16384",
     ):
         connection.execute(f"PRAGMA {pragma}").fetchall()

@@ -6,8 +6,10 @@ The modules are read as text and parsed, never imported. Does not know embedding
 from __future__ import annotations
 
 import ast
+import io
 import re
 import sysconfig
+import tokenize
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -82,38 +84,40 @@ def _texts(path: Path) -> list[tuple[int, str, str]]:
             tree = ast.parse(source)
     except (UnicodeDecodeError, SyntaxError):  # files that are broken on purpose
         return []
-    return sorted([*_docstrings(tree), *_comments(source, tree)])
+    return sorted([*_docstrings(tree), *_comments(source)])
 
 
-def _docstrings(tree: ast.AST) -> Iterator[tuple[int, str, str]]:
-    def walk(node: ast.AST, names: tuple[str, ...]) -> Iterator[tuple[int, str, str]]:
-        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
-            if not isinstance(node, ast.Module):
-                names = (*names, node.name)
-            if text := ast.get_docstring(node):
-                yield getattr(node, "lineno", 1), ".".join(names), text
+def _docstrings(tree: ast.Module) -> Iterator[tuple[int, str, str]]:
+    waiting: list[tuple[ast.AST, str]] = [(tree, "")]
+    while waiting:
+        node, name = waiting.pop()
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and (
+            text := ast.get_docstring(node)
+        ):
+            yield getattr(node, "lineno", 1), name, text
         for child in ast.iter_child_nodes(node):
-            yield from walk(child, names)
+            if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                waiting.append((child, f"{name}.{child.name}".lstrip(".")))
+            elif isinstance(child, ast.stmt | ast.excepthandler | ast.match_case):  # no definition is in an expression
+                waiting.append((child, name))
 
-    return walk(tree, ())
 
-
-def _comments(source: str, tree: ast.AST) -> Iterator[tuple[int, str, str]]:
-    """Comments of their own lines, consecutive ones as one text.
-
-    The tree tells which lines are inside a string; tokenizing the library for that takes three times as long.
-    """
-    in_strings: set[int] = set()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Constant | ast.JoinedStr) and node.end_lineno is not None:
-            in_strings.update(range(node.lineno + 1, node.end_lineno + 1))
+def _comments(source: str) -> Iterator[tuple[int, str, str]]:
+    """Comments of their own lines, consecutive ones as one text."""
     run: list[str] = []
-    for number, line in enumerate([*source.split("\n"), ""], start=1):
-        if line.lstrip().startswith("#") and number not in in_strings:
-            run.append(line.lstrip(" \t\f#!").rstrip())
-        elif run:
-            yield number - len(run), "", "\n".join(run)
+    first, last = 0, -2
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type != tokenize.COMMENT or token.line[: token.start[1]].strip():
+            continue
+        if token.start[0] != last + 1 and run:
+            yield first, "", "\n".join(run)
             run = []
+        if not run:
+            first = token.start[0]
+        run.append(token.string.lstrip("#! "))
+        last = token.start[0]
+    if run:
+        yield first, "", "\n".join(run)
 
 
 def _cut(module: str, texts: Sequence[tuple[int, str, str]]) -> list[Passage]:
