@@ -77,9 +77,8 @@ async def running_engine(settings: Settings, clock: Callable[[], float]) -> Asyn
 
     Raises StoreUnavailable (another server has the data, a newer version wrote it), OSError, HTMError.
     """
-    from storage.resolve import open_store
-
     from htm_service.engine import Engine
+    from storage.resolve import open_store
 
     if settings.store_url is None:
         settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)

@@ -77,7 +77,7 @@ class Settings(BaseSettings):
     insecure: bool = Field(default=False, description="Listen on any address although there is no authentication.")
     max_body_bytes: Bytes = Field(default=64 << 20, ge=1 << 10, description="Largest request body.")
     max_json_body_bytes: Bytes = Field(
-        default=8 << 20,
+        default=4 << 20,
         ge=1 << 10,
         description="Largest JSON body (parsing JSON stops everything else); more data goes as safetensors.",
     )

@@ -1,11 +1,15 @@
 """Device storage of chunk contents: pages of one width, chunk size and dtype, in slabs, within a budget.
 
 A page holds one chunk, [C, D]. Sessions hold page ids; the arena hands them out and takes them back.
+On a CPU all slabs lie in one reservation of address space as large as the budget, so that kernels see one
+tensor [P, C, D]; memory is taken by the first write to a page and given back with its slab. On a GPU, which has
+no such thing, each slab is an allocation of its own.
 Does not know sessions, summary keys or positions. One thread at a time: the device thread.
 """
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -48,6 +52,16 @@ class Arena:
         slab_bytes = min(SLAB_BYTES, budget.limit_bytes // 16)
         self.slab_pages = max(1, slab_bytes // self.page_bytes)
         self._budget = budget
+        self._reserved: mmap.mmap | None = None
+        self.contents: torch.Tensor | None = None
+        """All pages [P, C, D] on a CPU, None on other devices."""
+        if device.type == "cpu":
+            num_slabs = max(1, budget.limit_bytes // (self.slab_pages * self.page_bytes))
+            num_bytes = num_slabs * self.slab_pages * self.page_bytes
+            flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
+            self._reserved = mmap.mmap(-1, num_bytes, flags=flags)
+            flat = torch.frombuffer(self._reserved, dtype=dtype)
+            self.contents = flat.view(num_slabs * self.slab_pages, chunk_size, dim)
         self._slabs: list[torch.Tensor | None] = []
         self._free: list[list[int]] = []
         """Per slab its free page ids, lowest last: pages are handed out in rising order."""
@@ -78,6 +92,7 @@ class Arena:
             if len(self._free[index]) == self.slab_pages:
                 self._slabs[index] = None
                 self._free[index] = []
+                self._forget(index)
                 self._budget.give(self.slab_pages * self.page_bytes)
 
     def page(self, page: int) -> torch.Tensor:
@@ -95,17 +110,17 @@ class Arena:
 
     def take_into(self, pages: torch.Tensor, contents: torch.Tensor) -> None:
         """Copy pages [N] (int64) into `contents` [N, C, D], converting to its dtype."""
+        if self.contents is not None and contents.dtype == self.dtype:
+            torch.index_select(self.contents, 0, pages, out=contents)
+            return
+        if self.contents is not None:
+            contents.copy_(self.contents.index_select(0, pages))
+            return
         slab_of = pages // self.slab_pages
-        used = [index for index, slab in enumerate(self._slabs) if slab is not None]
-        for index in used if len(used) == 1 else slab_of.unique().tolist():
-            slab, places = self._slab(index), pages - index * self.slab_pages
+        for index in slab_of.unique().tolist():
             rows = (slab_of == index).nonzero().squeeze(1)
-            if len(rows) < len(pages):
-                contents[rows] = slab.index_select(0, places[rows]).to(contents.dtype)
-            elif contents.dtype == self.dtype:
-                torch.index_select(slab, 0, places, out=contents)
-            else:
-                contents.copy_(slab.index_select(0, places))
+            places = pages[rows] - index * self.slab_pages
+            contents[rows] = self._slab(index).index_select(0, places).to(contents.dtype)
 
     def _slab(self, index: int) -> torch.Tensor:
         slab = self._slabs[index]
@@ -114,10 +129,13 @@ class Arena:
 
     def _add_slab(self) -> list[int]:
         self._budget.take(self.slab_pages * self.page_bytes)
-        shape = (self.slab_pages, self.chunk_size, self.dim)
-        slab = torch.empty(shape, dtype=self.dtype, device=self.device)
         vacant = (index for index, old in enumerate(self._slabs) if old is None)
         index = next(vacant, len(self._slabs))
+        if self.contents is not None:
+            slab = self.contents[index * self.slab_pages : (index + 1) * self.slab_pages]
+        else:
+            shape = (self.slab_pages, self.chunk_size, self.dim)
+            slab = torch.empty(shape, dtype=self.dtype, device=self.device)
         if index == len(self._slabs):
             self._slabs.append(None)
             self._free.append([])
@@ -125,3 +143,13 @@ class Arena:
         first = index * self.slab_pages
         self._free[index] = list(range(first + self.slab_pages - 1, first - 1, -1))
         return self._free[index]
+
+    def _forget(self, index: int) -> None:
+        """Give a slab's memory back to the system, as far as whole pages of the system lie in it."""
+        if self._reserved is None or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        slab_bytes = self.slab_pages * self.page_bytes
+        begin = -(-index * slab_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (index + 1) * slab_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        if end > begin:
+            self._reserved.madvise(mmap.MADV_DONTNEED, begin, end - begin)

@@ -26,8 +26,6 @@ from htm_service.errors import DeadlineExceeded, Draining, Overloaded, Unhealthy
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-logger = logging.getLogger(__name__)
-
 
 class Later(Enum):
     """The outcome of an item whose runner will `finish` or has parked it."""
@@ -136,7 +134,7 @@ class Batcher(Generic[Item, Result]):
         self.finish((ticket, Draining("the server stopped before this was done")) for ticket in rest)
         await asyncio.to_thread(self._thread.join, max(1.0, timeout_s))
         if self._thread.is_alive():
-            logger.error("the %s thread did not stop within %.0f s", self.name, timeout_s)
+            logging.getLogger(__name__).error("the %s thread did not stop within %.0f s", self.name, timeout_s)
 
     @property
     def num_waiting(self) -> int:
@@ -173,7 +171,9 @@ class Batcher(Generic[Item, Result]):
         try:
             self._loop.call_soon_threadsafe(_resolve, pairs)
         except RuntimeError:
-            logger.warning("%s: %d answers came after their loop was closed", self.name, len(pairs))
+            logging.getLogger(__name__).warning(
+                "%s: %d answers came after their loop was closed", self.name, len(pairs)
+            )
 
     def fail(self, reason: str) -> None:
         """Refuse everything from now on, and fail what was admitted, with `reason`."""
@@ -246,11 +246,13 @@ class Batcher(Generic[Item, Result]):
         except Exception as error:
             if len(tickets) == 1:
                 return [error]
-            logger.warning("%s: a batch of %d failed and is run item by item: %r", self.name, len(tickets), error)
+            logging.getLogger(__name__).warning(
+                "%s: a batch of %d failed and is run item by item: %r", self.name, len(tickets), error
+            )
             return [self._outcomes([ticket])[0] for ticket in tickets]
 
     def _die(self, error: BaseException) -> None:
-        logger.critical("the %s thread died", self.name, exc_info=error)
+        logging.getLogger(__name__).critical("the %s thread died", self.name, exc_info=error)
         reason = f"the {self.name} thread died: {error!r}"
         self.fail(reason)
         if self._on_death is not None:

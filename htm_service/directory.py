@@ -13,9 +13,10 @@ import uuid
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import replace
+from typing import Any
 from weakref import WeakValueDictionary
 
-from htm_service.errors import InvalidArgument, SessionConflict, SessionExpired, SessionNotFound
+from htm_service.errors import InvalidArgument, SessionConflict, SessionExpired, SessionNotFound, Unhealthy
 from htm_service.recalls import RecallLog
 from htm_service.records import SessionChange, SessionInfo, SessionPage
 from htm_service.session import Session, Settings
@@ -26,6 +27,7 @@ from storage.base import (
     SessionExists,
     SessionRow,
     Store,
+    StoreError,
     UpdateSession,
     Write,
 )
@@ -120,9 +122,7 @@ class Directory:
     ) -> SessionPage:
         """One page of the sessions in the order of their ids."""
         after = decode_cursor(cursor)
-        rows = await asyncio.to_thread(
-            lambda: self._store.list_sessions(prefix=prefix, labels=labels, after=after, limit=limit + 1)
-        )
+        rows = await self._list(prefix=prefix, labels=labels, after=after, limit=limit + 1)
         now = self._clock()
         infos = [info for row in rows[:limit] if (info := self._info(row, now)) is not None]
         return SessionPage(infos, encode_cursor(rows[limit - 1].id) if len(rows) > limit else None)
@@ -132,7 +132,7 @@ class Directory:
         num_expired = 0
         after: str | None = ""
         while after is not None:
-            rows = await asyncio.to_thread(self._store.list_sessions, after=after, limit=SCAN_LIMIT)
+            rows = await self._list(after=after, limit=SCAN_LIMIT)
             for row in rows:
                 if row.settings.get("ttl_s") is None:
                     continue
@@ -151,8 +151,17 @@ class Directory:
         async with self._lock(session_id):
             if session_id in self._sessions:
                 return self._sessions[session_id]
-            row = await asyncio.to_thread(self._store.get_session, session_id)
+            try:
+                row = await asyncio.to_thread(self._store.get_session, session_id)
+            except StoreError as error:
+                raise Unhealthy(f"session {session_id!r} cannot be looked up: {error}") from error
             return None if row is None else self._add(row)
+
+    async def _list(self, **which: Any) -> list[SessionRow]:
+        try:
+            return await asyncio.to_thread(self._store.list_sessions, **which)
+        except StoreError as error:
+            raise Unhealthy(f"sessions cannot be listed: {error}") from error
 
     async def _expire(self, session: Session) -> None:
         self._expired[session.id] = None

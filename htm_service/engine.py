@@ -74,7 +74,6 @@ from storage.base import (
 LARGE_BYTES = 256 << 10
 """Tensors above this are converted off the event loop."""
 
-logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
@@ -111,6 +110,7 @@ class Engine:
 
     async def start(self) -> None:
         """Start the two worker threads and the sweeper, on the running loop."""
+        await asyncio.to_thread(self.worker.reader.kernel.warm_up)
         self.worker.batcher.start()
         self._committer.batcher.start()
         self._sweeper = asyncio.create_task(self._sweep())
@@ -193,11 +193,20 @@ class Engine:
     async def step(
         self, session_id: str, attend: AttendRequest, append: AppendRequest
     ) -> tuple[AttendResult, AppendResult]:
-        """Attend to the session as it is, then append. Both are checked before either begins."""
+        """Attend to the session as it is, then append. Both are checked before either begins.
+
+        A step repeated with its idempotency key answers what the first one answered: it attends to the session
+        as it was before the first one's append.
+        """
         session = await self._session(session_id)
         attend = validation.check_attend(attend, session.settings.dim)
         append = validation.check_append(append, session.settings.dim)
-        return await self._attend(session, attend), await self._append(session, append)
+        attended, appended = await self._attend(session, attend), await self._append(session, append)
+        if appended.start < attended.length:  # only a repeated append begins before what was seen
+            stop = appended.start if attend.stop is None else min(attend.stop, appended.start)
+            attended = await self._attend(session, replace(attend, stop=stop))
+            attended = replace(attended, length=appended.start)
+        return attended, appended
 
     async def read(
         self, session_id: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool
@@ -315,7 +324,7 @@ class Engine:
             try:
                 await self._directory.sweep()
             except Exception:
-                logger.exception("the sweep of expired sessions failed and is tried again")
+                logging.getLogger(__name__).exception("the sweep of expired sessions failed and is tried again")
 
 
 def _prepare(session: Session, request: AppendRequest) -> Change:

@@ -32,8 +32,6 @@ from storage.base import Store, StoreError
 PIECE_BYTES = 8 << 20
 """Bytes copied to the device between two batches while a session loads."""
 
-logger = logging.getLogger(__name__)
-
 
 class Residency:
     """See the head of this module.
@@ -96,7 +94,7 @@ class Residency:
             try:
                 self._add(session, new)
             except OutOfMemory:
-                logger.warning("session %s outgrew the device budget and goes cold", session.id)
+                logging.getLogger(__name__).warning("session %s outgrew the device budget and goes cold", session.id)
                 self.evict(session)
 
     def evict(self, session: Session) -> None:
@@ -124,7 +122,7 @@ class Residency:
         except StoreError as reason:
             error = Unhealthy(f"session {session.id!r} cannot be read: {reason}")
         except Exception as reason:
-            logger.exception("session %s could not be loaded", session.id)
+            logging.getLogger(__name__).exception("session %s could not be loaded", session.id)
             error = Unhealthy(f"session {session.id!r} could not be loaded: {reason!r}")
         self._worker.post(lambda: self._end_load(session, error))
 

@@ -64,7 +64,9 @@ class Upkeep:
 
     disk_bytes: Callable[[], int]
     give_back: Callable[[Connection], bool]
-    """Return some free space to the file system, so little that nobody waits long; True when there is more."""
+    """Return some free space to the file system, so little that nobody waits long; True when there is more.
+    Called outside of a transaction, raises StoreError.
+    """
     finish: Callable[[Connection], None]
     """The last thing done on the connection that writes."""
     release: Callable[[], None]
@@ -206,7 +208,7 @@ class SqlStore(Store):
         if not self._has_free_space or self._writer is None:
             return
         try:
-            with translated(), self._writer.begin():
+            with translated():
                 self._has_free_space = self._upkeep.give_back(self._writer)
         except StoreError:
             self._has_free_space = False  # until the next deletion

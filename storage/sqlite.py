@@ -75,17 +75,32 @@ def _closed_unless_opened(store: SqlStore, path: Path) -> Iterator[None]:
 
 def _upkeep(path: Path, release: Callable[[], None]) -> Upkeep:
     def give_back(connection: Connection) -> bool:
-        connection.exec_driver_sql(f"PRAGMA incremental_vacuum({VACUUM_PAGES})").fetchall()
-        return bool(connection.exec_driver_sql("PRAGMA freelist_count").scalar_one())
+        _pragma(connection, f"incremental_vacuum({VACUUM_PAGES})")
+        return _pragma(connection, "freelist_count") > 0
 
     def finish(connection: Connection) -> None:
-        # Not through SQLAlchemy, which would begin a transaction: checkpoints run outside.
-        with contextlib.suppress(sqlite3.Error), contextlib.closing(connection.connection.cursor()) as cursor:
-            cursor.execute("PRAGMA busy_timeout=500")  # for readers that are still there
-            cursor.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            cursor.fetchall()
+        _pragma(connection, "busy_timeout=500")  # for readers that are still there
+        _pragma(connection, "wal_checkpoint(TRUNCATE)")
 
     return Upkeep(lambda: _disk_bytes(path), give_back, finish, release)
+
+
+def _pragma(connection: Connection, pragma: str) -> int:
+    """Run a pragma outside of any transaction, to its end; its first number, or 0. Raises StoreError.
+
+    Not through SQLAlchemy, which begins a transaction first.
+    """
+    try:
+        with contextlib.closing(connection.connection.cursor()) as cursor:
+            if pragma.startswith("incremental_vacuum"):
+                # Each step of the statement frees one page and has no columns; `execute` stops after the first.
+                cursor.executescript(f"PRAGMA {pragma}")
+                return 0
+            cursor.execute(f"PRAGMA {pragma}")
+            row = cursor.fetchone()
+    except sqlite3.Error as error:
+        raise StoreError(f"PRAGMA {pragma}: {error}") from error
+    return 0 if row is None else int(row[0])
 
 
 def _lock(path: Path) -> IO[str]:

@@ -7,6 +7,7 @@ from htm_service import arena as arena_module
 from htm_service.arena import Arena, Budget
 from htm_service.errors import OutOfMemory
 from htm_service.kernels import ChunkBatch, Kernel, resolve_kernel
+from htm_service.kernels.resolve import KERNELS
 from htm_service.memory import Memory, sum_slots
 
 DIM, SIZE, HEADS = 13, 5, 3
@@ -31,32 +32,33 @@ def make_batch(*, num_rows: int, k: int, positions: bool, hidden: float, dtype: 
     return ChunkBatch(arena, pages, visible, weights, torch.randn(num_rows, HEADS, DIM), table)
 
 
+@pytest.mark.parametrize("name", ["blocked", "compiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("positions", [False, True])
 @pytest.mark.parametrize("hidden", [0.0, 0.5, 1.1])
 @pytest.mark.parametrize(("num_rows", "k"), [(1, 1), (1, 7), (19, 3)])
-def test_the_blocked_kernel_equals_the_reference(
-    num_rows: int, k: int, hidden: float, positions: bool, dtype: torch.dtype
+def test_kernels_equal_the_reference(
+    name: str, num_rows: int, k: int, hidden: float, positions: bool, dtype: torch.dtype
 ) -> None:
     batch = make_batch(num_rows=num_rows, k=k, positions=positions, hidden=hidden, dtype=dtype)
     clones = [tensor.clone() for tensor in (batch.pages, batch.visible, batch.weights, batch.heads)]
     contents = batch.arena.take(batch.pages.flatten())
     expected = resolve_kernel(torch.device("cpu"), "reference").attend_chunks(batch, tokens=True)
-    result = resolve_kernel(torch.device("cpu"), "blocked").attend_chunks(batch, tokens=True)
-    for name in ("z", "token_weights", "token_scores"):
-        got, want = getattr(result, name), getattr(expected, name)
+    result = resolve_kernel(torch.device("cpu"), name).attend_chunks(batch, tokens=True)
+    for field in ("z", "token_weights", "token_scores"):
+        got, want = getattr(result, field), getattr(expected, field)
         finite = want.isfinite()
-        assert torch.equal(finite, got.isfinite()), name
+        assert torch.equal(finite, got.isfinite()), field
         difference = (got[finite] - want[finite]).abs()
         if len(difference):
-            print(f"{name}: max {difference.max():.2e}, mean {difference.mean():.2e}")
+            print(f"{name} {field}: max {difference.max():.2e}, mean {difference.mean():.2e}")
         torch.testing.assert_close(got[finite], want[finite], rtol=1e-5, atol=1e-5)
     for before, after in zip(clones, (batch.pages, batch.visible, batch.weights, batch.heads), strict=True):
         assert torch.equal(before, after)
     assert torch.equal(contents.nan_to_num(7), batch.arena.take(batch.pages.flatten()).nan_to_num(7))
 
 
-@pytest.mark.parametrize("name", ["reference", "blocked"])
+@pytest.mark.parametrize("name", KERNELS)
 def test_selection_is_descending_and_ties_go_to_the_lower_index(name: str) -> None:
     kernel: Kernel = resolve_kernel(torch.device("cpu"), name)
     logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [5.0, 1.0, 2.0, 4.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])

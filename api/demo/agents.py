@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from htm_client import AsyncHTMClient, Recalled
+from htm_client import AsyncHTMClient, Recalled, SessionConflict
 
 from api.demo.corpus import Passage
 from api.demo.embedder import Floats
@@ -20,6 +20,7 @@ from api.demo.embedder import Floats
 CHUNK_SIZE = 32
 TOP_K = 16
 PASSAGES_PER_APPEND = 16
+PASSAGES_PER_READ = 1000
 LIBRARY = "library"
 
 
@@ -30,15 +31,28 @@ class Agent:
     session: str
     passages: Sequence[Passage]
     embeddings: Floats
+    """[n, D], a row per passage."""
     acknowledged: int = 0
     num_appends: int = 0
 
-    async def stream(self, client: AsyncHTMClient, on_progress: Callable[[int], None]) -> None:
-        """Create the session and append everything that it does not hold yet."""
-        info = await client.create_session(self.session, dim=self.embeddings.shape[1], chunk_size=CHUNK_SIZE)
+    async def stream(self, client: AsyncHTMClient, gate: asyncio.Event, on_progress: Callable[[int], None]) -> None:
+        """Create the session and append everything that it does not hold yet; no new append while `gate` is shut.
+
+        Raises OSError when the session is there and is not this agent's.
+        """
+        try:
+            info = await client.create_session(self.session, dim=self.embeddings.shape[1], chunk_size=CHUNK_SIZE)
+        except SessionConflict as error:
+            raise OSError(f"the data directory holds another session {self.session!r}: {error.detail}") from error
+        if info.length > len(self.passages):
+            raise OSError(
+                f"the data directory holds another session {self.session!r}, of {info.length} tokens; "
+                f"there are {len(self.passages)} passages"
+            )
         self.acknowledged = info.length
         on_progress(info.length)
         while self.acknowledged < len(self.passages):
+            await gate.wait()
             part = slice(self.acknowledged, self.acknowledged + PASSAGES_PER_APPEND)
             payloads = [payload_of(passage) for passage in self.passages[part]]
             appended = await client.append(
@@ -48,19 +62,27 @@ class Agent:
             self.acknowledged = appended.length
             self.num_appends += 1
 
-    async def check(self, client: AsyncHTMClient) -> str | None:
-        """Read everything back and compare it with what was sent; what is wrong, or None."""
+    async def find_loss(self, client: AsyncHTMClient, acknowledged: int, in_flight: int) -> str | None:
+        """What is wrong when the first `acknowledged` tokens should be there as they were sent; None when nothing is.
+
+        `in_flight` more may be there, or none of them: an append is all or nothing.
+        """
         info = await client.session(self.session)
-        if info.length != self.acknowledged:
-            return f"{self.session}: {self.acknowledged} tokens were acknowledged, {info.length} are there"
-        for start in range(0, info.length, 1000):
-            memories = await client.read(self.session, start, min(start + 1000, info.length))
-            assert memories.embeddings is not None and memories.payloads is not None
-            if not np.array_equal(memories.embeddings, self.embeddings[start : memories.stop]):
+        if info.length not in {acknowledged, acknowledged + in_flight}:
+            return f"{self.session}: {acknowledged} tokens were acknowledged, {info.length} are there"
+        for start in range(0, info.length, PASSAGES_PER_READ):
+            part = slice(start, min(start + PASSAGES_PER_READ, info.length))
+            memories = await client.read(self.session, part.start, part.stop)
+            if memories.embeddings is None or not np.array_equal(memories.embeddings, self.embeddings[part]):
                 return f"{self.session}: the embeddings from {start} on are not those that were sent"
-            if memories.payloads != [payload_of(passage) for passage in self.passages[start : memories.stop]]:
+            if memories.payloads != [payload_of(passage) for passage in self.passages[part]]:
                 return f"{self.session}: the payloads from {start} on are not those that were sent"
         return None
+
+    @property
+    def next_part(self) -> int:
+        """How many tokens its next append carries, which may be in flight."""
+        return min(PASSAGES_PER_APPEND, len(self.passages) - self.acknowledged)
 
 
 @dataclass(slots=True)
@@ -70,27 +92,27 @@ class Answers:
     recalled: list[Sequence[Recalled]] = field(default_factory=list)
     latencies_ms: list[float] = field(default_factory=list)
     batch_sizes: list[int] = field(default_factory=list)
-    seconds: float = 0.0
+
+    @property
+    def positions(self) -> list[list[int]]:
+        """Of the recalled tokens, best first."""
+        return [[token.position for token in row] for row in self.recalled]
 
 
-async def ask_all(client: AsyncHTMClient, asked: Sequence[tuple[str, Floats]]) -> Answers:
-    """Ask all (session, query [D]) at the same time."""
+async def ask(
+    client: AsyncHTMClient, asked: Sequence[tuple[str, Floats]], on_progress: Callable[[int], None]
+) -> Answers:
+    """Ask each (session, query [D]) after the other, as one agent does."""
     answers = Answers()
-
-    async def ask(session: str, query: Floats) -> tuple[Sequence[Recalled], float, int]:
+    for session, query in asked:
         began = time.perf_counter()
         attended = await client.attend(
             session, query, top_k=TOP_K, rank_by="score", returns=["payloads"], max_recalled=10
         )
-        assert attended.recalled is not None
-        return attended.recalled[0], (time.perf_counter() - began) * 1e3, attended.batch_size
-
-    began = time.perf_counter()
-    for recalled, latency_ms, batch_size in await asyncio.gather(*(ask(*item) for item in asked)):
-        answers.recalled.append(recalled)
-        answers.latencies_ms.append(latency_ms)
-        answers.batch_sizes.append(batch_size)
-    answers.seconds = time.perf_counter() - began
+        answers.latencies_ms.append((time.perf_counter() - began) * 1e3)
+        answers.recalled.append((attended.recalled or [[]])[0])
+        answers.batch_sizes.append(attended.batch_size)
+        on_progress(1)
     return answers
 
 
@@ -103,7 +125,7 @@ def make_agents(passages: Sequence[Passage], embeddings: Floats, num_shares: int
     """One agent for the whole corpus and `num_shares` for a share of its modules each, about equally large."""
     packages: dict[str, list[int]] = {}
     for place, passage in enumerate(passages):
-        packages.setdefault(passage.module.split(".")[0], []).append(place)
+        packages.setdefault(passage.package, []).append(place)
     shares: list[list[int]] = [[] for _ in range(num_shares)]
     for places in sorted(packages.values(), key=len, reverse=True):
         min(shares, key=len).extend(places)

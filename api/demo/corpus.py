@@ -43,6 +43,11 @@ class Passage:
     text: str
 
     @property
+    def package(self) -> str:
+        """The first part of the module's name: questions name modules by it."""
+        return self.module.partition(".")[0]
+
+    @property
     def context(self) -> str:
         """Where it is from, in words: `zipfile.ZipFile.open` as "zipfile ZipFile open"."""
         return re.sub(r"[._]+", " ", f"{self.module} {self.name}").strip()

@@ -1,4 +1,7 @@
-"""How good recalled passages are: beside exact nearest-neighbour search on the same vectors."""
+"""How good recalled passages are: beside exact nearest-neighbour search on the same vectors.
+
+Does not know where they were recalled from, nor what is printed.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ def measure(
 def hit_rate(questions: Sequence[Question], passages: Sequence[Passage], rows: Sequence[Sequence[int]]) -> float:
     """Share of the questions with a right module among the first five."""
     hits = [
-        any(passages[place].module.split(".")[0] in question.modules for place in row[:5])
+        any(passages[place].package in question.modules for place in row[:5])
         for question, row in zip(questions, rows, strict=True)
     ]
     return float(np.mean(hits))

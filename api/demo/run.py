@@ -10,174 +10,127 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import numpy as np
 from htm_client import AsyncHTMClient
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from api.demo import report
-from api.demo.agents import LIBRARY, Agent, Answers, ask_all, make_agents
+from api.demo.agents import LIBRARY, Agent, Answers, ask, make_agents
 from api.demo.corpus import Passage, read_corpus
 from api.demo.embedder import Embedder, Floats, SentenceEmbedder, TfidfEmbedder
 from api.demo.quality import Quality, measure
 from api.demo.questions import QUESTIONS, Question
 from api.demo.server_process import ServerProcess
+from api.demo.streaming import stream
 
 NUM_SHARES = 16
 RETRIES = 20
 """A killed server is back within seconds; the client's backoff ends at 5 s a try."""
-LOAD_ROUNDS = 4
-"""How often all questions are asked again to measure the rate."""
-
-
-@dataclass(frozen=True, slots=True)
-class Loaded:
-    """How the streaming went."""
-
-    seconds: float
-    num_appends: int
-    num_tokens: int
-    killed_at: int
-    """Passages that were acknowledged when the server was killed."""
 
 
 def run_demo(data: Path | None, embedder: str | None, keep: bool, port: int | None, limit: int | None) -> int:
     """Run it; 0 when nothing was lost and recall is as good as promised. Raises OSError when it cannot run."""
-    console = Console()
+    console = report.make_console()
     directory = data or Path(tempfile.mkdtemp(prefix="htm-demo-"))
     directory.mkdir(parents=True, exist_ok=True)
-    console.print("[bold]1. A corpus that every machine has[/]: docstrings and comments of Python's standard library")
-    began = time.perf_counter()
-    passages = read_corpus(limit=limit)
-    model: Embedder = make_embedder(embedder, passages)
-    embeddings = model.embed([passage.embedded_text for passage in passages])
-    console.print(f"   {len(passages):,} passages, embedded with {model.name} in {time.perf_counter() - began:.1f} s")
     server = ServerProcess(directory, directory / "server.log", port or 0)
-    server.start()
-    is_up = True
+    is_kept = False
     try:
+        console.print("[bold]1. A corpus that every machine has[/]: docstrings and comments of Python's own library")
+        passages, model, embeddings = _embed(console, embedder, limit)
+        server.start()
         console.print(f"[bold]2. A server of its own[/]: process {server.pid} at {server.url}, SQLite in {directory}")
         is_good = asyncio.run(_with_server(console, server, passages, embeddings, model))
         if keep:
-            is_up = False
+            is_kept = True
             console.print(
                 f"\nThe server stays up: [bold]{server.url}/ui[/] shows its sessions. End it: kill {server.pid}"
             )
         else:
-            is_up = False
             code = server.stop()
             console.print(f"   stopped with SIGTERM, exit code {code}")
             is_good = is_good and code == 0
     finally:
-        if is_up:
-            server.kill()
-        if data is None and not keep:
-            shutil.rmtree(directory, ignore_errors=True)
+        if not is_kept:
+            if server.is_running:
+                server.kill()
+            if data is None:
+                shutil.rmtree(directory, ignore_errors=True)
     return 0 if is_good else 1
 
 
-def make_embedder(name: str | None, passages: Sequence[Passage]) -> Embedder:
-    """The embedder that was asked for. Raises OSError when it is not installed."""
-    if name is not None:
-        return SentenceEmbedder(name)
-    return TfidfEmbedder([passage.embedded_text for passage in passages])
+def _embed(console: Console, name: str | None, limit: int | None) -> tuple[list[Passage], Embedder, Floats]:
+    """The corpus and its embeddings [n, D]. Raises OSError when the embedder is not installed."""
+    began = time.perf_counter()
+    passages = read_corpus(limit=limit)
+    texts = [passage.embedded_text for passage in passages]
+    model: Embedder = TfidfEmbedder(texts) if name is None else SentenceEmbedder(name)
+    embeddings = model.embed(texts)
+    console.print(f"   {len(passages):,} passages, embedded with {model.name} in {time.perf_counter() - began:.1f} s")
+    return passages, model, embeddings
 
 
 async def _with_server(
     console: Console, server: ServerProcess, passages: Sequence[Passage], embeddings: Floats, model: Embedder
 ) -> bool:
+    """Everything that needs the server; whether nothing was lost and the quality is as promised."""
     agents = make_agents(passages, embeddings, NUM_SHARES)
-    async with AsyncHTMClient(server.url, retries=RETRIES) as client:
+    async with AsyncExitStack() as stack:
+        clients = [await stack.enter_async_context(AsyncHTMClient(server.url, retries=RETRIES)) for _ in agents]
         console.print(f"[bold]3. {len(agents)} agents stream[/]: one the whole library, {NUM_SHARES} a share each")
-        loaded = await _stream(console, client, server, agents)
-        if loaded.killed_at:
-            console.print(f"   killed with SIGKILL after {loaded.killed_at:,} passages, restarted on the same data")
-        problems = [problem for agent in agents if (problem := await agent.check(client)) is not None]
-        for problem in problems:
-            console.print(f"   [red]lost[/]: {problem}")
-        if not problems:
-            console.print(f"   every one of {loaded.num_tokens:,} acknowledged passages read back, equal to the bit")
+        loaded = await stream(console, server, agents, clients)
+        report.show_loaded(console, loaded)
 
-        console.print(f"[bold]4. They ask {len(QUESTIONS)} questions[/], each in the library and where its module is")
+        console.print(
+            f"\n[bold]4. Each agent asks {len(QUESTIONS)} questions in the library[/], all agents at the same time, "
+            "and those that its own session can answer best there too"
+        )
         queries = model.embed([question.text for question in QUESTIONS])
-        asked = [(LIBRARY, query) for query in queries] + _in_shares(agents, QUESTIONS, queries)
-        answers = await ask_all(client, asked)
-        report.show_examples(console, QUESTIONS, answers)
-        quality = _quality(QUESTIONS, queries, passages, embeddings, answers)
-        shares = _quality_in_shares(agents, QUESTIONS, queries, answers)
-        load = await ask_all(client, asked * LOAD_ROUNDS)
-        report.show_summary(console, await client.info(), loaded, quality, shares, load)
-    return not problems and quality.is_good
-
-
-async def _stream(console: Console, client: AsyncHTMClient, server: ServerProcess, agents: list[Agent]) -> Loaded:
-    """Stream all at once; kill the server half-way and start it again while the agents go on trying."""
-    total = sum(len(agent.passages) for agent in agents)
-    done, held, killed_at = 0, 0, 0
-    half = asyncio.Event()
-    columns = (TextColumn("   {task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("passages", total=total)
-
-        def advance(number: int) -> None:
-            nonlocal done
-            done += number
-            progress.update(task, advance=number)
-            if done >= total / 2:
-                half.set()
-
-        async def crash() -> None:
-            nonlocal killed_at
-            await half.wait()
-            if all(agent.num_appends == 0 for agent in agents):  # the data was there already
-                return
-            killed_at = sum(agent.acknowledged for agent in agents)
-            await asyncio.to_thread(server.kill)
-            await asyncio.to_thread(server.start)
-
+        homes = [_home(agents, question) for question in QUESTIONS]
+        asked = [
+            [(LIBRARY, query) for query in queries]
+            + [(agent.session, query) for query, home in zip(queries, homes, strict=True) if home is agent]
+            for agent in agents
+        ]
         began = time.perf_counter()
-        await asyncio.gather(crash(), *(agent.stream(client, advance) for agent in agents))
+        with report.progress(console, "attends", sum(map(len, asked))) as advance:
+            answers = await asyncio.gather(
+                *(ask(client, mine, advance) for client, mine in zip(clients, asked, strict=True))
+            )
         seconds = time.perf_counter() - began
-    held = sum(agent.acknowledged for agent in agents)
-    return Loaded(seconds, sum(agent.num_appends for agent in agents), held, killed_at)
+        report.show_examples(console, QUESTIONS, answers[0])
+        quality = _quality(queries, passages, embeddings, answers)
+        shares = _quality_in_shares(agents, homes, queries, answers)
+        info = await clients[0].info()
+        report.show_summary(console, info, loaded, quality, shares, report.Load.of(answers, seconds))
+    return not loaded.losses and quality.is_good
 
 
 def _home(agents: Sequence[Agent], question: Question) -> Agent:
     """The agent in whose share most passages of the question's modules are."""
-
-    def count(agent: Agent) -> int:
-        return sum(passage.module.split(".")[0] in question.modules for passage in agent.passages)
-
-    return max(agents[1:], key=count)
+    return max(agents[1:], key=lambda agent: sum(passage.package in question.modules for passage in agent.passages))
 
 
-def _in_shares(agents: Sequence[Agent], questions: Sequence[Question], queries: Floats) -> list[tuple[str, Floats]]:
-    homes = (_home(agents, question) for question in questions)
-    return [(agent.session, query) for agent, query in zip(homes, queries, strict=True)]
-
-
-def _positions(answers: Answers, first: int, last: int) -> list[list[int]]:
-    return [[token.position for token in row] for row in answers.recalled[first:last]]
-
-
-def _quality(
-    questions: Sequence[Question], queries: Floats, passages: Sequence[Passage], embeddings: Floats, answers: Answers
-) -> Quality:
-    return measure(questions, queries, passages, embeddings, _positions(answers, 0, len(questions)))
+def _quality(queries: Floats, passages: Sequence[Passage], embeddings: Floats, answers: Sequence[Answers]) -> Quality:
+    """Of what was recalled in the library, over the answers of all agents."""
+    rows = [row for answer in answers for row in answer.positions[: len(QUESTIONS)]]
+    return measure(QUESTIONS * len(answers), np.tile(queries, (len(answers), 1)), passages, embeddings, rows)
 
 
 def _quality_in_shares(
-    agents: Sequence[Agent], questions: Sequence[Question], queries: Floats, answers: Answers
+    agents: Sequence[Agent], homes: Sequence[Agent], queries: Floats, answers: Sequence[Answers]
 ) -> Quality:
-    """The mean over the questions, each compared within its own share."""
-    rows = _positions(answers, len(questions), 2 * len(questions))
+    """The mean over the questions, each compared within the share it was asked in."""
     each = []
-    for place, question in enumerate(questions):
-        agent = _home(agents, question)
-        each.append(measure([question], queries[place][None], agent.passages, agent.embeddings, [rows[place]]))
+    for agent, answer in zip(agents, answers, strict=True):
+        mine = [place for place, home in enumerate(homes) if home is agent]
+        for place, row in zip(mine, answer.positions[len(QUESTIONS) :], strict=True):
+            each.append(
+                measure([QUESTIONS[place]], queries[place : place + 1], agent.passages, agent.embeddings, [row])
+            )
     return Quality(
         float(np.mean([quality.found for quality in each])),
         float(np.mean([quality.hit_rate for quality in each])),

@@ -26,6 +26,9 @@ JSON = "application/json"
 Params = dict[str, Any]
 Tensors = dict[str, npt.NDArray[Any]]
 
+TENSORS = frozenset({"output", "embeddings", "chunks.index", "chunks.weight"})
+"""Where answers hold tensors; in a step's answer under `attend.`. Elsewhere such an object is the caller's own data."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -192,7 +195,7 @@ def parse(status: int, headers: Mapping[str, str], content: bytes) -> Answer:
             return Answer(tensors, params, headers)
         params = json.loads(content) if content else {}
         return Answer(_take_tensors(params), params, headers)
-    except (ValueError, AttributeError) as error:
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UnreadableAnswer(f"the answer ({status}) is not one of htm-service: {error}") from error
 
 
@@ -249,12 +252,13 @@ def _take_tensors(params: Params, prefix: str = "") -> Tensors:
     for name, value in list(params.items()):
         if not isinstance(value, dict):
             continue
-        if value.keys() == {"b64", "shape", "dtype"}:
+        place = prefix + name
+        if place.removeprefix("attend.") in TENSORS and "b64" in value:
             dtype = np.dtype(value["dtype"]).newbyteorder("<")
-            tensors[prefix + name] = np.frombuffer(base64.b64decode(value["b64"]), dtype).reshape(value["shape"])
+            tensors[place] = np.frombuffer(base64.b64decode(value["b64"]), dtype).reshape(value["shape"])
             del params[name]
         elif name in {"chunks", "attend"}:
-            tensors |= _take_tensors(value, f"{prefix}{name}.")
+            tensors |= _take_tensors(value, f"{place}.")
     return tensors
 
 

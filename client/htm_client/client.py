@@ -12,6 +12,7 @@ from typing import Any, Self, TypeVar, Unpack
 import httpx
 
 from htm_client.calls import Call
+from htm_client.errors import UnreadableAnswer
 from htm_client.in_process import ADDRESS, SyncApp
 from htm_client.options import (
     AppendConditions,
@@ -191,3 +192,7 @@ class HTMClient:
             )
         except httpx.TransportError as error:
             return error
+        except httpx.DecodingError as error:
+            raise UnreadableAnswer(
+                f"{call.method} {call.path}: the answer is compressed and broken: {error}"
+            ) from error

@@ -55,7 +55,10 @@ class Requests:
     def sessions(
         self, label: Mapping[str, str] | None, prefix: str | None, cursor: str | None
     ) -> Request[Page[SessionInfo]]:
-        """One page of the sessions."""
+        """One page of the sessions. Raises ValueError for a label name that the query cannot hold."""
+        for key in label or {}:
+            if ":" in key:  # `key:value` ends the name at the first colon, and would find other sessions
+                raise ValueError(f"sessions cannot be found by the label {key!r}: its name has a colon")
         labels = [f"{key}:{value}" for key, value in (label or {}).items()] or None
         call = plain("GET", "/v1/sessions", label=labels, prefix=prefix, cursor=cursor)
         return Request(call, lambda answer: _page(answer, "sessions", SessionInfo.of))

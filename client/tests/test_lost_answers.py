@@ -145,13 +145,39 @@ def test_the_delay_grows_and_ends() -> None:
         (200, b'{"hello": "world"}', {}),
         (307, b"", {"location": "http://elsewhere/"}),
         (200, b"\xff" * 20, {"content-type": wire.MEDIA_TYPE}),
+        (200, b'{"output": {"b64": "", "shape": [0], "dtype": "zz"}}', {}),
+        (200, b'{"output": {"b64": ""}}', {}),
     ],
-    ids=["html", "list", "other", "redirect", "bytes"],
+    ids=["html", "list", "other", "redirect", "bytes", "dtype", "incomplete"],
 )
 def test_a_foreign_answer(ask: Callable[..., Any], answer: tuple[int, bytes, dict[str, str]]) -> None:
     status, content, headers = answer
     with pytest.raises(UnreadableAnswer):
         ask(Server(httpx.Response(status, content=content, headers=headers)), lambda client: client.session("s"))
+
+
+def test_an_answer_whose_compression_is_broken(ask: Callable[..., Any]) -> None:
+    """httpx's own DecodingError came through."""
+    answer = httpx.Response(200, stream=httpx.ByteStream(b"not gzip"), headers={"content-encoding": "gzip"})
+    with pytest.raises(UnreadableAnswer, match="compressed"):
+        ask(Server(answer), lambda client: client.session("s"))
+
+
+@pytest.mark.parametrize("binary", [True, False])
+def test_labels_that_look_like_a_tensor(ask: Callable[..., Any], binary: bool) -> None:
+    """The session was made, and every look at it raised TypeError."""
+    labels = {"b64": "x", "shape": "y", "dtype": "z"}
+    server = Server(httpx.Response(200, json=SESSION | {"labels": labels}))
+    assert ask(server, lambda client: client.session("s"), binary=binary).labels == labels
+
+
+def test_a_label_that_the_query_cannot_hold() -> None:
+    """{"a:b": "c"} was asked for as the label `a` with the value `b:c`."""
+    server = Server()
+    transport = httpx.MockTransport(server)
+    with HTMClient("http://fake", transport=transport) as client, pytest.raises(ValueError, match="colon"):
+        list(client.sessions(label={"a:b": "c"}))
+    assert server.requests == []
 
 
 def test_a_problem_that_is_a_list(ask: Callable[..., Any]) -> None:

@@ -48,6 +48,10 @@ class Kernel(Protocol):
 
     name: str
 
+    def warm_up(self) -> None:
+        """Do what the first batch should not have to wait for."""
+        ...
+
     def score(self, keys: Tensor, summary: Tensor) -> Tensor:
         """Summary logits [R, M] of absorbed queries [R, D] over summary keys [M, D]."""
         ...

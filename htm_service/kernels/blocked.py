@@ -22,6 +22,9 @@ class BlockedKernel:
     def __init__(self) -> None:
         self._workspace = torch.empty(0)
 
+    def warm_up(self) -> None:
+        """Nothing: torch is ready."""
+
     def score(self, keys: Tensor, summary: Tensor) -> Tensor:
         """[M, D], [R, D] -> [R, M].
 

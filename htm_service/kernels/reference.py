@@ -17,6 +17,9 @@ class ReferenceKernel:
 
     name = "reference"
 
+    def warm_up(self) -> None:
+        """Nothing: torch is ready."""
+
     def score(self, keys: Tensor, summary: Tensor) -> Tensor:
         """[M, D], [R, D] -> [R, M]."""
         return summary @ keys.T

@@ -148,6 +148,20 @@ async def test_step_sees_the_session_before_its_own_append(engine: Engine) -> No
         assert right(tokens[:place], attended) if place else not attended.output.any()
 
 
+async def test_a_repeated_step_answers_what_the_first_one_did(engine: Engine) -> None:
+    """It once attended to its own append: only the append was looked up by its key."""
+    tokens = vectors(1, 12, DIM)
+    await fill(engine, "s", tokens[:7])
+    append = AppendRequest(embeddings=tokens[7:9], idempotency_key="k")
+    first = await engine.step("s", QUERY, append)
+    await engine.append("s", AppendRequest(embeddings=tokens[9:]))
+    again = await engine.step("s", QUERY, append)
+    np.testing.assert_array_equal(again[0].output, first[0].output)
+    assert again[0].length == first[0].length == 7
+    assert (again[1].start, again[1].length) == (first[1].start, first[1].length) == (7, 9)
+    assert (await engine.inspect("s")).length == 12
+
+
 async def test_everything_acknowledged_is_there_after_a_restart(make_engine: MakeEngine, sqlite_url: str) -> None:
     store = open_store(sqlite_url)
     engine = await make_engine(store)

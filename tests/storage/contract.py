@@ -1,6 +1,11 @@
-"""The contract of `storage/base.py` as one test class; each backend subclasses it and says how to open a store."""
+"""What every store promises, as one class of tests; each backend's test file subclasses it."""
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +14,7 @@ from storage.base import (
     IDEMPOTENCY_SECONDS,
     Append,
     Appended,
+    Block,
     CreateSession,
     DeleteSession,
     KeyReused,
@@ -23,173 +29,359 @@ from storage.base import (
     WrongLength,
 )
 
+NOW = 1_000_000.0
+TOKEN_BYTES = 7
 
-def make(store: Store, name: str, *, now: float = 1.0, max_tokens: int | None = None, **settings: Any) -> SessionRow:
-    """A new session."""
-    row = SessionRow(name, settings, now, max_tokens=max_tokens, updated_at=now)
-    (created,) = store.write([CreateSession(row)], now=now)
+
+def token(value: int) -> bytes:
+    """The bytes of one token."""
+    return bytes([value % 256] * TOKEN_BYTES)
+
+
+def write(store: Store, *writes: Write, now: float = NOW) -> list[Outcome]:
+    return store.write(writes, now=now)
+
+
+def create(store: Store, session_id: str = "a", **values: Any) -> SessionRow:
+    row = SessionRow(session_id, values.pop("settings", {"dim": 7, "labels": {}}), created_at=NOW, **values)
+    (created,) = write(store, CreateSession(row))
     assert isinstance(created, SessionRow), created
     return created
 
 
-def one(store: Store, write: Write, now: float = 2.0) -> Outcome:
-    """The outcome of a group of one."""
-    (outcome,) = store.write([write], now=now)
+def append(store: Store, sid: int, num_tokens: int, value: int = 0, **values: Any) -> Outcome:
+    now = values.pop("now", NOW)
+    (outcome,) = write(store, Append(sid, num_tokens, token(value) * num_tokens, **values), now=now)
     return outcome
 
 
-def data_of(store: Store, sid: int, start: int = 0, stop: int | None = None) -> bytes:
-    """The bytes of all blocks, which must follow each other."""
-    parts, expected = [], None
-    for block in store.read_blocks(sid, start, stop):
-        assert expected is None or block.start == expected
-        expected = block.start + block.num_tokens
-        parts.append(block.data)
-    return b"".join(parts)
+def read(store: Store, sid: int) -> bytes:
+    return b"".join(block.data for block in store.read_blocks(sid))
+
+
+def ids(rows: list[SessionRow]) -> list[str]:
+    return [row.id for row in rows]
 
 
 class StoreContract:
-    """What every store must do."""
+    """Subclasses give `store`."""
 
     @pytest.fixture
-    def store(self) -> Store:
-        raise AssertionError("each backend opens its own")
+    def store(self) -> Iterator[Store]:
+        raise NotImplementedError
 
-    def test_create_find_update_delete(self, store: Store) -> None:
-        settings = {"labels": {"a": "ü'\"%"}, "dim": 3, "ttl_s": None}
-        row = make(store, "s", now=5.0, max_tokens=9, **settings)
-        assert row.sid > 0 and (row.length, row.num_bytes, row.created_at, row.updated_at) == (0, 0, 5.0, 5.0)
-        assert store.get_session("s") == row and row.max_tokens == 9 and row.settings == settings
-        assert isinstance(one(store, CreateSession(row)), SessionExists)
-        changed = one(store, UpdateSession(row.sid, {"dim": 4}))
-        assert isinstance(changed, SessionRow) and changed.settings == {"dim": 4}
-        assert store.get_session("s") == changed
-        assert one(store, DeleteSession(row.sid)) == changed
-        assert store.get_session("s") is None
-        for write in (DeleteSession(row.sid), UpdateSession(row.sid, {}), Append(row.sid, 1, b"x")):
-            assert isinstance(one(store, write), NoSuchSession)
-        assert make(store, "s").sid > row.sid  # never used twice
+    # --- sessions ---
+
+    def test_a_created_session_is_found_as_it_was_given(self, store: Store) -> None:
+        settings = {"dim": 7, "labels": {"agent": "ünïcode \"quoted\" 'twice'"}, "scale": 0.1, "none": None, "l": [1]}
+        created = create(store, "a", settings=settings, max_tokens=13)
+        assert created.sid > 0
+        assert created == replace(created, settings=settings, max_tokens=13, length=0, num_bytes=0, updated_at=NOW)
+        assert store.get_session("a") == created
+        assert store.get_session("A") is None
+
+    def test_an_id_is_taken_once(self, store: Store) -> None:
+        created = create(store)
+        (outcome,) = write(store, CreateSession(SessionRow("a", {"dim": 11}, NOW)))
+        assert isinstance(outcome, SessionExists)
+        assert store.get_session("a") == created
+
+    def test_a_sid_is_never_used_again(self, store: Store) -> None:
+        first = create(store)
+        write(store, DeleteSession(first.sid))
+        second = create(store)
+        assert second.sid != first.sid
+        assert isinstance(append(store, first.sid, 1), NoSuchSession)
+        assert read(store, second.sid) == b""
+
+    def test_settings_are_replaced_and_nothing_else(self, store: Store) -> None:
+        created = create(store, max_tokens=13)
+        append(store, created.sid, 2, now=NOW + 5)
+        (updated,) = write(store, UpdateSession(created.sid, {"labels": {"k": "v"}}), now=NOW + 9)
+        num_bytes = 2 * TOKEN_BYTES
+        expected = replace(created, settings={"labels": {"k": "v"}}, length=2, num_bytes=num_bytes, updated_at=NOW + 5)
+        assert updated == expected == store.get_session("a")
+
+    def test_a_deleted_session_leaves_nothing(self, store: Store) -> None:
+        created = create(store)
+        append(store, created.sid, 2, payloads=[b"{}", b"{}"], idempotency_key="k", digest=b"d")
+        deleted = store.get_session("a")
+        assert write(store, DeleteSession(created.sid)) == [deleted]
+        assert store.get_session("a") is None
+        assert list(store.read_blocks(created.sid)) == []
+        assert store.read_payload_range(created.sid, 0, 10) == {}
+        assert store.totals().num_sessions == store.totals().num_tokens == store.totals().num_bytes == 0
+        again, unknown = write(store, DeleteSession(created.sid), UpdateSession(created.sid, {}))
+        assert isinstance(again, NoSuchSession) and isinstance(unknown, NoSuchSession)
+
+    # --- lists ---
+
+    ODD_IDS = (
+        "",
+        "a",
+        "a%",
+        "a%b",
+        "a_b",
+        "a*",
+        "ab",
+        "b'\"",
+        "é",
+        "\ud7ff",
+        "\ue000",
+        "\uffff",
+        "\U00010000",
+        "\U0010ffff",
+    )
+
+    def test_ids_are_listed_by_code_point(self, store: Store) -> None:
+        for session_id in reversed(self.ODD_IDS[1:]):
+            create(store, session_id)
+        assert ids(store.list_sessions()) == sorted(self.ODD_IDS[1:])
+
+    @pytest.mark.parametrize("prefix", [*ODD_IDS, "aZ", "a\U0010ffff", "\U0010ffff\U0010ffff"])
+    def test_a_prefix_is_taken_literally(self, store: Store, prefix: str) -> None:
+        everything = [*self.ODD_IDS[1:], *(id_ + "x" for id_ in self.ODD_IDS[1:]), "a\U0010ffff1"]
+        write(store, *(CreateSession(SessionRow(id_, {}, NOW)) for id_ in everything))
+        assert ids(store.list_sessions(prefix=prefix)) == sorted(id_ for id_ in everything if id_.startswith(prefix))
+
+    def test_a_list_goes_on_after_an_id(self, store: Store) -> None:
+        everything = [f"s{number:02}" for number in range(23)]
+        write(store, *(CreateSession(SessionRow(id_, {}, NOW)) for id_ in everything))
+        found: list[str] = []
+        while page := store.list_sessions(prefix="s", after=found[-1] if found else "", limit=5):
+            assert len(page) <= 5
+            found += ids(page)
+        assert found == everything
+        assert store.list_sessions(limit=0) == []
+
+    def test_labels_must_all_be_there(self, store: Store) -> None:
+        odd = 'it\'s "odd" %_*\\ ключ'
+        create(store, "one", settings={"labels": {"kind": "x", odd: odd}})
+        create(store, "two", settings={"labels": {"kind": "x"}})
+        create(store, "none", settings={})
+        assert ids(store.list_sessions(labels={"kind": "x"})) == ["one", "two"]
+        assert ids(store.list_sessions(labels={"kind": "x"}, limit=1, after="one")) == ["two"]
+        assert ids(store.list_sessions(labels={odd: odd, "kind": "x"})) == ["one"]
+        assert ids(store.list_sessions(labels={"kind": "X"})) == []
+        assert ids(store.list_sessions(labels={})) == ["none", "one", "two"]
+
+    # --- appends ---
 
     def test_appends_follow_each_other(self, store: Store) -> None:
-        sid = make(store, "s").sid
-        assert one(store, Append(sid, 2, b"aabb"), now=7.0) == Appended(0, 2)
-        group = [Append(sid, 1, b"cc", episode=4), Append(sid, 3, b"ddeeff")]
-        assert store.write(group, now=8.0) == [Appended(2, 3), Appended(3, 6)]
-        assert data_of(store, sid) == b"aabbccddeeff"
-        blocks = list(store.read_blocks(sid))
-        assert [(b.start, b.num_tokens, b.episode) for b in blocks] == [(0, 2, None), (2, 1, 4), (3, 3, None)]
-        row = store.get_session("s")
-        assert row is not None and (row.length, row.num_bytes, row.updated_at) == (6, 12, 8.0)
+        sid = create(store).sid
+        assert append(store, sid, 2, 1) == Appended(0, 2)
+        assert append(store, sid, 1, 2, now=NOW + 3) == Appended(2, 3)
+        assert read(store, sid) == token(1) * 2 + token(2)
+        row = store.get_session("a")
+        assert row is not None and (row.length, row.num_bytes, row.updated_at) == (3, 3 * TOKEN_BYTES, NOW + 3)
+
+    def test_if_length_must_be_the_length(self, store: Store) -> None:
+        sid = create(store).sid
+        assert append(store, sid, 2, if_length=0) == Appended(0, 2)
+        refused = append(store, sid, 1, if_length=0)
+        assert isinstance(refused, WrongLength) and refused.length == 2
+        assert append(store, sid, 1, if_length=2) == Appended(2, 3)
+
+    def test_max_tokens_is_never_passed(self, store: Store) -> None:
+        sid = create(store, max_tokens=3).sid
+        refused = append(store, sid, 4)
+        assert isinstance(refused, SessionFull) and (refused.length, refused.max_tokens) == (0, 3)
+        assert append(store, sid, 3) == Appended(0, 3)
+        assert isinstance(append(store, sid, 1), SessionFull)
+        assert store.totals().num_tokens == 3
+
+    def test_one_refused_write_leaves_the_others(self, store: Store) -> None:
+        sid, other = create(store).sid, create(store, "b").sid
+        outcomes = write(
+            store,
+            Append(sid, 1, token(1)),
+            Append(10**9, 1, token(2), payloads=[b"{}"]),
+            Append(sid, 1, token(3), if_length=7, payloads=[b"{}"]),
+            Append(other, 1, token(4)),
+            CreateSession(SessionRow("a", {}, NOW)),
+            Append(sid, 1, token(5)),
+        )
+        assert [type(outcome) for outcome in outcomes] == [
+            Appended, NoSuchSession, WrongLength, Appended, SessionExists, Appended,
+        ]  # fmt: skip
+        assert read(store, sid) == token(1) + token(5)
+        assert read(store, other) == token(4)
+        assert store.read_payload_range(sid, 0, 10) == {}
+
+    def test_a_group_sees_its_own_writes_in_order(self, store: Store) -> None:
+        sid = create(store).sid
+        outcomes = write(
+            store,
+            Append(sid, 1, token(1), payloads=[b"1"], idempotency_key="k", digest=b"d"),
+            UpdateSession(sid, {"n": 1}),
+            Append(sid, 1, token(2), if_length=1),
+            DeleteSession(sid),
+            Append(sid, 1, token(3)),
+            CreateSession(SessionRow("a", {"n": 2}, NOW)),
+            CreateSession(SessionRow("a", {"n": 3}, NOW)),
+        )
+        _, updated, second, deleted, late, created, exists = outcomes
+        assert isinstance(updated, SessionRow) and updated.length == 1
+        assert second == Appended(1, 2)
+        assert isinstance(deleted, SessionRow) and (deleted.length, deleted.settings) == (2, {"n": 1})
+        assert isinstance(late, NoSuchSession) and isinstance(exists, SessionExists)
+        assert isinstance(created, SessionRow) and created == store.get_session("a")
+        assert read(store, created.sid) == b"" and store.totals().num_bytes == 0
+
+    def test_a_large_group_is_one_group(self, store: Store) -> None:
+        """More sessions and keys than a statement may have parameters."""
+        created = write(store, *(CreateSession(SessionRow(f"s{n}", {}, NOW)) for n in range(1_201)))
+        sids = [row.sid for row in created if isinstance(row, SessionRow)]
+        appends = [Append(sid, 1, token(sid), idempotency_key=f"k{sid}", digest=b"d") for sid in sids]
+        assert write(store, *appends) == [Appended(0, 1)] * 1_201
+        assert write(store, *appends) == [Appended(0, 1, replayed=True)] * 1_201
+        assert store.totals().num_tokens == 1_201
+
+    def test_an_empty_group_is_nothing(self, store: Store) -> None:
+        assert store.write([], now=NOW) == []
+
+    # --- idempotency keys ---
+
+    def test_a_key_that_comes_again_gets_the_first_answer(self, store: Store) -> None:
+        sid, other = create(store).sid, create(store, "b").sid
+        key = {"idempotency_key": "ключ'\"", "digest": b"d"}
+        assert append(store, sid, 2, **key) == Appended(0, 2)
+        assert append(store, sid, 1) == Appended(2, 3)
+        assert append(store, sid, 2, **key, if_length=0) == Appended(0, 2, replayed=True)
+        assert append(store, other, 2, **key) == Appended(0, 2), "a key belongs to its session"
+        assert isinstance(append(store, sid, 2, idempotency_key="ключ'\"", digest=b"e"), KeyReused)
+        assert store.totals().num_tokens == 5
+
+    def test_a_key_may_come_twice_in_one_group(self, store: Store) -> None:
+        sid = create(store).sid
+        first = Append(sid, 1, token(1), idempotency_key="k", digest=b"d")
+        one, again, reused = write(store, first, first, replace(first, digest=b"e"))
+        assert (one, again) == (Appended(0, 1), Appended(0, 1, replayed=True))
+        assert isinstance(reused, KeyReused)
+        assert store.totals().num_tokens == 1
+
+    def test_a_refused_append_does_not_use_up_its_key(self, store: Store) -> None:
+        sid = create(store).sid
+        assert isinstance(append(store, sid, 1, if_length=5, idempotency_key="k", digest=b"d"), WrongLength)
+        assert append(store, sid, 1, idempotency_key="k", digest=b"e") == Appended(0, 1)
+
+    def test_a_key_is_forgotten_after_its_time(self, store: Store) -> None:
+        sid = create(store).sid
+        key = {"idempotency_key": "k", "digest": b"d"}
+        assert append(store, sid, 1, **key) == Appended(0, 1)
+        just_before = NOW + IDEMPOTENCY_SECONDS - 1
+        assert append(store, sid, 1, **key, now=just_before) == Appended(0, 1, replayed=True)
+        assert append(store, sid, 1, **key, now=NOW + IDEMPOTENCY_SECONDS) == Appended(1, 2)
+        assert append(store, sid, 1, **key, now=NOW + IDEMPOTENCY_SECONDS + 1) == Appended(1, 2, replayed=True)
+
+    def test_more_keys_expire_than_one_group_purges(self, store: Store) -> None:
+        sid = create(store).sid
+        appends = [Append(sid, 1, token(n), idempotency_key=f"k{n:04}", digest=b"d") for n in range(701)]
+        write(store, *appends)
+        late = write(store, *appends, now=NOW + IDEMPOTENCY_SECONDS)
+        assert late == [Appended(701 + n, 702 + n) for n in range(701)]
+
+    # --- reads ---
 
     @pytest.mark.parametrize(
-        ("start", "stop", "starts"),
-        [(0, None, [0, 2, 3]), (1, 3, [0, 2]), (2, 3, [2]), (4, None, [3]), (3, 3, []), (6, None, []), (0, 0, [])],
-    )
-    def test_reading_a_range_gives_the_blocks_that_overlap_it(
-        self, store: Store, start: int, stop: int | None, starts: Sequence[int]
+        ("start", "stop", "expected"),
+        [
+            (0, None, [0, 2, 5]), (1, None, [0, 2, 5]), (2, None, [2, 5]), (4, 5, [2]), (4, 6, [2, 5]), (0, 2, [0]),
+            (0, 0, []), (3, 3, []), (6, None, []), (100, 200, []), (5, 100, [5]), (-5, 1, [0]),
+        ],
+    )  # fmt: skip
+    def test_blocks_that_overlap_come_whole(
+        self, store: Store, start: int, stop: int | None, expected: list[int]
     ) -> None:
-        sid = make(store, "s").sid
-        other = make(store, "t").sid
-        store.write(
-            [Append(sid, 2, b"aa"), Append(other, 9, b"x" * 9), Append(sid, 1, b"b"), Append(sid, 3, b"c" * 3)], now=1
-        )
-        assert [block.start for block in store.read_blocks(sid, start, stop)] == starts
+        sid = create(store).sid
+        everything = {0: Block(0, 2, token(1) * 2), 2: Block(2, 3, token(2) * 3, 11), 5: Block(5, 1, token(3), -1)}
+        for block in everything.values():
+            append(store, sid, block.num_tokens, block.data[0], episode=block.episode)
+        assert list(store.read_blocks(sid, start, stop)) == [everything[start] for start in expected]
 
-    def test_a_reader_may_stop_early(self, store: Store) -> None:
-        sid = make(store, "s").sid
-        store.write([Append(sid, 1, b"a")] * 200, now=1)
-        for _ in range(20):
-            assert next(store.read_blocks(sid)).start == 0
-        assert isinstance(one(store, Append(sid, 1, b"a")), Appended)
+    def test_a_long_append_may_come_in_parts_and_comes_in_order(self, store: Store) -> None:
+        sid = create(store).sid
+        data = b"".join(bytes([n % 251]) * 4_099 for n in range(211))
+        assert write(store, Append(sid, 211, data, episode=3)) == [Appended(0, 211)]
+        expected = 0
+        for block in store.read_blocks(sid):
+            assert (block.start, block.episode) == (expected, 3)
+            assert block.data == data[block.start * 4_099 : (block.start + block.num_tokens) * 4_099]
+            expected += block.num_tokens
+        assert expected == 211
+        assert any(block.start <= 100 < block.start + block.num_tokens for block in store.read_blocks(sid, 100, 101))
 
-    def test_a_large_append_comes_back_whole(self, store: Store) -> None:
-        sid = make(store, "s").sid
-        data = bytes(range(256)) * 4 * 1000
-        assert one(store, Append(sid, 1000, data)) == Appended(0, 1000)
-        assert data_of(store, sid) == data
-        part = list(store.read_blocks(sid, 700, 701))
-        assert len(part) == 1 and part[0].start <= 700 < part[0].start + part[0].num_tokens
+    def test_a_read_sees_the_moment_it_began(self, store: Store) -> None:
+        sid = create(store).sid
+        for value in range(101):
+            append(store, sid, 1, value)
+        blocks = store.read_blocks(sid)
+        first = next(blocks)
+        append(store, sid, 1, 255)
+        write(store, DeleteSession(sid))
+        assert first.data + b"".join(block.data for block in blocks) == b"".join(map(token, range(101)))
+        assert list(store.read_blocks(sid)) == []
 
-    def test_conditions(self, store: Store) -> None:
-        sid = make(store, "s", max_tokens=4).sid
-        outcomes = store.write(
-            [
-                Append(sid, 2, b"aa", if_length=0),
-                Append(sid, 1, b"b", if_length=0),
-                Append(sid, 3, b"ccc"),
-                Append(sid, 2, b"dd", if_length=2),
-            ],
-            now=1,
-        )
-        assert outcomes[0] == Appended(0, 2) and outcomes[3] == Appended(2, 4)
-        assert isinstance(outcomes[1], WrongLength) and outcomes[1].length == 2
-        assert isinstance(outcomes[2], SessionFull) and (outcomes[2].length, outcomes[2].max_tokens) == (2, 4)
-        assert data_of(store, sid) == b"aadd"
+    def test_many_reads_may_be_begun_and_left(self, store: Store) -> None:
+        sid = create(store).sid
+        for value in range(101):
+            append(store, sid, 1, value)
+        begun = [store.read_blocks(sid) for _ in range(31)]
+        assert {next(blocks).start for blocks in begun} == {0}
+        del begun
+        for _ in range(101):
+            next(store.read_blocks(sid))
 
-    def test_idempotency(self, store: Store) -> None:
-        sid, other = make(store, "s").sid, make(store, "t").sid
-        first = Append(sid, 1, b"a", idempotency_key="k", digest=b"1")
-        assert one(store, first, now=10) == Appended(0, 1)
-        assert one(store, Append(sid, 1, b"b"), now=11) == Appended(1, 2)
-        assert one(store, first, now=12) == Appended(0, 1, replayed=True)
-        assert isinstance(one(store, Append(sid, 1, b"x", idempotency_key="k", digest=b"2"), now=12), KeyReused)
-        assert one(store, Append(other, 1, b"z", idempotency_key="k", digest=b"2"), now=12) == Appended(0, 1)
-        twice = [Append(sid, 1, b"c", idempotency_key="l", digest=b"3")] * 2
-        assert store.write(twice, now=13) == [Appended(2, 3), Appended(2, 3, replayed=True)]
-        refused = Append(sid, 1, b"d", if_length=0, idempotency_key="m", digest=b"4")
-        assert isinstance(one(store, refused), WrongLength) and isinstance(one(store, refused), WrongLength)
-        late = 10 + IDEMPOTENCY_SECONDS + 1
-        assert one(store, first, now=late) == Appended(3, 4)
-        assert data_of(store, sid) == b"abca"
+    def test_payloads_are_found_where_they_were_given(self, store: Store) -> None:
+        sid, other = create(store).sid, create(store, "b").sid
+        append(store, sid, 3, payloads=[b'{"n": 0}', None, b"\xff\x00'"])
+        append(store, sid, 1)
+        append(store, sid, 1, payloads=[b""])
+        append(store, other, 1, payloads=[b"other"])
+        assert store.read_payloads(sid, [0, 1, 2, 3, 4, 5, 2, -1]) == {0: b'{"n": 0}', 2: b"\xff\x00'", 4: b""}
+        assert store.read_payloads(sid, []) == store.read_payloads(sid + 99, [0]) == {}
+        assert store.read_payloads(sid, range(5_003)).keys() == {0, 2, 4}
+        assert store.read_payload_range(sid, 1, 4) == {2: b"\xff\x00'"}
+        assert store.read_payload_range(sid, -3, 10**12).keys() == {0, 2, 4}
+        assert store.read_payload_range(sid, 3, 2) == {}
 
-    def test_writes_of_a_group_see_the_ones_before(self, store: Store) -> None:
-        sid = make(store, "s").sid
-        group: list[Write] = [
-            Append(sid, 1, b"a", payloads=[b"{}"]),
-            UpdateSession(sid, {"x": 1}),
-            Append(sid, 1, b"b"),
-            DeleteSession(sid),
-            Append(sid, 1, b"c"),
-            CreateSession(SessionRow("s", {}, 1.0)),
-        ]
-        outcomes = store.write(group, now=3)
-        assert outcomes[0] == Appended(0, 1) and outcomes[2] == Appended(1, 2)
-        assert isinstance(outcomes[1], SessionRow) and outcomes[1].length == 1
-        assert isinstance(outcomes[3], SessionRow) and outcomes[3].length == 2
-        assert isinstance(outcomes[4], NoSuchSession)
-        assert isinstance(outcomes[5], SessionRow) and outcomes[5].sid != sid
-        assert data_of(store, sid) == b"" and store.read_payload_range(sid, 0, 9) == {}
-
-    def test_payloads(self, store: Store) -> None:
-        sid = make(store, "s").sid
-        texts = [None if i % 3 == 0 else b'{"i": %d}' % i for i in range(1500)]
-        one(store, Append(sid, 5, b"xxxxx"))
-        one(store, Append(sid, 1500, b"y" * 1500, payloads=texts))
-        expected = {5 + i: text for i, text in enumerate(texts) if text is not None}
-        assert store.read_payloads(sid, range(2000)) == expected
-        assert store.read_payloads(sid, [7, 3, 6, 99999]) == {6: texts[1], 7: texts[2]}
-        assert store.read_payloads(sid, []) == {}
-        assert store.read_payload_range(sid, 6, 8) == {6: texts[1], 7: texts[2]}
-
-    def test_listing(self, store: Store) -> None:
-        names = ["a", "a%b", "a_b", "aZb", "a~", "b", "B", "."]
-        for place, name in enumerate(names):
-            make(store, name, labels={"odd": str(place % 2), "q": 'it\'s "ü"'})
-        ordered = sorted(names)
-        assert [row.id for row in store.list_sessions()] == ordered
-        assert [row.id for row in store.list_sessions(after=ordered[2], limit=3)] == ordered[3:6]
-        assert [row.id for row in store.list_sessions(prefix="a_")] == ["a_b"]
-        assert [row.id for row in store.list_sessions(prefix="a%")] == ["a%b"]
-        assert [row.id for row in store.list_sessions(prefix="a")] == [name for name in ordered if name[0] == "a"]
-        odd = [row.id for row in store.list_sessions(labels={"odd": "1", "q": 'it\'s "ü"'}, limit=3)]
-        assert odd == sorted(names[1::2])[:3]
-        assert store.list_sessions(labels={"odd": "2"}) == []
-
-    def test_totals_and_verify(self, store: Store) -> None:
-        first, second = make(store, "s").sid, make(store, "t").sid
-        store.write([Append(first, 3, b"abcdef"), Append(second, 1, b"gh", payloads=[b"{}"])], now=1)
+    def test_totals_add_up(self, store: Store) -> None:
+        sids = [create(store, id_).sid for id_ in ("a", "b", "c")]
+        for count, sid in enumerate(sids):
+            if count:
+                append(store, sid, count)
         totals = store.totals()
-        assert (totals.num_sessions, totals.num_tokens, totals.num_bytes) == (2, 4, 8)
+        assert (totals.num_sessions, totals.num_tokens, totals.num_bytes) == (3, 3, 3 * TOKEN_BYTES)
+        assert (totals.num_disk_bytes > 0) == store.durable
+
+    def test_a_sound_store_has_no_problems(self, store: Store) -> None:
+        sid = create(store).sid
+        append(store, sid, 3, payloads=[b"{}", None, b"{}"], idempotency_key="k", digest=b"d")
+        append(store, sid, 2)
         assert list(store.verify()) == []
+
+    def test_reading_while_writing_sees_whole_groups(self, store: Store) -> None:
+        """Each group adds one token to both sessions, so a reader finds the numbers of tokens of whole groups."""
+        sids = [create(store, id_).sid for id_ in ("a", "b")]
+        done, wrong = threading.Event(), list[str]()
+
+        def look() -> None:
+            while not done.is_set():
+                lengths = {row.length for row in store.list_sessions()}
+                tokens = read(store, sids[1])
+                if len(lengths) != 1 or tokens != b"".join(token(n) for n in range(len(tokens) // TOKEN_BYTES)):
+                    wrong.append(f"{lengths}, {len(tokens)} bytes")
+
+        readers = [threading.Thread(target=look) for _ in range(3)]
+        for reader in readers:
+            reader.start()
+        for value in range(67):
+            write(store, *(Append(sid, 1, token(value)) for sid in sids))
+        done.set()
+        for reader in readers:
+            reader.join()
+        assert wrong == [] and math.prod(row.length for row in store.list_sessions()) == 67**2
+
+    def test_closing_twice_is_closing(self, store: Store) -> None:
         store.close()
         store.close()

@@ -1,13 +1,27 @@
-"""The store in memory keeps the contract, and is the model that SQLite is compared with."""
+"""The store in memory keeps the contract."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 
 from storage.base import Store
 from storage.resolve import open_store
-from tests.storage.contract import StoreContract
+from tests.storage.contract import StoreContract, append, create
 
 
 class TestMemoryStore(StoreContract):
     @pytest.fixture
-    def store(self) -> Store:
-        return open_store("memory://")
+    def store(self) -> Iterator[Store]:
+        store = open_store("memory://")
+        yield store
+        store.close()
+
+
+def test_it_promises_nothing_durable() -> None:
+    store = open_store("memory://")
+    assert (store.url, store.durable) == ("memory://", False)
+    append(store, create(store).sid, 1)
+    store.close()
+    assert store.totals().num_sessions == 0
