@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import zlib
 from collections.abc import Iterator
 
-from sqlalchemy import Connection, func, or_, select
+from sqlalchemy import Connection, String, func, or_, select, type_coerce
 from sqlalchemy.exc import DatabaseError
 
 from storage.base import Problem
-from storage.group import row_of
 from storage.tables import blocks, idempotency, payloads, sessions
 
 MAX_STRUCTURE_PROBLEMS = 20
@@ -21,13 +21,16 @@ def problems(connection: Connection) -> Iterator[Problem]:
         for (message,) in connection.exec_driver_sql(f"PRAGMA quick_check({MAX_STRUCTURE_PROBLEMS})").all():
             if message != "ok":
                 yield Problem(None, f"the database file is damaged: {message}")
-        for row in connection.execute(select(sessions).order_by(sessions.c.id)).all():
-            session = row_of(row)
-            yield from _of_blocks(connection, session.id, session.sid, session.length, session.num_bytes)
-            outside = or_(payloads.c.position < 0, payloads.c.position >= session.length)
-            found = select(func.count()).select_from(payloads).where(payloads.c.sid == session.sid, outside)
+        columns = (sessions.c.id, sessions.c.sid, sessions.c.length, sessions.c.num_bytes)
+        settings = type_coerce(sessions.c.settings, String).label("settings")
+        for row in connection.execute(select(*columns, settings).order_by(sessions.c.id)).all():
+            if not _is_object(row.settings):
+                yield Problem(row.id, "its settings are no JSON object")
+            yield from _of_blocks(connection, row.id, row.sid, row.length, row.num_bytes)
+            outside = or_(payloads.c.position < 0, payloads.c.position >= row.length)
+            found = select(func.count()).select_from(payloads).where(payloads.c.sid == row.sid, outside)
             if count := connection.execute(found).scalar_one():
-                yield Problem(session.id, f"{count} payloads lie outside its {session.length} tokens")
+                yield Problem(row.id, f"{count} payloads lie outside its {row.length} tokens")
         for table in (blocks, payloads, idempotency):
             orphans = select(func.count()).select_from(table).where(table.c.sid.not_in(select(sessions.c.sid)))
             if count := connection.execute(orphans).scalar_one():
@@ -51,3 +54,10 @@ def _of_blocks(connection: Connection, session_id: str, sid: int, length: int, n
         yield Problem(session_id, f"its blocks end at position {expected}, its length is {length}")
     if total != num_bytes:
         yield Problem(session_id, f"its blocks hold {total} bytes, {num_bytes} are recorded")
+
+
+def _is_object(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), dict)
+    except ValueError:
+        return False

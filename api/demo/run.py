@@ -14,7 +14,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import numpy as np
-from htm_client import AsyncHTMClient
+from htm_client import AsyncHTMClient, HTMClientError
 from rich.console import Console
 
 from api.demo import report
@@ -29,6 +29,8 @@ from api.demo.streaming import stream
 NUM_SHARES = 16
 RETRIES = 20
 """A killed server is back within seconds; the client's backoff ends at 5 s a try."""
+MIN_PASSAGES = 200
+"""Below that there is nothing to ask about."""
 
 
 def run_demo(data: Path | None, embedder: str | None, keep: bool, port: int | None, limit: int | None) -> int:
@@ -43,7 +45,10 @@ def run_demo(data: Path | None, embedder: str | None, keep: bool, port: int | No
         passages, model, embeddings = _embed(console, embedder, limit)
         server.start()
         console.print(f"[bold]2. A server of its own[/]: process {server.pid} at {server.url}, SQLite in {directory}")
-        is_good = asyncio.run(_with_server(console, server, passages, embeddings, model))
+        try:
+            is_good = asyncio.run(_with_server(console, server, passages, embeddings, model))
+        except HTMClientError as error:  # also what an agent sees whose session was lost: no such session, or shorter
+            raise OSError(f"an agent's request failed: {error}") from error
         if keep:
             is_kept = True
             console.print(
@@ -63,9 +68,11 @@ def run_demo(data: Path | None, embedder: str | None, keep: bool, port: int | No
 
 
 def _embed(console: Console, name: str | None, limit: int | None) -> tuple[list[Passage], Embedder, Floats]:
-    """The corpus and its embeddings [n, D]. Raises OSError when the embedder is not installed."""
+    """The corpus and its embeddings [n, D]. Raises OSError when it is too small or the embedder is not installed."""
     began = time.perf_counter()
     passages = read_corpus(limit=limit)
+    if len(passages) < MIN_PASSAGES:
+        raise OSError(f"the demo needs at least {MIN_PASSAGES} passages, and there are {len(passages)}")
     texts = [passage.embedded_text for passage in passages]
     model: Embedder = TfidfEmbedder(texts) if name is None else SentenceEmbedder(name)
     embeddings = model.embed(texts)

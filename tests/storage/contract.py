@@ -244,7 +244,7 @@ class StoreContract:
 
     def test_a_key_that_comes_again_gets_the_first_answer(self, store: Store) -> None:
         sid, other = create(store).sid, create(store, "b").sid
-        key = {"idempotency_key": "ключ'\"", "digest": b"d"}
+        key: dict[str, Any] = {"idempotency_key": "ключ'\"", "digest": b"d"}
         assert append(store, sid, 2, **key) == Appended(0, 2)
         assert append(store, sid, 1) == Appended(2, 3)
         assert append(store, sid, 2, **key, if_length=0) == Appended(0, 2, replayed=True)
@@ -267,7 +267,7 @@ class StoreContract:
 
     def test_a_key_is_forgotten_after_its_time(self, store: Store) -> None:
         sid = create(store).sid
-        key = {"idempotency_key": "k", "digest": b"d"}
+        key: dict[str, Any] = {"idempotency_key": "k", "digest": b"d"}
         assert append(store, sid, 1, **key) == Appended(0, 1)
         just_before = NOW + IDEMPOTENCY_SECONDS - 1
         assert append(store, sid, 1, **key, now=just_before) == Appended(0, 1, replayed=True)

@@ -1,16 +1,302 @@
-"""SQLite: the contract, and what is promised about its files."""
+"""SQLite: the contract, and what is promised about its files, its limits and its errors."""
 
 from __future__ import annotations
 
+import contextlib
+import os
+import sqlite3
+import stat
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
+from sqlalchemy import Engine, event
 
-from storage.base import Store
-from tests.storage.contract import StoreContract
+from storage.base import (
+    Append,
+    Appended,
+    CreateSession,
+    DeleteSession,
+    SessionRow,
+    Store,
+    StoreDamaged,
+    StoreError,
+    StoreFull,
+    StoreUnavailable,
+)
+from storage.resolve import open_readonly, open_store
+from tests.storage.contract import NOW, StoreContract, append, create, ids, read, token, write
 
 
 class TestSqliteStore(StoreContract):
     @pytest.fixture
     def store(self, sqlite_store: Store) -> Iterator[Store]:
         yield sqlite_store
+
+
+@contextlib.contextmanager
+def on_connect(statement: str) -> Iterator[None]:
+    """Run a statement on every connection that is made from here on."""
+
+    def run(connection: sqlite3.Connection, _record: Any) -> None:
+        connection.execute(statement).fetchall()
+
+    event.listen(Engine, "connect", run)
+    try:
+        yield
+    finally:
+        event.remove(Engine, "connect", run)
+
+
+def pragma(connection: sqlite3.Connection, name: str) -> Any:
+    return connection.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def test_the_pragmas_are_what_the_documentation_says(path: Path) -> None:
+    connections: list[sqlite3.Connection] = []
+
+    def keep(connection: sqlite3.Connection, _record: Any) -> None:
+        connections.append(connection)
+
+    store = open_store(f"sqlite:///{path}")
+    event.listen(Engine, "connect", keep)
+    try:
+        create(store)
+        store.get_session("a")
+        names = ("synchronous", "secure_delete", "journal_mode", "page_size", "auto_vacuum", "query_only")
+        names += ("busy_timeout", "journal_size_limit")
+        writer, reader = ({name: pragma(connection, name) for name in names} for connection in connections)
+    finally:
+        event.remove(Engine, "connect", keep)
+        store.close()
+    in_the_file = {"page_size": 16_384, "auto_vacuum": 2, "journal_mode": "wal"}
+    full = {"synchronous": 2, "secure_delete": 1, "query_only": 0, "journal_size_limit": 64 << 20}
+    assert writer == {**writer, **in_the_file, **full, "busy_timeout": 5_000}
+    assert reader == {**reader, **in_the_file, "query_only": 1, "busy_timeout": 5_000}
+
+
+# --- files ---
+
+
+def test_the_data_directory_is_private_and_closing_leaves_one_database_file(path: Path) -> None:
+    store = open_store(f"sqlite:///{path}")
+    append(store, create(store).sid, 1)
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+    assert store.get_session("a") is not None
+    store.close()
+    assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
+
+
+def test_odd_characters_in_the_path(tmp_path: Path) -> None:
+    path = tmp_path / "a?b#c%20 ü" / "d&e=f.sqlite3"
+    store = open_store(f"sqlite:///{path}")
+    create(store)
+    store.close()
+    assert path.is_file()
+    readonly = open_readonly(path)
+    assert ids(readonly.list_sessions()) == ["a"]
+    readonly.close()
+
+
+def test_a_deleted_session_gives_its_space_back(path: Path) -> None:
+    """The driver takes only the first step of `PRAGMA incremental_vacuum`, one page, unless told otherwise."""
+    secret = b"do not keep me " * 1_000
+    store = open_store(f"sqlite:///{path}")
+    sid = create(store).sid
+    for _ in range(20):
+        write(store, Append(sid, 59, secret * 59))
+    before = store.totals().num_disk_bytes
+    write(store, DeleteSession(sid))
+    store.close()
+    assert before > 17_000_000
+    assert path.stat().st_size < 500_000
+    assert secret[:1_000] not in path.read_bytes()
+
+
+def test_a_closed_store_refuses(path: Path) -> None:
+    """Its lock is gone, so it must not touch the files again."""
+    store = open_store(f"sqlite:///{path}")
+    sid = create(store).sid
+    store.close()
+    with pytest.raises(StoreError, match="closed"):
+        append(store, sid, 1)
+    with pytest.raises(StoreError, match="closed"):
+        store.get_session("a")
+
+
+# --- one server per directory ---
+
+
+def test_a_second_server_is_refused(path: Path, tmp_path: Path) -> None:
+    """In a process of its own; by another name of the same directory; until the first has closed."""
+    (tmp_path / "link").symlink_to(path.parent)
+    for name in (path, tmp_path / "link" / path.name):
+        code = f"from storage.resolve import open_store; open_store('sqlite:///{name}')"
+        store = open_store(f"sqlite:///{path}")
+        second = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+        assert second.returncode != 0
+        assert f"{path.parent} is in use by another server, process {os.getpid()}" in second.stderr
+        store.close()
+    with contextlib.closing(open_store(f"sqlite:///{path}")), pytest.raises(StoreUnavailable, match="in use"):
+        open_store(f"sqlite:///{path}")
+
+
+def test_reading_only_works_beside_a_server_and_without(path: Path) -> None:
+    store = open_store(f"sqlite:///{path}")
+    sid = create(store).sid
+    append(store, sid, 3, 1, payloads=[b"{}", None, None])
+    for _ in range(2):
+        readonly = open_readonly(path.parent)
+        assert list(readonly.verify()) == []
+        assert read(readonly, sid) == token(1) * 3
+        with pytest.raises(StoreError, match="readonly"):
+            append(readonly, sid, 1)
+        readonly.close()
+        append(store, sid, 1)
+        store.close()
+        with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+            assert store.totals().num_tokens in (3, 4)
+            write(store, DeleteSession(sid))
+            (created,) = write(store, CreateSession(SessionRow("a", {}, NOW)))
+            assert isinstance(created, SessionRow)
+            sid = created.sid
+            append(store, sid, 3, 1)
+        store = open_store(f"sqlite:///{path}")
+    store.close()
+
+
+# --- what cannot be opened ---
+
+
+@pytest.mark.parametrize("url", ["", "sqlite://", "sqlite:///", "memory", "postgresql://h/db", "redis://x", "/a/b"])
+def test_other_urls_are_refused(url: str) -> None:
+    with pytest.raises(StoreUnavailable, match="sqlite:///PATH or memory://"):
+        open_store(url)
+
+
+def refused_unchanged(path: Path, message: str) -> None:
+    """Neither opening changes the file."""
+    before = path.read_bytes()
+    for _ in range(2):
+        with pytest.raises(StoreUnavailable) as refused:
+            open_store(f"sqlite:///{path}")
+        assert str(path) in str(refused.value) and message in str(refused.value)
+        with pytest.raises(StoreUnavailable, match=str(path)):
+            open_readonly(path)
+    assert path.read_bytes() == before
+
+
+def test_a_file_that_is_no_database_is_refused(path: Path) -> None:
+    path.parent.mkdir()
+    path.write_bytes(b"not a database " * 5_000)
+    refused_unchanged(path, "cannot be opened: file is not a database")
+
+
+def test_a_database_of_something_else_is_refused(path: Path) -> None:
+    path.parent.mkdir()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE TABLE notes (body)")
+    refused_unchanged(path, "of something else")
+
+
+def test_a_newer_database_is_refused(path: Path) -> None:
+    open_store(f"sqlite:///{path}").close()
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE alembic_version SET version_num = '9999'")
+    refused_unchanged(path, "has schema version 9999, this release knows up to 0001: it is newer")
+
+
+def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(StoreUnavailable, match="file cannot be used as data directory"):
+        open_store(f"sqlite:///{tmp_path}/file/htm.sqlite3")
+    (tmp_path / "directory").mkdir()
+    with pytest.raises(StoreUnavailable, match="directory cannot be opened"):
+        open_store(f"sqlite:///{tmp_path}/directory")
+    with pytest.raises(StoreUnavailable, match="there is no database at"):
+        open_readonly(tmp_path / "missing")
+
+
+def test_an_empty_file_is_a_new_database(path: Path) -> None:
+    """A crash at the first start may leave one."""
+    path.parent.mkdir()
+    path.touch()
+    with pytest.raises(StoreUnavailable, match="empty database"):
+        open_readonly(path)
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        assert store.totals().num_sessions == 0
+
+
+# --- failures ---
+
+
+def test_a_full_disk_refuses_the_group_and_goes_on(path: Path) -> None:
+    store = open_store(f"sqlite:///{path}")
+    sid = create(store).sid
+    append(store, sid, 1, 1)
+    store.close()
+    with on_connect("PRAGMA max_page_count=30"):
+        store = open_store(f"sqlite:///{path}")
+        small = Append(sid, 1, token(2), payloads=[b"{}"])
+        for _ in range(3):
+            with pytest.raises(StoreFull, match="full"):
+                write(store, small, Append(sid, 101, b"x" * 10_000 * 101, idempotency_key="k", digest=b"d"))
+            assert read(store, sid) == token(1)
+        assert write(store, small) == [Appended(1, 2)]
+        assert read(store, sid) == token(1) + token(2)
+    with pytest.raises(StoreFull):  # the connection keeps its limit until it fails
+        append(store, sid, 1_000_003)
+    assert append(store, sid, 1_000_003, idempotency_key="k", digest=b"d") == Appended(2, 1_000_005)
+    assert list(store.verify()) == []
+    store.close()
+
+
+def test_a_database_locked_by_another_process_is_an_error(path: Path) -> None:
+    with on_connect("PRAGMA busy_timeout=50"):
+        store = open_store(f"sqlite:///{path}")
+        sid = create(store).sid
+        with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as other:
+            other.execute("BEGIN IMMEDIATE")
+            with pytest.raises(StoreError, match="locked"):
+                append(store, sid, 1)
+            assert store.get_session("a") is not None
+        assert append(store, sid, 1) == Appended(0, 1)
+        store.close()
+
+
+def test_values_the_database_cannot_express_are_an_error(sqlite_store: Store) -> None:
+    sid = create(sqlite_store).sid
+    with pytest.raises(StoreError, match="cannot be stored"):
+        append(sqlite_store, sid, 1, episode=2**63)
+    with pytest.raises(StoreError, match="cannot be stored"):
+        sqlite_store.get_session("\ud800")
+    assert append(sqlite_store, sid, 1, episode=2**63 - 1) == Appended(0, 1)
+
+
+def test_a_damaged_block_is_named_and_the_rest_is_read(path: Path, sqlite_store: Store) -> None:
+    sid, other = create(sqlite_store, "it's damaged").sid, create(sqlite_store, "b").sid
+    for value in range(3):
+        append(sqlite_store, sid, 2, value)
+        append(sqlite_store, other, 2, value)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE blocks SET data = zeroblob(14) WHERE sid = ? AND start = 2", [sid])
+    found = sqlite_store.read_blocks(sid)
+    assert next(found).start == 0
+    with pytest.raises(StoreDamaged, match='session "it\'s damaged" is damaged at position 2'):
+        next(found)
+    assert [block.start for block in sqlite_store.read_blocks(sid, 4)] == [4]
+    assert len(read(sqlite_store, other)) == 6 * 7
+    assert append(sqlite_store, sid, 1) == Appended(6, 7)
+
+
+def test_damaged_settings_are_an_error_of_the_store(path: Path, sqlite_store: Store) -> None:
+    create(sqlite_store)
+    create(sqlite_store, "b")
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE sessions SET settings = '{' WHERE id = 'a'")
+    with pytest.raises(StoreDamaged, match="settings"):
+        sqlite_store.get_session("a")
+    assert sqlite_store.get_session("b") is not None

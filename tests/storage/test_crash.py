@@ -1,0 +1,53 @@
+"""`kill -9` in the middle of writing: groups are there whole or not at all, and what was reported done is there."""
+
+from __future__ import annotations
+
+import os
+import random
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+from storage.resolve import open_store
+from tests.storage.crash_writer import IDS, TOKEN_BYTES
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_what_was_reported_done_survives_kill_9(path: Path) -> None:
+    """Three rounds on one database."""
+    for round_ in range(3):
+        num_reported = _write_and_kill(path, random.Random(round_).uniform(0.02, 0.4))
+        store = open_store(f"sqlite:///{path}")
+        try:
+            rows = [store.get_session(id_) for id_ in IDS]
+            lengths = {row.length for row in rows if row is not None}
+            assert len(lengths) == 1, "a group was torn"
+            length = lengths.pop()
+            assert length >= num_reported
+            assert list(store.verify()) == []
+            for row in rows:
+                assert row is not None
+                blocks = list(store.read_blocks(row.sid))
+                assert [int.from_bytes(block.data[:4], "big") for block in blocks] == list(range(length))
+                assert {len(block.data) for block in blocks} == {TOKEN_BYTES}
+                payloads = store.read_payload_range(row.sid, 0, length)
+                assert payloads == {position: b"%d" % position for position in range(length)}
+        finally:
+            store.close()
+
+
+def _write_and_kill(path: Path, seconds: float) -> int:
+    """Kill a writer so long after its first report; how many groups it had reported, in all rounds."""
+    command = [sys.executable, "-m", "tests.storage.crash_writer", str(path)]
+    reported: list[int] = []
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        reported.append(int(process.stdout.readline()))
+        killer = threading.Timer(seconds, process.kill)
+        killer.start()
+        reported += [int(line) for line in process.stdout if line.endswith(os.linesep)]
+        killer.join()
+        assert process.wait() == -9
+    return reported[-1] + 1

@@ -1,0 +1,176 @@
+"""Any order of writes, refusals and restarts leaves a SQLite store as a model made of dicts says."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from storage.base import (
+    IDEMPOTENCY_SECONDS,
+    Append,
+    Appended,
+    CreateSession,
+    DeleteSession,
+    KeyReused,
+    NoSuchSession,
+    Outcome,
+    Refused,
+    SessionExists,
+    SessionFull,
+    SessionRow,
+    Store,
+    UpdateSession,
+    Write,
+    WrongLength,
+)
+from storage.resolve import open_store
+
+IDS = ("a", "a%", "b", "ключ", "\U0001f600")
+TOKEN = b"token!!"
+
+
+@dataclass
+class Session:
+    """What the model knows of one session."""
+
+    row: SessionRow
+    data: bytes = b""
+    payloads: dict[int, bytes] = field(default_factory=dict)
+    keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
+
+
+creates = st.builds(
+    lambda id_, max_tokens, label: CreateSession(
+        SessionRow(id_, {"labels": {"l": label}}, 5.0, max_tokens=max_tokens, updated_at=5.0)
+    ),
+    st.sampled_from(IDS),
+    st.none() | st.integers(0, 13),
+    st.sampled_from("xy"),
+)
+appends = st.builds(
+    lambda sid, payloads, if_length, key, digest, byte: Append(
+        sid,
+        len(payloads),
+        bytes([byte]) * len(TOKEN) * len(payloads),
+        payloads=payloads,
+        if_length=if_length,
+        idempotency_key=key,
+        digest=digest,
+    ),
+    st.integers(1, 7),
+    st.lists(st.none() | st.binary(max_size=3), min_size=1, max_size=5),
+    st.none() | st.integers(0, 7),
+    st.none() | st.sampled_from(["k", "K'"]),
+    st.sampled_from([b"d", b"e"]),
+    st.integers(0, 255),
+)
+updates = st.builds(lambda sid, n: UpdateSession(sid, {"labels": {}, "n": n}), st.integers(1, 7), st.integers())
+deletes = st.builds(DeleteSession, st.integers(1, 7))
+groups = st.lists(st.one_of(creates, appends, appends, appends, updates, deletes), max_size=9)
+
+
+class StoreMachine(RuleBasedStateMachine):
+    """The store and the model get the same groups."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.directory = Path(tempfile.mkdtemp())
+        self.store = self.open()
+        self.model: dict[int, Session] = {}
+        self.last_sid = 0
+        self.now = 10.0
+
+    def open(self) -> Store:
+        return open_store(f"sqlite:///{self.directory}/htm.sqlite3")
+
+    @rule(group=groups)
+    def write(self, group: list[Write]) -> None:
+        self.now += 1
+        expected = [self.apply(write) for write in group]
+        outcomes = self.store.write(group, now=self.now)
+        for outcome, wanted in zip(outcomes, expected, strict=True):
+            if isinstance(wanted, Refused):
+                assert type(outcome) is type(wanted)
+                assert vars(outcome) == vars(wanted)
+            else:
+                assert outcome == wanted
+
+    @rule(seconds=st.sampled_from([3600.0, IDEMPOTENCY_SECONDS / 2, IDEMPOTENCY_SECONDS]))
+    def wait(self, seconds: float) -> None:
+        self.now += seconds
+
+    @precondition(lambda self: self.last_sid > 0)
+    @rule()
+    def reopen(self) -> None:
+        self.store.close()
+        self.store = self.open()
+
+    @invariant()
+    def the_store_is_as_the_model(self) -> None:
+        rows = sorted((session.row for session in self.model.values()), key=lambda row: row.id)
+        assert self.store.list_sessions() == rows
+        for label in "xy":
+            wanted = [row for row in rows if row.settings["labels"].get("l") == label]
+            assert self.store.list_sessions(labels={"l": label}) == wanted
+        for sid, session in self.model.items():
+            assert b"".join(block.data for block in self.store.read_blocks(sid)) == session.data
+            assert self.store.read_payload_range(sid, 0, 10**6) == session.payloads
+        assert self.store.totals().num_bytes == sum(row.num_bytes for row in rows)
+
+    def teardown(self) -> None:
+        problems = list(self.store.verify())
+        self.store.close()
+        shutil.rmtree(self.directory)
+        assert problems == []
+
+    def apply(self, write: Write) -> Outcome:
+        if isinstance(write, CreateSession):
+            if any(session.row.id == write.row.id for session in self.model.values()):
+                return SessionExists()
+            self.last_sid += 1
+            row = replace(write.row, sid=self.last_sid)
+            self.model[row.sid] = Session(row)
+            return row
+        session = self.model.get(write.sid)
+        if session is None:
+            return NoSuchSession()
+        if isinstance(write, Append):
+            return self.append(session, write)
+        if isinstance(write, UpdateSession):
+            session.row = replace(session.row, settings=write.settings)
+        else:
+            del self.model[write.sid]
+        return session.row
+
+    def append(self, session: Session, write: Append) -> Outcome:
+        row, key = session.row, write.idempotency_key
+        if key in session.keys and key is not None:
+            digest, answer, at = session.keys[key]
+            if self.now - at < IDEMPOTENCY_SECONDS:
+                return replace(answer, replayed=True) if digest == write.digest else KeyReused()
+        if write.if_length not in (None, row.length):
+            return WrongLength(row.length)
+        length = row.length + write.num_tokens
+        if row.max_tokens is not None and length > row.max_tokens:
+            return SessionFull(row.length, row.max_tokens)
+        session.data += write.data
+        for place, payload in enumerate(write.payloads or []):
+            if payload is not None:
+                session.payloads[row.length + place] = payload
+        answer = Appended(row.length, length)
+        if key is not None:
+            session.keys[key] = (write.digest, answer, self.now)
+        session.row = replace(row, length=length, num_bytes=len(session.data), updated_at=self.now)
+        return answer
+
+
+StoreMachine.TestCase.settings = settings(
+    max_examples=20, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestStoreMachine = StoreMachine.TestCase

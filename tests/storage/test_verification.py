@@ -1,0 +1,67 @@
+"""`verify` finds each kind of damage, and says where."""
+
+from __future__ import annotations
+
+import contextlib
+import sqlite3
+from pathlib import Path
+
+import pytest
+
+from storage.base import Problem
+from storage.resolve import open_readonly, open_store
+from tests.storage.contract import append, create
+
+
+@pytest.mark.parametrize(
+    ("damage", "session_id", "messages"),
+    [
+        ("DELETE FROM blocks WHERE start = 2", "a", ["begins at position 5, 2 was", "hold 21 bytes, 42 are"]),
+        ("DELETE FROM blocks WHERE start = 5", "a", ["end at position 5, its length is 6", "hold 35 bytes, 42 are"]),
+        ("UPDATE blocks SET num_tokens = 4 WHERE start = 2", "a", ["begins at position 5, 6 was"]),
+        ("UPDATE blocks SET data = zeroblob(21) WHERE start = 2", "a", ["position 2 does not match its checksum"]),
+        ("UPDATE blocks SET checksum = 0 WHERE start = 5", "a", ["position 5 does not match its checksum"]),
+        ("UPDATE sessions SET length = 7", "a", ["end at position 6, its length is 7"]),
+        ("UPDATE sessions SET num_bytes = 43", "a", ["hold 42 bytes, 43 are recorded"]),
+        ("UPDATE sessions SET settings = '{'", "a", ["settings are no JSON object"]),
+        ("UPDATE payloads SET position = 6", "a", ["1 payloads lie outside its 6 tokens"]),
+        ("UPDATE payloads SET sid = 99", None, ["1 rows of table payloads belong to no session"]),
+        ("INSERT INTO idempotency VALUES (99, 'k', x'00', 0, 1, 0)", None, ["1 rows of table idempotency belong"]),
+        ("UPDATE blocks SET sid = 99 WHERE start = 5", None, ["1 rows of table blocks belong to no session"]),
+    ],
+)
+def test_each_kind_of_damage_is_found(path: Path, damage: str, session_id: str | None, messages: list[str]) -> None:
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        sid = create(store).sid
+        append(store, sid, 2, 1, payloads=[b"{}", None])
+        append(store, sid, 3, 2)
+        append(store, sid, 1, 3)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        assert connection.execute(damage).rowcount == 1
+    with contextlib.closing(open_readonly(path)) as store:
+        problems = list(store.verify())
+    here = [problem.message for problem in problems if problem.session_id == session_id]
+    assert len(here) == len(messages), problems
+    for message, expected in zip(here, messages, strict=True):
+        assert expected in message
+
+
+def test_a_damaged_file_is_reported_not_raised(path: Path) -> None:
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        sid = create(store).sid
+        for value in range(101):
+            append(store, sid, 103, value)
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2 // 16_384 * 16_384
+    content[middle : middle + 16_384] = b"\x55" * 16_384
+    path.write_bytes(content)
+    with contextlib.closing(open_readonly(path)) as store:
+        problems = list(store.verify())
+    assert any(problem.session_id is None and "file is damaged" in problem.message for problem in problems)
+
+
+def test_an_untouched_database_has_no_problems(path: Path) -> None:
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        assert list(store.verify()) == list[Problem]()
+        append(store, create(store).sid, 3)
+        assert list(store.verify()) == []
