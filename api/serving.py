@@ -52,6 +52,7 @@ def serve(settings: Settings) -> None:
         stream=sys.stderr,
         format="%(asctime)s %(levelname)s %(name)s: %(message)s",
     )
+    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each plug-in that it loads
     with listen_socket(settings.host, settings.port) as listener:
         app = create_app(settings)
         config = uvicorn.Config(

@@ -74,11 +74,11 @@ class Upkeep:
 
 
 class SqlStore(Store):
-    """See the head of this module."""
+    """See the head of this module. Without `writer` it is for reading only."""
 
     durable = True
 
-    def __init__(self, url: str, writer: Engine, readers: Engine, upkeep: Upkeep) -> None:
+    def __init__(self, url: str, writer: Engine | None, readers: Engine, upkeep: Upkeep) -> None:
         self.url = url
         self._writer_engine = writer
         self._readers = readers
@@ -93,6 +93,8 @@ class SqlStore(Store):
         """See `Store.write`."""
         with self._write_lock, translated():
             self._check_open()
+            if self._writer_engine is None:
+                raise StoreError(f"the store {self.url} was opened for reading only")
             if self._writer is None:
                 self._writer = self._writer_engine.connect()
             try:
@@ -140,13 +142,13 @@ class SqlStore(Store):
             return
         query = _blocks_query(sid, start, stop)
         with self._reading() as connection, connection.execute(query, **_streamed(ROWS_AT_ONCE)) as rows:
-            for row in rows:
-                if row.start + row.num_tokens <= start:
+            for first, num_tokens, episode, checksum, data in rows:
+                if first + num_tokens <= start:
                     continue
-                if zlib.crc32(row.data) != row.checksum:
+                if zlib.crc32(data) != checksum:
                     id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
-                    raise StoreDamaged(f"session {id_!r} is damaged at position {row.start}: its checksum is wrong")
-                yield Block(row.start, row.num_tokens, row.data, row.episode)
+                    raise StoreDamaged(f"session {id_!r} is damaged at position {first}: its checksum is wrong")
+                yield Block(first, num_tokens, data, episode)
 
     def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
         """See `Store.read_payloads`."""
@@ -190,7 +192,8 @@ class SqlStore(Store):
                 with contextlib.suppress(StoreError), translated():
                     self._upkeep.finish(self._writer)
                 self._drop_writer()
-            self._writer_engine.dispose()
+            if self._writer_engine is not None:
+                self._writer_engine.dispose()
             self._upkeep.release()
 
     def _check_open(self) -> None:

@@ -54,7 +54,7 @@ def open_sqlite_readonly(path: Path) -> SqlStore:
     if not path.is_file():
         raise StoreUnavailable(f"there is no database at {path}")
     readers = _engine(path, "ro", "BEGIN", NullPool)
-    store = SqlStore(f"sqlite:///{path}", readers, readers, _upkeep(path, lambda: None))
+    store = SqlStore(f"sqlite:///{path}", None, readers, _upkeep(path, lambda: None))
     with _closed_unless_opened(store, path), readers.begin() as connection:
         schema.check(connection, str(path))
     return store
@@ -162,8 +162,8 @@ def _configure_writer(connection: sqlite3.Connection, record: object) -> None:
 
 
 def _configure_reader(connection: sqlite3.Connection, record: object) -> None:
+    # No mmap_size: it made reading no faster, and an error of the disk would kill the process instead of one read.
     connection.execute("PRAGMA query_only=ON")
-    connection.execute(f"PRAGMA mmap_size={1 << 30}")
 
 
 def _disk_bytes(path: Path) -> int:

@@ -32,7 +32,7 @@ AT_IMPORT = {
 }  # fmt: skip
 """Functions that modules may call when they are imported: they make constants and touch nothing outside the module."""
 
-LIVING = {"FastAPI", "Starlette", "APIRouter", "Typer", "Settings", "Engine", "Thread", "Client"}
+LIVING = {"FastAPI", "Starlette", "APIRouter", "Typer", "Settings", "Engine", "Thread", "Lock", "Event", "Client"}
 """Classes whose instances are no values, so that no module may hold one; other classes' instances may be constants."""
 
 RUN_BY_ALEMBIC = "storage/migrations/env.py"

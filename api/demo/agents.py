@@ -49,6 +49,8 @@ class Agent:
                 f"the data directory holds another session {self.session!r}, of {info.length} tokens; "
                 f"there are {len(self.passages)} passages"
             )
+        if info.length and await self.find_loss(client, info.length, 0) is not None:
+            raise OSError(f"the data directory holds another session {self.session!r}, of other passages")
         self.acknowledged = info.length
         on_progress(info.length)
         while self.acknowledged < len(self.passages):

@@ -112,7 +112,10 @@ def show_summary(
         if loaded.num_appends
         else "none, the data was there already",
     )
-    table.add_row("attends", f"{load.per_second:,.0f}/s, {load.num_agents} agents, each one question after another")
+    table.add_row(
+        "attends",
+        f"{load.per_second:,.0f}/s, {load.num_agents} agents beside the server, each one question after another",
+    )
     table.add_row("latency seen by the agents", f"p50 {load.p50_ms:.1f} ms, p99 {load.p99_ms:.1f} ms")
     table.add_row("mean batch size", f"{load.mean_batch_size:.1f} queries")
     table.add_row(

@@ -77,6 +77,10 @@ def _embed(console: Console, name: str | None, limit: int | None) -> tuple[list[
     model: Embedder = TfidfEmbedder(texts) if name is None else SentenceEmbedder(name)
     embeddings = model.embed(texts)
     console.print(f"   {len(passages):,} passages, embedded with {model.name} in {time.perf_counter() - began:.1f} s")
+    if limit is not None:
+        console.print(
+            "   a part of the corpus: most questions have no answer in it, and exact search finds none either"
+        )
     return passages, model, embeddings
 
 

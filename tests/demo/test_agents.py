@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -38,6 +39,9 @@ class Held:
     embeddings: Floats
     payloads: list[dict[str, Any]]
 
+    async def create_session(self, session: str, *, dim: int, chunk_size: int) -> SimpleNamespace:
+        return await self.session(session)
+
     async def session(self, session: str) -> SimpleNamespace:
         return SimpleNamespace(length=len(self.payloads))
 
@@ -67,3 +71,13 @@ async def test_loss_is_found(length: int, spoil: str | None, loss: str | None) -
         held.payloads[31] = {**held.payloads[31], "line": 0}
     assert agent.next_part == 11
     assert await agent.find_loss(cast(AsyncHTMClient, held), 32, agent.next_part) == loss
+
+
+async def test_a_session_of_other_passages_is_refused_and_not_reported_as_lost() -> None:
+    passages = [Passage("m", "", place, f"text {place}") for place in range(43)]
+    sent = np.random.default_rng(0).standard_normal((43, 7)).astype(np.float32)
+    agent = Agent("s", passages, sent)
+    others = cast(AsyncHTMClient, Held(sent[:5], [{"text": "of another corpus"}] * 5))
+    with pytest.raises(OSError, match="another session 's', of other passages"):
+        await agent.stream(others, asyncio.Event(), lambda _: None)
+    assert agent.acknowledged == 0

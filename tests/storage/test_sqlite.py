@@ -27,6 +27,7 @@ from storage.base import (
     StoreFull,
     StoreUnavailable,
 )
+from storage.group import BLOCK_BYTES
 from storage.resolve import open_readonly, open_store
 from tests.storage.contract import NOW, StoreContract, append, create, ids, read, token, write
 
@@ -66,8 +67,10 @@ def test_the_pragmas_are_what_the_documentation_says(path: Path) -> None:
     try:
         create(store)
         store.get_session("a")
-        names = ("synchronous", "secure_delete", "journal_mode", "page_size", "auto_vacuum", "query_only")
-        names += ("busy_timeout", "journal_size_limit")
+        names = (
+            *("synchronous", "secure_delete", "journal_mode", "page_size", "auto_vacuum", "query_only"),
+            *("busy_timeout", "journal_size_limit"),
+        )
         writer, reader = ({name: pragma(connection, name) for name in names} for connection in connections)
     finally:
         event.remove(Engine, "connect", keep)
@@ -152,7 +155,7 @@ def test_reading_only_works_beside_a_server_and_without(path: Path) -> None:
         readonly = open_readonly(path.parent)
         assert list(readonly.verify()) == []
         assert read(readonly, sid) == token(1) * 3
-        with pytest.raises(StoreError, match="readonly"):
+        with pytest.raises(StoreError, match="reading only"):
             append(readonly, sid, 1)
         readonly.close()
         append(store, sid, 1)
@@ -231,6 +234,18 @@ def test_an_empty_file_is_a_new_database(path: Path) -> None:
 
 
 # --- failures ---
+
+
+def test_a_long_append_is_several_blocks(sqlite_store: Store) -> None:
+    """So that a reader never holds much, whatever was appended together."""
+    sid = create(sqlite_store).sid
+    num_tokens = 3 * BLOCK_BYTES // 1_000 + 1
+    data = bytes(index % 251 for index in range(num_tokens)) * 1_000
+    assert write(sqlite_store, Append(sid, num_tokens, data)) == [Appended(0, num_tokens)]
+    sizes = [len(block.data) for block in sqlite_store.read_blocks(sid)]
+    assert len(sizes) == 4 and max(sizes) <= BLOCK_BYTES
+    assert read(sqlite_store, sid) == data
+    assert list(sqlite_store.verify()) == []
 
 
 def test_a_full_disk_refuses_the_group_and_goes_on(path: Path) -> None:

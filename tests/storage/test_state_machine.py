@@ -1,4 +1,4 @@
-"""Any order of writes, refusals and restarts leaves a SQLite store as a model made of dicts says."""
+"""Any order of writes, refusals and restarts leaves a store as a model made of dicts says."""
 
 from __future__ import annotations
 
@@ -78,6 +78,8 @@ groups = st.lists(st.one_of(creates, appends, appends, appends, updates, deletes
 class StoreMachine(RuleBasedStateMachine):
     """The store and the model get the same groups."""
 
+    is_durable = True
+
     def __init__(self) -> None:
         super().__init__()
         self.directory = Path(tempfile.mkdtemp())
@@ -87,7 +89,7 @@ class StoreMachine(RuleBasedStateMachine):
         self.now = 10.0
 
     def open(self) -> Store:
-        return open_store(f"sqlite:///{self.directory}/htm.sqlite3")
+        return open_store(f"sqlite:///{self.directory}/htm.sqlite3" if self.is_durable else "memory://")
 
     @rule(group=groups)
     def write(self, group: list[Write]) -> None:
@@ -105,7 +107,7 @@ class StoreMachine(RuleBasedStateMachine):
     def wait(self, seconds: float) -> None:
         self.now += seconds
 
-    @precondition(lambda self: self.last_sid > 0)
+    @precondition(lambda self: self.is_durable and self.last_sid > 0)
     @rule()
     def reopen(self) -> None:
         self.store.close()
@@ -170,7 +172,14 @@ class StoreMachine(RuleBasedStateMachine):
         return answer
 
 
-StoreMachine.TestCase.settings = settings(
-    max_examples=20, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck)
-)
-TestStoreMachine = StoreMachine.TestCase
+class MemoryMachine(StoreMachine):
+    """The same without restarts."""
+
+    is_durable = False
+
+
+SETTINGS = settings(max_examples=20, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
+StoreMachine.TestCase.settings = SETTINGS
+MemoryMachine.TestCase.settings = SETTINGS
+TestSqliteMachine = StoreMachine.TestCase
+TestMemoryMachine = MemoryMachine.TestCase

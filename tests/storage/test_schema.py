@@ -1,0 +1,112 @@
+"""The schema: databases made by earlier releases, the tables against the migrations, how Alembic is run."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import shutil
+import sqlite3
+import threading
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from sqlalchemy import create_engine
+
+from storage.base import Append, Appended, Block, SessionFull, SessionRow
+from storage.resolve import open_readonly, open_store
+from storage.tables import metadata
+
+KEPT = Path(__file__).parent / "data" / "v0001.sqlite3"
+"""Made once by schema 0001, with `golden.py`. It stands for the databases people have, so it is never made again;
+a new schema version gets a file of its own."""
+KEPT_SHA256 = "1dc2a1d67a7f800e8ac1a680a04115f5ae6b935f0f40f9bea0576a30f14d2600"
+
+
+def definitions(path: Path) -> dict[str, str | None]:
+    """The statements that make up a database's schema."""
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        return dict(connection.execute("SELECT name, sql FROM sqlite_schema"))
+
+
+@pytest.fixture
+def kept_copy(path: Path) -> Path:
+    assert hashlib.sha256(KEPT.read_bytes()).hexdigest() == KEPT_SHA256, "the kept file must stay as it is"
+    path.parent.mkdir()
+    shutil.copy(KEPT, path)
+    return path
+
+
+def test_todays_code_reads_a_database_of_schema_0001(kept_copy: Path) -> None:
+    with contextlib.closing(open_store(f"sqlite:///{kept_copy}")) as store:
+        settings = {"dim": 2, "dtype": "float16", "labels": {"kept": "yes"}}
+        row = SessionRow("golden", settings, 1.0, max_tokens=100, sid=1, length=3, num_bytes=12, updated_at=2.0)
+        assert store.list_sessions() == [row]
+        assert list(store.read_blocks(1)) == [
+            Block(0, 2, b"\x00\x3c\x00\x40\x00\x42\x00\x44", 7),
+            Block(2, 1, b"\x00\x45\x00\x46"),
+        ]
+        assert store.read_payload_range(1, 0, 3) == {1: b'{"text": "\xc3\xbc"}'}
+        again = Append(1, 1, b"\x00\x45\x00\x46", idempotency_key="k", digest=b"d")
+        replayed, added, full = store.write([again, Append(1, 1, bytes(4)), Append(1, 97, bytes(388))], now=3.0)
+        assert replayed == Appended(2, 3, replayed=True)
+        assert added == Appended(3, 4)
+        assert isinstance(full, SessionFull)
+        assert list(store.verify()) == []
+
+
+def test_an_upgraded_database_is_as_a_new_one(kept_copy: Path, tmp_path: Path) -> None:
+    open_store(f"sqlite:///{kept_copy}").close()
+    open_store(f"sqlite:///{tmp_path}/new.sqlite3").close()
+    assert definitions(kept_copy) == definitions(tmp_path / "new.sqlite3")
+
+
+def test_the_kept_database_can_be_verified_without_opening_it_for_writing(kept_copy: Path) -> None:
+    with contextlib.closing(open_readonly(kept_copy)) as store:
+        assert list(store.verify()) == []
+    assert kept_copy.read_bytes() == KEPT.read_bytes()
+
+
+def test_the_migrations_make_the_tables(path: Path, tmp_path: Path) -> None:
+    """By Alembic's comparison, and, for what that does not compare, by the statements."""
+    open_store(f"sqlite:///{path}").close()
+    engine = create_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
+    engine.dispose()
+    engine = create_engine(f"sqlite:///{tmp_path}/tables.sqlite3")
+    metadata.create_all(engine)
+    engine.dispose()
+    migrated = {name: sql for name, sql in definitions(path).items() if "alembic_version" not in name}
+    assert migrated == definitions(tmp_path / "tables.sqlite3")
+
+
+def test_opening_leaves_logging_alone(path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Alembic's templates configure the root logger; ours must not."""
+    root = logging.getLogger()
+    before = (root.level, list(root.handlers), logging.getLogger("alembic").level, logging.root.manager.disable)
+    open_store(f"sqlite:///{path}").close()
+    after = (root.level, list(root.handlers), logging.getLogger("alembic").level, logging.root.manager.disable)
+    assert before == after
+    assert capfd.readouterr() == ("", "")
+
+
+def test_stores_may_be_opened_at_the_same_time(tmp_path: Path) -> None:
+    """Alembic keeps what it runs in a global."""
+    failures: list[Exception] = []
+
+    def open_one(number: int) -> None:
+        try:
+            with contextlib.closing(open_store(f"sqlite:///{tmp_path}/{number}/htm.sqlite3")) as store:
+                assert store.totals().num_sessions == 0
+        except Exception as error:  # told below: a thread's exception fails no test by itself
+            failures.append(error)
+
+    threads = [threading.Thread(target=open_one, args=[number]) for number in range(7)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
