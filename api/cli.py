@@ -137,7 +137,7 @@ def demo(
         try:
             from api.demo.run import run_demo
         except ModuleNotFoundError as error:
-            raise OSError(f"the demo needs {error.name}; install it with: pip install '.[demo]'") from error
+            raise OSError(f"the demo needs {error.name}; install it with: pip install '.[demo]' ./client") from error
         raise typer.Exit(run_demo(data=data, embedder=embedder, keep=keep, port=port, limit=limit) or 0)
 
 

@@ -10,7 +10,7 @@ Does not know sessions, requests or models. Needs numba; `resolve.py` falls back
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import numba
@@ -33,7 +33,7 @@ class CompiledKernel(BlockedKernel):
     name = "compiled"
 
     def warm_up(self) -> None:
-        """Compile now rather than with the first batch: about two seconds."""
+        """Compile now rather than with the first batch; from numba's cache on disk, where it can write one."""
         _attend_rows()
 
     def attend_chunks(self, batch: ChunkBatch, *, tokens: bool) -> ChunkAttention:
@@ -74,9 +74,12 @@ def _attend_rows() -> Callable[..., None]:
         floats3, floats3, floats3, floats3, numba.boolean,
     )  # fmt: skip
     # Sums may be reordered, or they could not be vectorised; NaN and infinity must stay what they are.
-    compiled: Callable[..., None] = numba.njit(signature, nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})(
-        _loops
-    )
+    compile_loops = partial(numba.njit, signature, nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
+    compiled: Callable[..., None]
+    try:
+        compiled = compile_loops(cache=True)(_loops)
+    except RuntimeError:  # no folder that numba could write its cache to, as in a read-only container
+        compiled = compile_loops()(_loops)
     return compiled
 
 

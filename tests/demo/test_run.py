@@ -14,6 +14,7 @@ from pathlib import Path
 import httpx
 import pytest
 
+from api.demo.questions import QUESTIONS
 from api.demo.run import run_demo
 from api.demo.server_process import ServerProcess
 
@@ -30,8 +31,9 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_and_a_second_one_on_its_data_that_keeps_the_server(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("api.demo.run.QUESTIONS", QUESTIONS[::3])  # all of them are asked in the second run
     code = run_demo(data=tmp_path, embedder=None, keep=False, port=None, limit=LIMIT)
     text = capsys.readouterr().out
     assert code == 0, text

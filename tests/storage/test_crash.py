@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import subprocess
@@ -9,7 +10,7 @@ import sys
 import threading
 from pathlib import Path
 
-from storage.resolve import open_store
+from storage.resolve import open_readonly, open_store
 from tests.storage.crash_writer import IDS, TOKEN_BYTES
 
 ROOT = Path(__file__).parents[2]
@@ -19,6 +20,10 @@ def test_what_was_reported_done_survives_kill_9(path: Path) -> None:
     """Three rounds on one database."""
     for round_ in range(3):
         num_reported = _write_and_kill(path, random.Random(round_).uniform(0.02, 0.4))
+        if round_ == 1:  # what the killed process left can be checked before a server touches it
+            with contextlib.closing(open_readonly(path)) as readonly:
+                assert list(readonly.verify()) == []
+                assert readonly.totals().num_tokens >= num_reported * len(IDS)
         store = open_store(f"sqlite:///{path}")
         try:
             rows = [store.get_session(id_) for id_ in IDS]
