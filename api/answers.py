@@ -36,7 +36,7 @@ def reply_of(request: Request, wire: Wire = "json") -> Reply:
         wire = "safetensors"
     elif "application/json" in accept:
         wire = "json"
-    encoding = request.query_params.get("encoding", "lists")
+    encoding = request.query_params.get("encoding", "lists") if request.scope["query_string"] else "lists"
     if encoding not in ("lists", "b64"):
         raise InvalidArgument(f"encoding is {shorten(encoding)}; it must be lists or b64")
     if wire == "safetensors":

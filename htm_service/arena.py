@@ -60,6 +60,8 @@ class Arena:
             num_bytes = num_slabs * self.slab_pages * self.page_bytes
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
             self._reserved = mmap.mmap(-1, num_bytes, flags=flags)
+            if hasattr(mmap, "MADV_HUGEPAGE"):  # chunks are read whole: larger pages of the system cost fewer look-ups
+                self._reserved.madvise(mmap.MADV_HUGEPAGE)
             flat = torch.frombuffer(self._reserved, dtype=dtype)
             self.contents = flat.view(num_slabs * self.slab_pages, chunk_size, dim)
         self._slabs: list[torch.Tensor | None] = []

@@ -37,6 +37,7 @@ class Memory:
         self._open_sum = torch.zeros(arena.dim, dtype=torch.float32, device=arena.device)
         self._keys = torch.empty(0, arena.dim, dtype=torch.float32, device=arena.device)
         self._page_table = torch.empty(0, dtype=torch.int64, device=arena.device)
+        self._look()
 
     @property
     def chunk_size(self) -> int:
@@ -47,16 +48,6 @@ class Memory:
     def num_chunks(self) -> int:
         """M."""
         return len(self._pages)
-
-    @property
-    def keys(self) -> Tensor:
-        """Summary keys [M, D] float32, a view."""
-        return self._keys[: self.num_chunks]
-
-    @property
-    def page_table(self) -> Tensor:
-        """Page ids [M] int64, a view."""
-        return self._page_table[: self.num_chunks]
 
     @property
     def pages(self) -> list[int]:
@@ -71,6 +62,13 @@ class Memory:
     @property
     def _key_bytes(self) -> int:
         return self.arena.dim * KEY_ITEMSIZE
+
+    def _look(self) -> None:
+        """Renew the views; made here, once, because every read needs them and each costs a call into torch."""
+        self.keys = self._keys[: self.num_chunks]
+        """Summary keys [M, D] float32, a view."""
+        self.page_table = self._page_table[: self.num_chunks]
+        """Page ids [M] int64, a view."""
 
     def append(self, tokens: Tensor) -> None:
         """Add tokens [T, D] of the arena's dtype, from any device. Raises OutOfMemory, changing nothing."""
@@ -89,6 +87,7 @@ class Memory:
         if body:
             self._add_sealed(tokens[head : head + body].view(-1, size, self.arena.dim))
         self._fill_open(tokens[head + body :])
+        self._look()
 
     def contents(self, chunks: Tensor) -> Tensor:
         """A copy of the contents of chunks [N] (int64 indexes): [N, C, D]; slots past the end are undefined."""
@@ -102,6 +101,7 @@ class Memory:
         self._keys = self._keys[:0].clone()
         self._page_table = self._page_table[:0].clone()
         self.length = 0
+        self._look()
 
     def _fill_open(self, tokens: Tensor) -> None:
         """Add fewer than C tokens, none of which crosses a chunk's end."""
@@ -131,7 +131,7 @@ class Memory:
         capacity = max(num_chunks, capacity + max(4, capacity // 2))
         self._budget.take((capacity - self._keys.shape[0]) * self._key_bytes)
         keys = torch.empty(capacity, self.arena.dim, dtype=torch.float32, device=self.arena.device)
-        keys[: self.num_chunks] = self.keys
+        keys[: self.num_chunks] = self._keys[: self.num_chunks]
         page_table = torch.zeros(capacity, dtype=torch.int64, device=self.arena.device)
-        page_table[: self.num_chunks] = self.page_table
+        page_table[: self.num_chunks] = self._page_table[: self.num_chunks]
         self._keys, self._page_table = keys, page_table

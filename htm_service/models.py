@@ -4,7 +4,8 @@ Shapes: R rows (queries of one batch), D width, H heads, E width per head, C chu
 
 A reader of memory does `folded = model.fold(queries)`, scores summary keys against `folded.summary`, attends
 to raw tokens (plus `positions`) with `folded.heads`, sums them over the selected chunks to `z`, and
-finishes with `model.project(z, folded, any_visible)`. Exact algebra, see docs/attention.md.
+finishes with `model.project(z, folded, any_visible)`. Exact algebra, see docs/attention.md. A kernel does the
+arithmetic; without one, the reference does.
 
 Owns: models, their file format, and the names they are served under.
 Does not know: sessions, chunks, how memory is read, training (`attention.py`).
@@ -28,6 +29,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from htm_service.errors import InvalidArgument, ModelNotFound
+from htm_service.kernels.base import Kernel, Projections
+from htm_service.kernels.reference import ReferenceKernel
 from htm_service.model_config import MAX_TOP_K, ModelConfig, check_tensors, content_hash
 from htm_service.positions import position_table
 from htm_service.records import ModelInfo
@@ -92,11 +95,11 @@ class Model(ABC):
         return self.config.heads
 
     @abstractmethod
-    def fold(self, queries: Tensor) -> FoldedQueries:
+    def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
         """Fold the projections of keys into `queries` [R, D]."""
 
     @abstractmethod
-    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor) -> Tensor:
+    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
         """Turn weighted sums of tokens `z` [R, H, D] into outputs [R, D].
 
         `any_visible` [R] bool: rows without a visible token are zero (a block: the normed query), whatever
@@ -164,36 +167,32 @@ class ProjectedModel(Model):
         out = full["attn.to_out.weight"]
         dim, inner = out.shape
         w_sk = full["to_summary_keys.weight"] * self.config.resolved_summary_scale
-        self._summary_weight = put(w_sk.T @ full["to_summary_queries.weight"])  # [D, D]
-        self._summary_bias = put(w_sk.T @ bias("to_summary_queries.bias", dim))  # [D]
-
         scale = self.config.resolved_attention_scale
-        self._q_weight = put(full["attn.to_q.weight"] * scale)  # [H E, D]
-        self._q_bias = put(bias("attn.to_q.bias", inner) * scale)  # [H E]
         w_k, w_v = full["attn.to_kv.weight"].chunk(2)  # [H E, D] each
         _, b_v = bias("attn.to_kv.bias", 2 * inner).chunk(2)
-        self._k_weight = put(w_k.reshape(heads, -1, dim))  # [H, E, D]
-        self._v_weight = put(w_v.reshape(heads, -1, dim).mT)  # [H, D, E]
-        self._out_weight = put(out)  # [D, H E]
-        self._out_bias = put(out @ b_v + full["attn.to_out.bias"])  # [D]
+        self._projections = Projections(
+            summary=put(w_sk.T @ full["to_summary_queries.weight"]),
+            summary_bias=put(w_sk.T @ bias("to_summary_queries.bias", dim)),
+            query=put(full["attn.to_q.weight"] * scale),
+            query_bias=put(bias("attn.to_q.bias", inner) * scale),
+            key=put(w_k.reshape(heads, -1, dim)),
+            value=put(w_v.reshape(heads, -1, dim)),
+            output=put(out),
+            output_bias=put(out @ b_v + full["attn.to_out.bias"]),
+        )
         if self.config.block:
             self._norm = (put(full["norm.weight"]), put(full["norm.bias"]))  # [D], [D]
 
-    def fold(self, queries: Tensor) -> FoldedQueries:
+    def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
         """Fold the projections of keys into `queries` [R, D], layer-normed first in a block."""
         residual = None
         if self.config.block:
             residual = queries = functional.layer_norm(queries, queries.shape[-1:], *self._norm, eps=LAYER_NORM_EPS)
-        summary = functional.linear(queries, self._summary_weight, self._summary_bias)  # [R, D]
-        head_queries = functional.linear(queries, self._q_weight, self._q_bias)  # [R, H E]
-        head_queries = head_queries.reshape(-1, *self._k_weight.shape[:2]).transpose(0, 1)  # [H, R, E]
-        heads = torch.bmm(head_queries, self._k_weight).transpose(0, 1).contiguous()  # [R, H, D]
-        return FoldedQueries(residual, summary, heads)
+        return FoldedQueries(residual, *(kernel or ReferenceKernel()).fold(self._projections, queries))
 
-    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor) -> Tensor:
+    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
         """Project `z` [R, H, D] by values and output to [R, D]; see `Model.project`."""
-        values = torch.bmm(z.transpose(0, 1), self._v_weight)  # [H, R, E]
-        output = functional.linear(values.transpose(0, 1).flatten(1), self._out_weight, self._out_bias)  # [R, D]
+        output = (kernel or ReferenceKernel()).project(self._projections, z)
         output = torch.where(any_visible[:, None], output, 0.0)
         return output if folded.residual is None else output + folded.residual
 
@@ -228,13 +227,13 @@ class RetrievalModel(Model):
         )
         super().__init__(config, content_hash(config, {}), device)
 
-    def fold(self, queries: Tensor) -> FoldedQueries:
+    def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
         """Scale `queries` [R, D]."""
         summary = queries * self.config.resolved_summary_scale  # [R, D]
         heads = (queries * self.config.resolved_attention_scale)[:, None]  # [R, 1, D]
         return FoldedQueries(None, summary, heads)
 
-    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor) -> Tensor:
+    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
         """`z` [R, 1, D] itself, as [R, D]; zero where nothing is visible."""
         return torch.where(any_visible[:, None], z[:, 0], 0.0)
 

@@ -2,8 +2,8 @@
 
 Shapes: R rows (all queries of a group), Q queries of one read, D width, H heads, C chunk size, M chunks,
 K selected chunks.
-For each group of reads that share a model and an arena: fold the queries, score each session's keys, select,
-attend in the chunks of all rows together, project. Everything else about a request is decided before
+For each group of reads that share a model and an arena: fold the queries, have the kernel select chunks and attend
+in them, project. Everything else about a request is decided before
 (engine) or after (recalls). Does not know: queues, storage, payloads, times of day.
 """
 
@@ -18,11 +18,10 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from htm_service.arena import Arena
 from htm_service.errors import HTMError, InvalidArgument
-from htm_service.kernels import ChunkAttention, ChunkBatch, Kernel
+from htm_service.kernels import Attended, Batch, Kernel, Search
 from htm_service.memory import Memory
-from htm_service.models import FoldedQueries, Model
+from htm_service.models import Model
 from htm_service.records import AttendRequest, AttendResult, Floats, Ints, Recalled
 from htm_service.visibility import Visibility, partial_keys
 
@@ -38,14 +37,6 @@ class Read:
     top_k: int
 
 
-@dataclass(frozen=True, slots=True)
-class Selection:
-    """The chunks one read selected: `index` [Q, k] int64, `logits` [Q, k], -inf where none was left."""
-
-    index: Tensor
-    logits: Tensor
-
-
 class Reader:
     """Runs batches of reads with one kernel, on one thread."""
 
@@ -54,126 +45,67 @@ class Reader:
 
     def run(self, reads: Sequence[Read]) -> list[AttendResult | Exception]:
         """One result per read, in order; a read that fails by itself gets its own error."""
-        groups: dict[tuple[int, int], list[int]] = defaultdict(list)
+        groups: dict[tuple[int, int], dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
         for place, read in enumerate(reads):
-            groups[id(read.model), id(read.memory.arena)].append(place)
+            groups[id(read.model), id(read.memory.arena)][_what_is_seen(read, place)].append(place)
         results: dict[int, AttendResult | Exception] = {}
         with torch.inference_mode():
-            for places in groups.values():
-                results.update(zip(places, self._run_group([reads[place] for place in places]), strict=True))
+            for alike in groups.values():
+                places = [place for places in alike.values() for place in places]
+                group = [[reads[place] for place in places] for places in alike.values()]
+                results.update(zip(places, self._run_group(group), strict=True))
         return [results[place] for place in range(len(reads))]
 
-    def _run_group(self, reads: list[Read]) -> list[AttendResult | Exception]:
-        """Fold, score, select, attend, project: the main path."""
+    def _run_group(self, alike: list[list[Read]]) -> list[AttendResult | Exception]:
+        """Fold, attend, project: reads of one model and one arena, those that see the same together."""
+        reads = [read for together in alike for read in together]
         model, arena = reads[0].model, reads[0].memory.arena
-        folded = model.fold(_stack_queries(reads, arena.device))
-        selections = self._select_all(reads, folded.summary)
-        index = _stack([selection.index for selection in selections], -1)  # [R, K]
-        logits = _stack([selection.logits for selection in selections], -torch.inf)
-        index = index.masked_fill(logits == -torch.inf, -1)
-        weights = logits.softmax(dim=-1).masked_fill(index < 0, 0.0)  # a row without any: 0 / 0
-        tokens = any(read.request.tokens for read in reads)
-        attended = self._attend(reads, model, folded, index, weights, tokens=tokens)
-        output = model.project(attended.z, folded, (index >= 0).any(dim=-1))
-        return _split(reads, output, index, weights, attended)
-
-    def _select_all(self, reads: list[Read], summary: Tensor) -> list[Selection]:
-        """One selection per read; reads that see the same of the same session share one pass over its keys."""
-        rows = summary.split([len(read.request.queries) for read in reads])
-        alike: dict[tuple[int, ...], list[int]] = defaultdict(list)
-        for place, read in enumerate(reads):
-            alike[_what_is_seen(read, place)].append(place)
-        selections: dict[int, Selection] = {}
-        for places in alike.values():
-            together = self._select(reads[places[0]], torch.cat([rows[place] for place in places]))
-            counts = [len(rows[place]) for place in places]
-            parts = zip(places, together.index.split(counts), together.logits.split(counts), strict=True)
-            selections.update((place, Selection(index, logits)) for place, index, logits in parts)
-        return [selections[place] for place in range(len(reads))]
-
-    def _select(self, read: Read, summary: Tensor) -> Selection:
-        """Score the keys of one session against `summary` [Q, D] and take the top-k visible chunks."""
-        memory, visibility = read.memory, read.visibility
-        first, last = visibility.chunk_range(memory.chunk_size)
-        if first == last:
-            none = torch.empty(len(summary), 0, device=summary.device)
-            return Selection(none.to(torch.int64), none)
-        keys = memory.keys[first:last]
-        in_part = partial_keys(memory, visibility, first, last)
-        if in_part is not None:
-            partial, means, _ = in_part
-            keys = keys.clone()
-            keys[partial - first] = means
-        logits = self.kernel.score(keys, summary)  # [Q, m]
-        is_finite = logits.isfinite().all(dim=-1, keepdim=True)
-        if in_part is not None:
-            logits[:, in_part[2] - first] = -torch.inf
-        allowed = visibility.allowed(first, last, len(summary))
-        if allowed is not None:
-            logits.masked_fill_(~torch.tensor(allowed, device=logits.device), -torch.inf)
-        best, index = self.kernel.select(logits, min(read.top_k, last - first))
-        # An overflow anywhere among the logits makes the row's weights, and so its output, NaN: `_split` tells.
-        return Selection(index + first, best.masked_fill(~is_finite, torch.nan))
-
-    def _attend(
-        self,
-        reads: list[Read],
-        model: Model,
-        folded: FoldedQueries,
-        index: Tensor,
-        weights: Tensor,
-        *,
-        tokens: bool,
-    ) -> ChunkAttention:
-        """Attend in the chunks `index` [R, K] of all rows, -1 meaning none."""
-        arena: Arena = reads[0].memory.arena
-        counts = [len(read.request.queries) for read in reads]
-        pages = [_pages_of(read.memory, rows) for read, rows in zip(reads, index.split(counts), strict=True)]
-        page_ids = torch.cat(pages)
-        some = page_ids[page_ids >= 0]
-        if not len(some) or not index.shape[1]:
-            shape = (*index.shape, arena.chunk_size)
-            empty = weights.new_zeros(shape) if tokens else None
-            return ChunkAttention(torch.zeros_like(folded.heads), empty, empty)
-        # A row of an empty session has no page of its own; any page will do, nothing of it is visible.
-        page_ids = page_ids.where(page_ids >= 0, some[0])
-        positions = model.positions(arena.chunk_size)
-        visible = _visible_slots(reads, index, counts, arena.chunk_size)
-        batch = ChunkBatch(arena, page_ids, visible, weights, folded.heads, positions)
-        return self.kernel.attend_chunks(batch, tokens=tokens)
+        folded = model.fold(_stack_queries(reads, arena.device), self.kernel)
+        attended = self.kernel.attend(
+            Batch(
+                arena,
+                folded.summary,
+                folded.heads,
+                model.positions(arena.chunk_size),
+                [_search(together) for together in alike],
+                tokens=any(read.request.tokens for read in reads),
+            )
+        )
+        output = model.project(attended.z, folded, (attended.chunk_index >= 0).any(dim=-1), self.kernel)
+        return _split(reads, output, attended)
 
 
 def _what_is_seen(read: Read, place: int) -> tuple[int, ...]:
-    """Equal for reads that can share a selection; masks are not compared, such a read stays alone."""
+    """Equal for reads that can share a search; masks are not compared, such a read stays alone."""
     visibility = read.visibility
     if visibility.token_mask is not None or visibility.chunk_mask is not None:
         return (place,)
     return id(read.memory), visibility.start, visibility.stop, read.top_k
 
 
-def _pages_of(memory: Memory, index: Tensor) -> Tensor:
-    """Page ids [Q, K] of chunks [Q, K], -1 all over for an empty session."""
-    if not memory.num_chunks:
-        return torch.full_like(index, -1)
-    return memory.page_table[index.clamp(min=0)]
-
-
-def _visible_slots(reads: list[Read], index: Tensor, counts: list[int], chunk_size: int) -> Tensor:
-    """Visible slots [R, K, C] of the selected chunks [R, K]; ranges for all rows at once, masks read by read."""
-    repeats = torch.tensor(counts)
-    starts, stops = (
-        torch.tensor(bounds).repeat_interleave(repeats).to(index.device)[:, None, None]
-        for bounds in ([read.visibility.start for read in reads], [read.visibility.stop for read in reads])
-    )
-    positions = index[..., None] * chunk_size + torch.arange(chunk_size, device=index.device)
-    visible = (positions >= starts) & (positions < stops) & (index >= 0)[..., None]
-    first = 0
-    for read, count in zip(reads, counts, strict=True):
-        if read.visibility.token_mask is not None:
-            rows = slice(first, first + count)
-            visible[rows] &= read.visibility.slots(index[rows].clamp(min=0), chunk_size)
-        first += count
-    return visible
+def _search(together: list[Read]) -> Search:
+    """What reads that see the same look through: the keys of the chunks they see, those seen in part recomputed."""
+    read, num_queries = together[0], sum(len(read.request.queries) for read in together)
+    memory, visibility = read.memory, read.visibility
+    first, last = visibility.chunk_range(memory.chunk_size)
+    keys, pages = memory.keys, memory.page_table
+    if last - first < memory.num_chunks:
+        keys, pages = keys[first:last], pages[first:last]
+    hidden: Tensor | None = None
+    in_part = partial_keys(memory, visibility, first, last) if first < last else None
+    allowed = visibility.allowed(first, last, num_queries)
+    if allowed is not None:
+        hidden = ~torch.tensor(allowed, device=keys.device)
+    if in_part is not None:
+        partial, means, unseen = in_part
+        keys = keys.clone()
+        keys[partial - first] = means
+        if len(unseen):
+            hidden = keys.new_zeros(len(keys), dtype=torch.bool) if hidden is None else hidden
+            hidden[..., unseen - first] = True
+    token_mask = None if visibility.token_mask is None else torch.from_numpy(visibility.token_mask).to(keys.device)
+    k = min(read.top_k, last - first)
+    return Search(keys, pages, first, visibility.start, visibility.stop, num_queries, k, token_mask, hidden)
 
 
 def _stack_queries(reads: list[Read], device: torch.device) -> Tensor:
@@ -181,24 +113,17 @@ def _stack_queries(reads: list[Read], device: torch.device) -> Tensor:
     return torch.from_numpy(np.concatenate([read.request.queries for read in reads])).to(device)
 
 
-def _stack(parts: list[Tensor], fill: float) -> Tensor:
-    """Rows of different widths k as one tensor [R, max k], filled up at the right."""
-    width = max(part.shape[1] for part in parts)
-    if all(part.shape[1] == width for part in parts):
-        return torch.cat(parts)
-    padded = [torch.nn.functional.pad(part, (0, width - part.shape[1]), value=fill) for part in parts]
-    return torch.cat(padded)
-
-
-def _split(
-    reads: list[Read], output: Tensor, index: Tensor, weights: Tensor, attended: ChunkAttention
-) -> list[AttendResult | Exception]:
+def _split(reads: list[Read], output: Tensor, attended: Attended) -> list[AttendResult | Exception]:
     """Cut the group's tensors into one result per read, on the host."""
-    outputs, indexes, chunk_weights = output.cpu().numpy(), index.cpu().numpy(), weights.cpu().numpy()
-    is_finite = np.isfinite(outputs).all(axis=1)
-    listed = attended.token_weights is not None and attended.token_scores is not None
-    token_weights = attended.token_weights.cpu().numpy() if attended.token_weights is not None else None
-    token_scores = attended.token_scores.cpu().numpy() if attended.token_scores is not None else None
+    outputs, indexes, weights, token_weights, token_scores = (
+        None if tensor is None else tensor.cpu().numpy()
+        for tensor in (
+            *(output, attended.chunk_index, attended.chunk_weight),
+            *(attended.token_weight, attended.token_score),
+        )
+    )
+    assert outputs is not None and indexes is not None and weights is not None
+    is_finite = np.isfinite(outputs).all(axis=1) & np.isfinite(weights).all(axis=1)
     results: list[AttendResult | Exception] = []
     stop = 0
     for read in reads:
@@ -208,13 +133,13 @@ def _split(
             continue
         width = min(read.top_k, read.memory.num_chunks)
         recalled: list[list[Recalled]] | None = None
-        if read.request.tokens and listed and token_weights is not None and token_scores is not None:
+        if read.request.tokens and token_weights is not None and token_scores is not None:
             recalled = [
                 _rank(read, *row)
-                for row in zip(indexes[rows], chunk_weights[rows], token_weights[rows], token_scores[rows], strict=True)
+                for row in zip(indexes[rows], weights[rows], token_weights[rows], token_scores[rows], strict=True)
             ]
-        index_of, weight_of = indexes[rows, :width].copy(), chunk_weights[rows, :width].copy()
-        results.append(AttendResult(outputs[rows].copy(), index_of, weight_of, recalled, read.memory.length))
+        index_of, weight_of = indexes[rows, :width].copy(), weights[rows, :width].copy()
+        results.append(AttendResult(outputs[rows], index_of, weight_of, recalled, read.memory.length))
     return results
 
 

@@ -12,12 +12,14 @@ from dataclasses import replace
 
 import numpy as np
 
-from htm_service.records import AttendRequest, AttendResult, Recall, Recalled
+from htm_service.records import AttendRequest, AttendResult, Floats, Ints, Recall, Recalled
 
 QUERIES_KEPT = 8
 """Queries of one attend whose rows the ring keeps."""
 TOKENS_KEPT = 16
 """Recalled tokens per query that the ring keeps."""
+UNCOUNTED = 1_024
+"""Selected chunks that are counted together."""
 
 
 class RecallLog:
@@ -25,18 +27,20 @@ class RecallLog:
 
     def __init__(self, max_recalls: int) -> None:
         self._ring: deque[Recall] = deque(maxlen=max_recalls)
-        self.num_recalls = np.zeros(0, dtype=np.int64)
-        self.mass = np.zeros(0, dtype=np.float64)
-        self.last_at = np.zeros(0, dtype=np.float64)
+        self._uncounted: list[tuple[Ints, Floats, float]] = []
+        """Chunk indexes, their weights and the time of attends that the counters do not hold yet."""
+        self._num_uncounted = 0
+        self._num_recalls = np.zeros(0, dtype=np.int64)
+        self._mass = np.zeros(0, dtype=np.float64)
+        self._last_at = np.zeros(0, dtype=np.float64)
 
     def add(self, request: AttendRequest, result: AttendResult, *, model: str, top_k: int, now: float) -> None:
         """Count one attend and keep its account."""
         index = result.chunk_index
-        taken = index >= 0
-        self._grow(int(index.max(initial=-1)) + 1)
-        np.add.at(self.num_recalls, index[taken], 1)
-        np.add.at(self.mass, index[taken], result.chunk_weight[taken])
-        self.last_at[index[taken]] = now
+        self._uncounted.append((index, result.chunk_weight, now))
+        self._num_uncounted += index.size
+        if self._num_uncounted >= UNCOUNTED:
+            self._count()
         recalled = None
         if result.recalled is not None:
             recalled = [_without_payloads(row[:TOKENS_KEPT]) for row in result.recalled[:QUERIES_KEPT]]
@@ -62,18 +66,34 @@ class RecallLog:
 
     def of_chunk(self, index: int) -> tuple[int, float, float | None]:
         """How often chunk `index` was taken, the mass it received, and when last."""
-        if index >= len(self.num_recalls) or self.num_recalls[index] == 0:
+        self._count()
+        if index >= len(self._num_recalls) or self._num_recalls[index] == 0:
             return 0, 0.0, None
-        return int(self.num_recalls[index]), float(self.mass[index]), float(self.last_at[index])
+        return int(self._num_recalls[index]), float(self._mass[index]), float(self._last_at[index])
+
+    def _count(self) -> None:
+        """Bring the counters up to date: for many attends at once, because numpy takes its time to begin."""
+        if not self._uncounted:
+            return
+        index = np.concatenate([index.ravel() for index, _, _ in self._uncounted])
+        weight = np.concatenate([weight.ravel() for _, weight, _ in self._uncounted])
+        at = np.repeat([now for _, _, now in self._uncounted], [index.size for index, _, _ in self._uncounted])
+        self._uncounted.clear()
+        self._num_uncounted = 0
+        taken = index >= 0
+        self._grow(int(index.max(initial=-1)) + 1)
+        np.add.at(self._num_recalls, index[taken], 1)
+        np.add.at(self._mass, index[taken], weight[taken])
+        np.maximum.at(self._last_at, index[taken], at[taken])
 
     def _grow(self, num_chunks: int) -> None:
-        have = len(self.num_recalls)
+        have = len(self._num_recalls)
         if num_chunks <= have:
             return
         more = max(num_chunks - have, have)
-        self.num_recalls = np.pad(self.num_recalls, (0, more))
-        self.mass = np.pad(self.mass, (0, more))
-        self.last_at = np.pad(self.last_at, (0, more))
+        self._num_recalls = np.pad(self._num_recalls, (0, more))
+        self._mass = np.pad(self._mass, (0, more))
+        self._last_at = np.pad(self._last_at, (0, more))
 
 
 def _without_payloads(row: Sequence[Recalled]) -> list[Recalled]:

@@ -120,7 +120,9 @@ def check_attend(request: AttendRequest, dim: int) -> AttendRequest:
         raise InvalidArgument(f"rank_by is {request.rank_by!r}, it must be 'weight' or 'score'")
     if request.timeout_s is not None and not 0 < request.timeout_s <= 3600:
         raise InvalidArgument(f"timeout_ms is {request.timeout_s * 1e3:g}, it must be above 0 and at most 3600000")
-    return replace(request, queries=queries, tokens=request.tokens or request.payloads)
+    if queries is request.queries and request.tokens >= request.payloads:
+        return request
+    return replace(request, queries=queries, tokens=True if request.payloads else request.tokens)
 
 
 def _check_matrix(name: str, array: Floats, dim: int) -> Floats:
@@ -131,8 +133,7 @@ def _check_matrix(name: str, array: Floats, dim: int) -> Floats:
         raise InvalidArgument(f"{name} has shape {list(array.shape)}, it must hold at least one row")
     if matrix.dtype != np.float32:
         raise InvalidArgument(f"{name} has dtype {matrix.dtype}, the engine takes float32")
-    finite = np.isfinite(matrix)
-    if not finite.all():
-        row, column = np.argwhere(~finite)[0]
+    if not np.isfinite(matrix).all():
+        row, column = np.argwhere(~np.isfinite(matrix))[0]
         raise InvalidArgument(f"{name}[{row}, {column}] is {matrix[row, column]}, it must be a finite number")
     return matrix

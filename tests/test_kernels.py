@@ -1,12 +1,15 @@
 """Kernels against each other: equal answers, unchanged arguments; the arena and memory beneath them."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 
 from htm_service import arena as arena_module
 from htm_service.arena import Arena, Budget
 from htm_service.errors import OutOfMemory
-from htm_service.kernels import ChunkBatch, Kernel, resolve_kernel
+from htm_service.kernels import Batch, Kernel, Search, resolve_kernel
 from htm_service.kernels.resolve import KERNELS
 from htm_service.memory import Memory, sum_slots
 
@@ -18,54 +21,115 @@ def make_arena(limit: int = 1 << 24, dtype: torch.dtype = torch.float32) -> tupl
     return Arena(DIM, SIZE, dtype, torch.device("cpu"), budget), budget
 
 
-def make_batch(*, num_rows: int, k: int, positions: bool, hidden: float, dtype: torch.dtype) -> ChunkBatch:
-    torch.manual_seed(num_rows * 100 + k)
+def make_memory(length: int, dtype: torch.dtype = torch.float32) -> Memory:
+    """A memory of random tokens whose unwritten slots hold NaN: they may hold anything."""
     arena, budget = make_arena(dtype=dtype)
     memory = Memory(arena, budget)
-    memory.append(torch.randn(17 * SIZE, DIM).to(dtype))
-    arena.page(memory.pages[3])[2:] = torch.nan  # slots that were never written hold anything
-    visible = torch.rand(num_rows, k, SIZE) >= hidden
-    pages = memory.page_table[torch.randint(0, 17, (num_rows, k))]
-    visible &= ~((pages == memory.pages[3])[..., None] & (torch.arange(SIZE) >= 2))
-    weights = torch.rand(num_rows, k).softmax(dim=-1) if k else torch.zeros(num_rows, 0)
+    memory.append(torch.randn(length, DIM).to(dtype))
+    if length % SIZE:
+        arena.page(memory.pages[-1])[length % SIZE :] = torch.nan
+    return memory
+
+
+def make_search(memory: Memory, k: int, num_queries: int = 1, **changes: Any) -> Search:
+    """A look at all of a memory, but for `changes`."""
+    whole = Search(memory.keys, memory.page_table, 0, 0, memory.length, num_queries, min(k, memory.num_chunks))
+    return replace(whole, **changes)
+
+
+def make_batch(searches: list[Search], arena: Arena, *, positions: bool = False) -> Batch:
+    """Random queries for these searches."""
+    num_rows = sum(search.num_queries for search in searches)
     table = torch.randn(SIZE, DIM) if positions else None
-    return ChunkBatch(arena, pages, visible, weights, torch.randn(num_rows, HEADS, DIM), table)
+    heads = torch.randn(num_rows, HEADS, DIM)
+    return Batch(arena, torch.randn(num_rows, DIM), heads, table, searches, tokens=True)
 
 
-@pytest.mark.parametrize("name", ["blocked", "compiled"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("positions", [False, True])
-@pytest.mark.parametrize("hidden", [0.0, 0.5, 1.1])
-@pytest.mark.parametrize(("num_rows", "k"), [(1, 1), (1, 7), (19, 3)])
-def test_kernels_equal_the_reference(
-    name: str, num_rows: int, k: int, hidden: float, positions: bool, dtype: torch.dtype
-) -> None:
-    batch = make_batch(num_rows=num_rows, k=k, positions=positions, hidden=hidden, dtype=dtype)
-    clones = [tensor.clone() for tensor in (batch.pages, batch.visible, batch.weights, batch.heads)]
-    contents = batch.arena.take(batch.pages.flatten())
-    expected = resolve_kernel(torch.device("cpu"), "reference").attend_chunks(batch, tokens=True)
-    result = resolve_kernel(torch.device("cpu"), name).attend_chunks(batch, tokens=True)
-    for field in ("z", "token_weights", "token_scores"):
+def check_equal(batch: Batch) -> None:
+    """The compiled kernel answers as the reference does, and changes nothing."""
+    tensors = (batch.summary, batch.heads, *(search.keys for search in batch.searches), batch.arena.contents)
+    before = [None if tensor is None else tensor.nan_to_num(7) for tensor in tensors]
+    expected = resolve_kernel(torch.device("cpu"), "reference").attend(batch)
+    result = resolve_kernel(torch.device("cpu"), "compiled").attend(batch)
+    assert torch.equal(result.chunk_index, expected.chunk_index)
+    for field in ("chunk_weight", "z", "token_weight", "token_score"):
         got, want = getattr(result, field), getattr(expected, field)
-        finite = want.isfinite()
-        assert torch.equal(finite, got.isfinite()), field
-        difference = (got[finite] - want[finite]).abs()
-        if len(difference):
-            print(f"{name} {field}: max {difference.max():.2e}, mean {difference.mean():.2e}")
-        torch.testing.assert_close(got[finite], want[finite], rtol=1e-5, atol=1e-5)
-    for before, after in zip(clones, (batch.pages, batch.visible, batch.weights, batch.heads), strict=True):
-        assert torch.equal(before, after)
-    assert torch.equal(contents.nan_to_num(7), batch.arena.take(batch.pages.flatten()).nan_to_num(7))
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda m: f"{field}: {m}")  # noqa: B023
+    quiet = resolve_kernel(torch.device("cpu"), "compiled").attend(replace(batch, tokens=False))
+    assert torch.equal(quiet.z.nan_to_num(7), result.z.nan_to_num(7)) and quiet.token_weight is None
+    for tensor, copy in zip(tensors, before, strict=True):
+        assert tensor is None or copy is None or torch.equal(tensor.nan_to_num(7), copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("positions", [False, True])
+@pytest.mark.parametrize(("num_queries", "k", "length"), [(1, 1, 3), (1, 7, 17 * SIZE), (19, 3, 16 * SIZE + 2)])
+def test_compiled_answers_equal_the_reference(
+    num_queries: int, k: int, length: int, positions: bool, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(length + k)
+    memory = make_memory(length, dtype)
+    other = Memory(memory.arena, Budget(1 << 20))
+    other.append(torch.randn(11 * SIZE, DIM).to(dtype))
+    searches = [
+        make_search(memory, k, num_queries),
+        make_search(other, 2),
+        make_search(Memory(memory.arena, Budget(1 << 20)), k, 2),  # an empty session
+        make_search(other, 9, num_queries, start=SIZE + 2, stop=6 * SIZE + 1),
+        make_search(other, 9, num_queries, token_mask=torch.rand(11 * SIZE) < 0.4),
+        make_search(other, 9, num_queries, token_mask=torch.zeros(11 * SIZE, dtype=torch.bool)),
+        make_search(other, 9, num_queries, hidden=torch.rand(11) < 0.5),
+        make_search(other, 9, num_queries, hidden=torch.rand(num_queries, 11) < 0.5),
+        make_search(
+            other, 3, num_queries, keys=other.keys[4:9], pages=other.page_table[4:9], first=4, start=4 * SIZE, stop=44
+        ),
+    ]
+    check_equal(make_batch(searches, memory.arena, positions=positions))
+
+
+@pytest.mark.parametrize("num_keys", [1, 5, 63, 64, 65, 200])
+@pytest.mark.parametrize("num_queries", [1, 3, 4, 9])
+def test_compiled_selection_equals_the_reference(num_keys: int, num_queries: int) -> None:
+    torch.manual_seed(num_keys * num_queries)
+    memory = make_memory(num_keys * SIZE)
+    searches = [
+        make_search(memory, 7, num_queries, hidden=hidden)
+        for hidden in (None, torch.rand(num_keys) < 0.3, torch.rand(num_queries, num_keys) < 0.3)
+    ]
+    check_equal(make_batch(searches, memory.arena))
+
+
+def logits_of(rows: list[list[float]], k: int, hidden: torch.Tensor | None = None) -> Batch:
+    """A batch whose logits are `rows`: the summary keys are unit vectors."""
+    arena, budget = make_arena()
+    memory = Memory(arena, budget)
+    memory.append(torch.randn(len(rows[0]) * SIZE, DIM))
+    summary = torch.nn.functional.pad(torch.tensor(rows), (0, DIM - len(rows[0])))
+    search = make_search(memory, k, len(rows), keys=torch.eye(DIM)[: len(rows[0])].contiguous(), hidden=hidden)
+    return Batch(arena, summary, torch.randn(len(rows), HEADS, DIM), None, [search])
 
 
 @pytest.mark.parametrize("name", KERNELS)
 def test_selection_is_descending_and_ties_go_to_the_lower_index(name: str) -> None:
     kernel: Kernel = resolve_kernel(torch.device("cpu"), name)
-    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [5.0, 1.0, 2.0, 4.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]])
-    values, index = kernel.select(logits, 2)
-    assert index.tolist() == [[1, 2], [0, 3], [0, 1]] and values.tolist() == [[3, 3], [5, 4], [0, 0]]
-    values, index = kernel.select(logits, 5)
-    assert index.tolist() == [[1, 2, 4, 3, 0], [0, 3, 4, 2, 1], [0, 1, 2, 3, 4]]
+    rows = [[1.0, 3.0, 3.0, 2.0, 3.0], [5.0, 1.0, 2.0, 4.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
+    found = kernel.attend(logits_of(rows, 2))
+    assert found.chunk_index.tolist() == [[1, 2], [0, 3], [0, 1]]
+    expected = torch.tensor([[3.0, 3.0], [5.0, 4.0], [0.0, 0.0]]).softmax(dim=-1)
+    torch.testing.assert_close(found.chunk_weight, expected)
+    found = kernel.attend(logits_of(rows, 5))
+    assert found.chunk_index.tolist() == [[1, 2, 4, 3, 0], [0, 3, 4, 2, 1], [0, 1, 2, 3, 4]]
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_no_hidden_chunk_is_taken_and_an_overflow_is_told(name: str) -> None:
+    kernel: Kernel = resolve_kernel(torch.device("cpu"), name)
+    rows = [[4.0, 3.0, 2.0], [4.0, 3.0, 2.0], [torch.inf, 0.0, 0.0]]
+    hidden = torch.tensor([[True, False, True], [True, True, True], [False, True, True]])
+    found = kernel.attend(logits_of(rows, 2, hidden))
+    assert found.chunk_index[:2].tolist() == [[1, -1], [-1, -1]]
+    assert found.chunk_weight[:2].tolist() == [[1, 0], [0, 0]]
+    assert found.z[1].eq(0).all() and found.chunk_weight[2].isnan().all()
 
 
 def test_pages_are_taken_and_given_back_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,50 +1,99 @@
-"""What a kernel is: scoring summary keys, selecting the top-k, and attending in the selected chunks.
+"""What a kernel is: the arithmetic of the read path, for a batch of queries of many sessions.
 
-Shapes: R query rows, D width, H heads, C chunk size, M chunks of a session, K selected chunks per row.
+Shapes: R query rows of a batch, Q rows of one search, D width, H heads, E width per head, C chunk size, n tokens of a
+session, m chunks a search may see, K chunks per row.
 Kernels are pure: they never change their arguments. They do not know sessions, requests or models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
 from htm_service.arena import Arena
 
 
-@dataclass(frozen=True, slots=True)
-class ChunkBatch:
-    """The selected chunks of R rows.
+class Projections(NamedTuple):
+    """A model's weights as the read path takes them, float32, contiguous, scales included; see docs/attention.md."""
 
-    `pages` [R, K] int64 (any page where `weights` is 0), `visible` [R, K, C] bool, `weights` [R, K] float32,
-    `heads` [R, H, D] float32: the absorbed queries a_h; `positions` [C, D] float32 or None.
+    summary: Tensor
+    """[D, D], `summary_bias` [D]: from a query to what meets summary keys."""
+    summary_bias: Tensor
+    query: Tensor
+    """[H E, D], `query_bias` [H E]: from a query to the heads' queries."""
+    query_bias: Tensor
+    key: Tensor
+    """[H, E, D]: from a head's query to what meets tokens."""
+    value: Tensor
+    """[H, E, D]: from a head's sum of tokens to its values."""
+    output: Tensor
+    """[D, H E], `output_bias` [D]: from the heads' values to the answer."""
+    output_bias: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Search:
+    """Q rows of the batch, next to each other, that look at the same m chunks of one session; m may be 0.
+
+    `keys` [m, D] float32 summary keys; `pages` [m] int64, where the contents are; both of the chunks from `first` on.
+    Of the tokens those at positions `start` .. `stop`-1 are visible, and of them, with `token_mask` [n] bool, those
+    that it marks. `k` at most m; `hidden` [m] or [Q, m] bool, the chunks that must not be taken, or None.
+    """
+
+    keys: Tensor
+    pages: Tensor
+    first: int
+    start: int
+    stop: int
+    num_queries: int
+    k: int
+    token_mask: Tensor | None = None
+    hidden: Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Searches over one arena, their rows following each other.
+
+    `summary` [R, D] float32 meets the summary keys, `heads` [R, H, D] float32 the tokens plus `positions` [C, D];
+    with `tokens`, the answer says how tokens took part.
     """
 
     arena: Arena
-    pages: Tensor
-    visible: Tensor
-    weights: Tensor
+    summary: Tensor
     heads: Tensor
     positions: Tensor | None
+    searches: Sequence[Search]
+    tokens: bool = False
+
+    @property
+    def width(self) -> int:
+        """K, the greatest k of the searches."""
+        return max(search.k for search in self.searches)
 
 
 @dataclass(frozen=True, slots=True)
-class ChunkAttention:
-    """`z` [R, H, D] float32: sum over the K chunks of weight x softmax-weighted tokens, before projection.
+class Attended:
+    """What R rows took, best chunk first, ties to the lower index.
 
-    When asked for: `token_weights` [R, K, C], in-chunk weights as a mean over heads, 0 where not visible;
-    `token_scores` [R, K, C], in-chunk logits as a mean over heads, -inf where not visible.
+    `chunk_index` [R, K] int64, -1 where fewer could be taken; `chunk_weight` [R, K] float32, 0 there, and NaN in a
+    whole row whose logits overflowed; `z` [R, H, D] float32: the sum over chunks of weight x softmax-weighted tokens.
+    With `Batch.tokens`: `token_weight` [R, K, C], in-chunk weights as a mean over heads, 0 where not visible;
+    `token_score` [R, K, C], in-chunk logits as a mean over heads, -inf where not visible.
     """
 
+    chunk_index: Tensor
+    chunk_weight: Tensor
     z: Tensor
-    token_weights: Tensor | None
-    token_scores: Tensor | None
+    token_weight: Tensor | None
+    token_score: Tensor | None
 
 
 class Kernel(Protocol):
-    """One implementation of the read path's three steps."""
+    """One implementation of the read path."""
 
     name: str
 
@@ -52,14 +101,14 @@ class Kernel(Protocol):
         """Do what the first batch should not have to wait for."""
         ...
 
-    def score(self, keys: Tensor, summary: Tensor) -> Tensor:
-        """Summary logits [R, M] of absorbed queries [R, D] over summary keys [M, D]."""
+    def fold(self, projections: Projections, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries [R, D] as `Batch.summary` [R, D] and `Batch.heads` [R, H, D]."""
         ...
 
-    def select(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """The k greatest of each row [R, M], k <= M: logits, indexes [R, k], descending; ties to the lower index."""
+    def attend(self, batch: Batch) -> Attended:
+        """Score the keys, take the top-k chunks of each row, attend in them, sum them up."""
         ...
 
-    def attend_chunks(self, batch: ChunkBatch, *, tokens: bool) -> ChunkAttention:
-        """Attend in the selected chunks; with `tokens`, say how the tokens took part."""
+    def project(self, projections: Projections, z: Tensor) -> Tensor:
+        """`Attended.z` [R, H, D] as answers [R, D]."""
         ...

@@ -1,138 +1,109 @@
-"""The read path on a CPU, compiled: all rows of a batch in one call that holds no interpreter lock.
+"""The read path on a CPU, compiled: a whole batch in three calls that hold no interpreter lock.
 
-`BlockedKernel` spends a dozen calls into torch on every row, each of which takes the interpreter's lock again from
-the event loop. Here numba compiles the loops over rows, chunks, slots and heads, and the loop goes on answering
-meanwhile. Contents are read in place, once, page by page; nothing is gathered or allocated per row.
-Shapes: R rows, D width, H heads, C chunk size, K selected chunks per row, P pages.
+In torch a batch is dozens of calls, and after every one the device's thread has to take the interpreter's lock back
+from the event loop, which meanwhile has work of its own. Here numba compiles the loops, and nothing is handed over
+between. Keys and contents are read in place, once; nothing is gathered.
 Does not know sessions, requests or models. Needs numba; `resolve.py` falls back where it is not there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import cache, partial
-from typing import Any
-
-import numba
 import numpy as np
-import numpy.typing as npt
 import torch
+from torch import Tensor
 
-from htm_service.kernels.base import ChunkAttention, ChunkBatch
-from htm_service.kernels.blocked import BlockedKernel
+from htm_service.arena import Arena, Budget
+from htm_service.kernels import loops
+from htm_service.kernels.base import Attended, Batch, Projections, Search
 
-Array = npt.NDArray[Any]
+_ENCODINGS = {
+    torch.float32: loops.FLOAT32,
+    torch.bfloat16: loops.BFLOAT16,
+    torch.float16: loops.FLOAT16,
+}
 
 
-class CompiledKernel(BlockedKernel):
-    """Scoring and selection of the blocked kernel, chunk attention compiled for float32 contents.
-
-    Contents of another dtype, which numba cannot read, go the blocked kernel's way.
-    """
+class CompiledKernel:
+    """See the head of this module."""
 
     name = "compiled"
 
     def warm_up(self) -> None:
         """Compile now rather than with the first batch; from numba's cache on disk, where it can write one."""
-        _attend_rows()
+        arena = Arena(1, 1, torch.float32, torch.device("cpu"), Budget(64))
+        search = Search(torch.zeros(1, 1), torch.tensor(arena.allocate(1)), 0, 0, 0, 1, 1)
+        one, cube = torch.ones(1, 1), torch.ones(1, 1, 1)
+        projections = Projections(one, one[0], one, one[0], cube, cube, one, one[0])
+        summary, heads = self.fold(projections, one)
+        self.project(projections, self.attend(Batch(arena, summary, heads, None, [search])).z)
 
-    def attend_chunks(self, batch: ChunkBatch, *, tokens: bool) -> ChunkAttention:
-        """All rows in one call; see `ChunkAttention`."""
+    def fold(self, projections: Projections, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """In one call; see `Kernel`."""
+        num_heads, _, dim = projections.key.shape
+        summary = np.empty((len(queries), dim), np.float32)
+        heads = np.empty((len(queries), num_heads, dim), np.float32)
+        weights = (tensor.numpy() for tensor in projections[:5])
+        loops.fold(queries.contiguous().numpy(), *weights, summary, heads)
+        return torch.from_numpy(summary), torch.from_numpy(heads)
+
+    def project(self, projections: Projections, z: Tensor) -> Tensor:
+        """In one call; see `Kernel`."""
+        output = np.empty((len(z), z.shape[2]), np.float32)
+        loops.project(z.numpy(), *(tensor.numpy() for tensor in projections[5:]), output)
+        return torch.from_numpy(output)
+
+    def attend(self, batch: Batch) -> Attended:
+        """All rows in one call; see `Attended`."""
         contents = batch.arena.contents
-        if contents is None or contents.dtype != torch.float32:
-            return super().attend_chunks(batch, tokens=tokens)
-        num_rows, num_chunks, size = batch.visible.shape
-        num_heads = batch.heads.shape[1]
-        z = torch.zeros_like(batch.heads)
-        by_slot = batch.heads.new_zeros(num_rows, num_heads, size)
-        if batch.positions is None:
-            position_logits = by_slot.new_zeros(by_slot.shape)
-        else:
-            position_logits = batch.heads @ batch.positions.T
-        listed = (num_rows, num_chunks, size) if tokens else (0, 0, 0)
-        token_weights = batch.weights.new_zeros(listed)
-        token_scores = batch.weights.new_full(listed, -torch.inf)
-        _attend_rows()(
-            *(
-                tensor.contiguous().numpy()
-                for tensor in (contents, batch.pages, batch.visible, batch.weights, batch.heads, position_logits)
-            ),
-            *(tensor.numpy() for tensor in (z, by_slot, token_weights, token_scores)),
-            tokens,
+        assert contents is not None, "this kernel runs on a CPU"
+        # Arrays, not tensors, because each of torch's calls gives the interpreter's lock away.
+        num_rows, size = len(batch.heads), batch.arena.chunk_size
+        wide, narrow = contents, torch.empty(0, size, batch.arena.dim, dtype=torch.uint16)
+        if contents.dtype != torch.float32:
+            wide, narrow = torch.empty(0, size, batch.arena.dim), contents.view(torch.uint16)
+        listed = (num_rows, batch.width, size) if batch.tokens else (0, size, size)
+        index = np.full((num_rows, batch.width), -1)
+        weight = np.zeros(index.shape, np.float32)
+        z = np.zeros(batch.heads.shape, np.float32)
+        token_weight = np.zeros(listed, np.float32)
+        token_score = np.full(listed, -np.inf, np.float32)
+        positions = np.empty((0, batch.arena.dim), np.float32) if batch.positions is None else batch.positions.numpy()
+        loops.attend(
+            wide.numpy(),
+            narrow.numpy(),
+            _ENCODINGS[contents.dtype],
+            np.array([_addresses(search) for search in batch.searches], loops.SEARCH),
+            batch.summary.numpy(),
+            batch.heads.numpy(),
+            *(positions, index, weight, z, token_weight, token_score),
         )
-        if batch.positions is not None:
-            z += by_slot @ batch.positions
-        return ChunkAttention(z, token_weights if tokens else None, token_scores if tokens else None)
+        return Attended(
+            torch.from_numpy(index),
+            torch.from_numpy(weight),
+            torch.from_numpy(z),
+            torch.from_numpy(token_weight) if batch.tokens else None,
+            torch.from_numpy(token_score) if batch.tokens else None,
+        )
 
 
-@cache
-def _attend_rows() -> Callable[..., None]:
-    """The compiled loops; compiled by the first call, because nothing happens at import."""
-    floats3, floats2 = numba.float32[:, :, ::1], numba.float32[:, ::1]
-    signature = numba.void(
-        floats3, numba.int64[:, ::1], numba.boolean[:, :, ::1], floats2, floats3, floats3,
-        floats3, floats3, floats3, floats3, numba.boolean,
-    )  # fmt: skip
-    # Sums may be reordered, or they could not be vectorised; NaN and infinity must stay what they are.
-    compile_loops = partial(numba.njit, signature, nogil=True, fastmath={"contract", "reassoc", "nsz", "arcp"})
-    compiled: Callable[..., None]
-    try:
-        compiled = compile_loops(cache=True)(_loops)
-    except RuntimeError:  # no folder that numba could write its cache to, as in a read-only container
-        compiled = compile_loops()(_loops)
-    return compiled
+def _addresses(search: Search) -> tuple[int, ...]:
+    """A search as the loops take it."""
+    return (
+        _address(search.keys),
+        _address(search.pages),
+        _address(search.token_mask),
+        _address(search.hidden),
+        int(search.hidden is not None and search.hidden.ndim == 2),
+        len(search.keys),
+        search.first,
+        search.start,
+        search.stop,
+        search.num_queries,
+        search.k,
+    )
 
 
-def _loops(
-    contents: Array,  # [P, C, D]
-    pages: Array,  # [R, K]
-    visible: Array,  # [R, K, C]
-    weights: Array,  # [R, K]
-    heads: Array,  # [R, H, D]
-    position_logits: Array,  # [R, H, C]
-    z: Array,  # [R, H, D], zeros; written
-    by_slot: Array,  # [R, H, C], zeros; written: weights summed over chunks
-    token_weights: Array,  # [R, K, C] or empty, zeros; written
-    token_scores: Array,  # [R, K, C] or empty, -inf; written
-    tokens: bool,
-) -> None:
-    num_rows, num_heads, dim = heads.shape
-    num_chunks, size = visible.shape[1], visible.shape[2]
-    share = np.empty((num_heads, size), np.float32)
-    for r in range(num_rows):
-        for k in range(num_chunks):
-            page = contents[pages[r, k]]
-            for c in range(size):
-                if visible[r, k, c]:
-                    mean = np.float32(0)
-                    for h in range(num_heads):
-                        logit = position_logits[r, h, c]
-                        for d in range(dim):
-                            logit += heads[r, h, d] * page[c, d]
-                        share[h, c] = logit
-                        mean += logit
-                    if tokens:
-                        token_scores[r, k, c] = mean / np.float32(num_heads)
-            for h in range(num_heads):
-                greatest = np.float32(-np.inf)
-                for c in range(size):
-                    if visible[r, k, c] and not share[h, c] <= greatest:  # a NaN becomes the greatest, and stays
-                        greatest = share[h, c]
-                total = np.float32(0)
-                for c in range(size):
-                    if visible[r, k, c]:
-                        share[h, c] = np.exp(share[h, c] - greatest)
-                        total += share[h, c]
-                for c in range(size):
-                    if visible[r, k, c]:
-                        part = share[h, c] / total
-                        if tokens:
-                            token_weights[r, k, c] += part / np.float32(num_heads)
-                        share[h, c] = part * weights[r, k]
-                        by_slot[r, h, c] += share[h, c]
-            for c in range(size):
-                if visible[r, k, c]:
-                    for h in range(num_heads):
-                        part = share[h, c]
-                        for d in range(dim):
-                            z[r, h, d] += part * page[c, d]
+def _address(tensor: Tensor | None) -> int:
+    """Where a tensor's numbers are, 0 for none."""
+    assert tensor is None or tensor.is_contiguous()
+    return 0 if tensor is None else tensor.data_ptr()

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from einops import einsum, rearrange
 from torch import Tensor
+from torch.nn import functional
 
-from htm_service.kernels.base import ChunkAttention, ChunkBatch
+from htm_service.kernels.base import Attended, Batch, Projections, Search
 
 ROWS_AT_ONCE = 16
 """Rows whose contents [rows, K, C, D] are gathered together: bounds the workspace."""
@@ -20,31 +21,88 @@ class ReferenceKernel:
     def warm_up(self) -> None:
         """Nothing: torch is ready."""
 
-    def score(self, keys: Tensor, summary: Tensor) -> Tensor:
-        """[M, D], [R, D] -> [R, M]."""
-        return summary @ keys.T
+    def fold(self, projections: Projections, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """Two matrix products, and one per head."""
+        summary = functional.linear(queries, projections.summary, projections.summary_bias)
+        head_queries = functional.linear(queries, projections.query, projections.query_bias)
+        head_queries = rearrange(head_queries, "r (h e) -> r h e", h=len(projections.key))
+        return summary, einsum(head_queries, projections.key, "r h e, h e d -> r h d")
 
-    def select(self, logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """[R, M] -> [R, k], [R, k]; a stable sort keeps ties in order, where topk promises none."""
-        ordered, indexes = logits.sort(dim=-1, descending=True, stable=True)
-        return ordered[:, :k], indexes[:, :k]
+    def attend(self, batch: Batch) -> Attended:
+        """Search by search: select and attend; see `Attended`."""
+        parts: list[Attended] = []
+        first = 0
+        for search in batch.searches:
+            rows = torch.arange(first, first := first + search.num_queries)
+            parts.extend(_attend(batch, search, part - rows[0], part) for part in rows.split(ROWS_AT_ONCE))
+        return Attended(
+            torch.cat([part.chunk_index for part in parts]),
+            torch.cat([part.chunk_weight for part in parts]),
+            torch.cat([part.z for part in parts]),
+            torch.cat([part.token_weight for part in parts if part.token_weight is not None]) if batch.tokens else None,
+            torch.cat([part.token_score for part in parts if part.token_score is not None]) if batch.tokens else None,
+        )
 
-    def attend_chunks(self, batch: ChunkBatch, *, tokens: bool) -> ChunkAttention:
-        """Rows in blocks; see `ChunkAttention`."""
-        parts = [self._attend(batch, rows) for rows in torch.arange(len(batch.heads)).split(ROWS_AT_ONCE)]
-        z, weights, scores = (torch.cat(part) for part in zip(*parts, strict=True))
-        return ChunkAttention(z, weights if tokens else None, scores if tokens else None)
+    def project(self, projections: Projections, z: Tensor) -> Tensor:
+        """One matrix product per head, and one for all."""
+        values = einsum(z, projections.value, "r h d, h e d -> r h e")
+        return functional.linear(values.flatten(1), projections.output, projections.output_bias)
 
-    def _attend(self, batch: ChunkBatch, rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        heads, visible, weights = batch.heads[rows], batch.visible[rows], batch.weights[rows]
-        num_rows, num_chunks = weights.shape
-        x = batch.arena.take(batch.pages[rows].flatten()).float()
-        x = rearrange(x, "(r k) c d -> r k c d", r=num_rows, k=num_chunks)
-        # Slots that were never written hold anything, NaN included, and 0 x NaN is NaN.
-        x = x.masked_fill(~visible[..., None], 0.0)
-        y = x if batch.positions is None else x + batch.positions
-        scores = einsum(heads, y, "r h d, r k c d -> r h k c")
-        scores = scores.masked_fill(~visible[:, None], -torch.inf)
-        shares = scores.softmax(dim=-1).masked_fill(~visible[:, None], 0.0)  # chunks without a visible token: 0 / 0
-        z = einsum(shares * weights[:, None, :, None], y, "r h k c, r k c d -> r h d")
-        return z, shares.mean(dim=1), scores.mean(dim=1)
+
+def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Attended:
+    """Rows of one search: their numbers in the search and in the batch."""
+    index, logits = _select(search, batch.summary[rows], queries)
+    taken = index >= 0
+    # A row without any chunk would be 0 / 0; one that overflowed stays NaN.
+    weight = logits.softmax(dim=-1).masked_fill(logits == -torch.inf, 0.0)
+    visible = _visible(search, index, batch.arena.chunk_size)  # [Q, k, C]
+    if len(search.pages):
+        pages = search.pages[index.clamp(min=0)]
+        x = rearrange(batch.arena.take(pages.flatten()).float(), "(q k) c d -> q k c d", k=search.k)
+    else:
+        x = weight.new_zeros(*visible.shape, batch.arena.dim)
+    # Slots that were never written hold anything, NaN included, and 0 x NaN is NaN.
+    x = x.masked_fill(~visible[..., None], 0.0)
+    y = x if batch.positions is None else x + batch.positions
+    scores = einsum(batch.heads[rows], y, "q h d, q k c d -> q h k c")
+    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    shares = scores.softmax(dim=-1).masked_fill(~visible[:, None], 0.0)  # chunks without a visible token: 0 / 0
+    z = einsum(shares * weight[:, None, :, None], y, "q h k c, q k c d -> q h d")
+
+    def widen(tensor: Tensor, fill: float) -> Tensor:
+        """From the search's k chunks to the batch's K."""
+        wide = tensor.new_full((tensor.shape[0], batch.width, *tensor.shape[2:]), fill)
+        wide[:, : search.k] = tensor
+        return wide
+
+    return Attended(
+        widen(torch.where(taken, index + search.first, -1), -1),
+        widen(weight, 0.0),
+        z,
+        widen(shares.mean(dim=1), 0.0) if batch.tokens else None,
+        widen(scores.mean(dim=1), -torch.inf) if batch.tokens else None,
+    )
+
+
+def _select(search: Search, summary: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+    """Indexes [Q, k] among the search's chunks, -1 for none, and logits; a stable sort keeps ties in order."""
+    scores = summary @ search.keys.T  # [Q, m]
+    overflowed = ~scores.isfinite()
+    if search.hidden is not None:
+        hidden = search.hidden if search.hidden.ndim == 1 else search.hidden[queries]
+        scores = scores.masked_fill(hidden, -torch.inf)
+        overflowed &= ~hidden
+    logits, index = scores.sort(dim=-1, descending=True, stable=True)
+    logits, index = logits[:, : search.k], index[:, : search.k]
+    index = index.where(logits > -torch.inf, -1)
+    return index, logits.masked_fill(overflowed.any(dim=-1, keepdim=True), torch.nan)
+
+
+def _visible(search: Search, index: Tensor, chunk_size: int) -> Tensor:
+    """Visible slots [Q, k, C] of chunks `index` [Q, k]."""
+    slots = torch.arange(chunk_size, device=index.device)
+    positions = (search.first + index)[..., None] * chunk_size + slots
+    visible = (positions >= search.start) & (positions < search.stop) & (index >= 0)[..., None]
+    if search.token_mask is not None and len(search.token_mask):
+        visible &= search.token_mask[positions.clamp(0, len(search.token_mask) - 1)]
+    return visible
