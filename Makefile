@@ -45,8 +45,8 @@ format: $(STAMP)  ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## Served attends per second beside a naive service's, in one run
-	@$(BIN)/python -m bench.served $(ARGS)
+bench: $(STAMP)  ## S1 to S12, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
+	@$(BIN)/python -m bench $(ARGS)
 
 image:  ## Build the image htm-service (ARGS="--build-arg ...", see Dockerfile)
 	docker build -t htm-service $(ARGS) .

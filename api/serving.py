@@ -15,6 +15,7 @@ import sys
 from collections.abc import Iterator
 
 import uvicorn
+from fastapi import FastAPI
 
 from api.app import create_app
 from api.settings import Settings
@@ -42,8 +43,8 @@ class Server(uvicorn.Server):
         yield
 
 
-def serve(settings: Settings) -> None:
-    """Serve until SIGTERM or SIGINT.
+def serve(settings: Settings, app: FastAPI | None = None) -> None:
+    """Serve until SIGTERM or SIGINT; `app` is one that `create_app` made of these settings, and by default just that.
 
     Raises OSError when it cannot listen, and what `create_app`'s lifespan raises when it cannot start.
     """
@@ -54,7 +55,7 @@ def serve(settings: Settings) -> None:
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each plug-in that it loads
     with listen_socket(settings.host, settings.port) as listener:
-        app = create_app(settings)
+        app = app or create_app(settings)
         config = uvicorn.Config(
             app,
             lifespan="off",  # entered below: what goes wrong in it is then an exception, not a log entry

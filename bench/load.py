@@ -1,7 +1,7 @@
 """A load generator of its own process: keep-alive connections that post the same bodies over and over.
 
 Raw sockets and hand-made HTTP, because httpx takes longer to send a request than the server to answer it.
-Prints one JSON line: requests, seconds, latencies, its own CPU seconds (to tell that it was not the limit).
+Prints one JSON line: requests, rates, latencies, its own CPU seconds (to tell that it was not the limit).
 """
 
 from __future__ import annotations
@@ -16,37 +16,89 @@ from pathlib import Path
 import numpy as np
 
 
-async def connection(
-    host: str, port: int, requests: list[bytes], first: int, until: float, latencies: list[float]
-) -> None:
-    reader, writer = await asyncio.open_connection(host, port)
-    place = first
-    while time.perf_counter() < until:
-        began = time.perf_counter()
-        writer.write(requests[place % len(requests)])
-        head = await reader.readuntil(b"\r\n\r\n")
-        if b" 200 " not in head[:20]:
-            raise RuntimeError(head.decode())
-        low = head.lower()
-        start = low.index(b"content-length:") + 15
-        await reader.readexactly(int(low[start : low.index(b"\r\n", start)]))
-        latencies.append(time.perf_counter() - began)
-        place += 1
-    writer.close()
+class Connection(asyncio.Protocol):
+    """Sends a request, waits for the whole answer, sends the next one, until its time is over."""
+
+    def __init__(self, requests: list[bytes], first: int, until: float) -> None:
+        self.requests = requests
+        self.place = first
+        self.until = until
+        self.latencies: list[float] = []
+        self.batch_sizes: list[int] = []
+        self.done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.transport: asyncio.WriteTransport | None = None
+        self.received = b""
+        self.began = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Send the first request."""
+        assert isinstance(transport, asyncio.WriteTransport)
+        self.transport = transport
+        self.send()
+
+    def send(self) -> None:
+        """Send the next request."""
+        assert self.transport is not None
+        self.began = time.perf_counter()
+        self.transport.write(self.requests[self.place % len(self.requests)])
+        self.place += 1
+
+    def data_received(self, data: bytes) -> None:
+        """Collect an answer; when it is whole, note it and go on."""
+        self.received += data
+        end = self.received.find(b"\r\n\r\n")
+        if end < 0:
+            return
+        head = self.received[:end].lower()
+        if len(self.received) < end + 4 + int(_header(head, b"content-length")):
+            return
+        now = time.perf_counter()
+        if b" 200" not in head[:20]:
+            self.done.set_exception(RuntimeError(self.received.decode(errors="replace")[:500]))
+            return
+        self.latencies.append(now - self.began)
+        self.batch_sizes.append(int(_header(head, b"x-batch-size") or 0))
+        self.received = b""
+        if now < self.until:
+            self.send()
+        else:
+            self.done.set_result(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """A connection that ends early is a failure."""
+        if not self.done.done():
+            self.done.set_exception(error or ConnectionError("the server closed the connection"))
+
+
+def _header(head: bytes, name: bytes) -> bytes:
+    start = head.find(b"\r\n" + name + b":")
+    if start < 0:
+        return b""
+    start += len(name) + 3
+    end = head.find(b"\r\n", start)
+    return head[start : end if end >= 0 else None].strip()
 
 
 async def run(host: str, port: int, requests: list[bytes], connections: int, seconds: float) -> dict[str, float]:
-    latencies: list[float] = []
     began = time.perf_counter()
-    until = began + seconds
-    await asyncio.gather(*(connection(host, port, requests, index, until, latencies) for index in range(connections)))
+    loop = asyncio.get_running_loop()
+    open_ones = []
+    for number in range(connections):
+
+        def make(first: int = number) -> Connection:
+            return Connection(requests, first, began + seconds)
+
+        open_ones.append((await loop.create_connection(make, host, port))[1])
+    await asyncio.gather(*(connection.done for connection in open_ones))
     wall = time.perf_counter() - began
     usage = resource.getrusage(resource.RUSAGE_SELF)
+    latencies = np.concatenate([connection.latencies for connection in open_ones])
     return {
         "requests": len(latencies),
         "per_s": len(latencies) / wall,
         "p50_ms": float(np.percentile(latencies, 50)) * 1e3,
         "p99_ms": float(np.percentile(latencies, 99)) * 1e3,
+        "mean_batch": float(np.mean(np.concatenate([connection.batch_sizes for connection in open_ones]))),
         "load_cpu_share": (usage.ru_utime + usage.ru_stime) / wall,
     }
 

@@ -103,6 +103,16 @@ class Arena:
         assert slab is not None, f"page {page} is not in use"
         return slab[page % self.slab_pages]
 
+    def put(self, pages: list[int], contents: torch.Tensor) -> None:
+        """Fill pages with `contents` [N, C, D]; pages that follow each other in one step."""
+        first = 0
+        for place in range(1, len(pages) + 1):
+            is_end = place == len(pages) or pages[place] != pages[place - 1] + 1 or pages[place] % self.slab_pages == 0
+            if is_end:
+                at = pages[first] % self.slab_pages
+                self._slab(pages[first] // self.slab_pages)[at : at + place - first] = contents[first:place]
+                first = place
+
     def take(self, pages: torch.Tensor) -> torch.Tensor:
         """Pages [N] (int64) as a copy of their contents [N, C, D]."""
         shape = (len(pages), self.chunk_size, self.dim)

@@ -5,6 +5,7 @@ Bytes are little-endian, C order, [T, D]. Does not know pages or sessions.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -41,9 +42,9 @@ def to_tokens(embeddings: Floats, dtype: DType) -> torch.Tensor:
 
 def to_bytes(tokens: torch.Tensor) -> bytes:
     """Tokens [T, D] on the CPU as bytes."""
-    return tokens.contiguous().view(torch.uint8).numpy().tobytes()
+    return (tokens if tokens.dtype == torch.float32 else tokens.view(torch.int16)).numpy().tobytes()
 
 
-def from_bytes(data: bytes, dtype: DType, dim: int) -> torch.Tensor:
-    """Bytes as tokens [T, D] on the CPU; a copy, because torch takes no read-only memory."""
-    return torch.frombuffer(bytearray(data), dtype=TORCH_DTYPES[dtype]).view(-1, dim)
+def from_bytes(parts: Iterable[bytes], dtype: DType, dim: int) -> torch.Tensor:
+    """Parts that follow each other as tokens [T, D] on the CPU; a copy, because torch takes no read-only memory."""
+    return torch.frombuffer(bytearray().join(parts), dtype=TORCH_DTYPES[dtype]).view(-1, dim)

@@ -135,7 +135,7 @@ class Inspection:
         settings = session.settings
         num_copied = 0
         for block in self._store.read_blocks(session.sid, start, stop):
-            tokens = from_bytes(block.data, settings.dtype, settings.dim).float().numpy()
+            tokens = from_bytes([block.data], settings.dtype, settings.dim).float().numpy()
             low, high = max(start, block.start), min(stop, block.start + block.num_tokens)
             into[low - start : high - start] = tokens[low - block.start : high - block.start]
             num_copied += high - low

@@ -74,19 +74,24 @@ class Memory:
         """Add tokens [T, D] of the arena's dtype, from any device. Raises OutOfMemory, changing nothing."""
         size = self.chunk_size
         num_new = -(-(self.length + len(tokens)) // size) - self.num_chunks
-        self._reserve_keys(self.num_chunks + num_new)
-        pages = self.arena.allocate(num_new)
-        first = self.num_chunks
-        self._pages += pages
-        if pages:
-            self._page_table[first : first + num_new] = torch.tensor(pages)
+        if num_new:
+            self._add_pages(num_new)
         tokens = tokens.to(self.arena.device)
         head = min(-self.length % size, len(tokens))
-        self._fill_open(tokens[:head])
         body = (len(tokens) - head) // size * size
+        self._fill_open(tokens[:head] if head < len(tokens) else tokens)
         if body:
             self._add_sealed(tokens[head : head + body].view(-1, size, self.arena.dim))
-        self._fill_open(tokens[head + body :])
+        if head + body < len(tokens):
+            self._fill_open(tokens[head + body :])
+
+    def _add_pages(self, num_new: int) -> None:
+        """Take pages for `num_new` chunks more, all or none."""
+        first = self.num_chunks
+        self._reserve_keys(first + num_new)
+        pages = self.arena.allocate(num_new)
+        self._pages += pages
+        self._page_table[first : first + num_new] = torch.tensor(pages)
         self._look()
 
     def contents(self, chunks: Tensor) -> Tensor:
@@ -111,16 +116,15 @@ class Memory:
         self.arena.page(self._pages[chunk])[slot : slot + len(tokens)] = tokens
         if slot == 0:
             self._open_sum.zero_()
-        for token in tokens:
-            self._open_sum += token
+        for place in range(len(tokens)):
+            self._open_sum += tokens[place]
         self.length += len(tokens)
         torch.div(self._open_sum, slot + len(tokens), out=self._keys[chunk])
 
     def _add_sealed(self, chunks: Tensor) -> None:
         """Add whole chunks [m, C, D] at a chunk's boundary."""
         first = self.length // self.chunk_size
-        for place, chunk in enumerate(chunks):
-            self.arena.page(self._pages[first + place])[:] = chunk
+        self.arena.put(self._pages[first : first + len(chunks)], chunks)
         self._keys[first : first + len(chunks)] = sum_slots(chunks) / self.chunk_size
         self.length += len(chunks) * self.chunk_size
 

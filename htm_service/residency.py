@@ -11,6 +11,7 @@ All methods but the loader's run on the device thread. Does not know requests or
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections import OrderedDict
@@ -27,7 +28,7 @@ from htm_service.errors import HTMError, OutOfMemory, Unhealthy
 from htm_service.memory import Memory
 from htm_service.session import NewTokens, Session
 from htm_service.visibility import EpisodeRun
-from storage.base import Store, StoreError
+from storage.base import Block, Store, StoreError
 
 PIECE_BYTES = 8 << 20
 """Bytes copied to the device between two batches while a session loads."""
@@ -115,8 +116,13 @@ class Residency:
     def _load(self, session: Session) -> None:
         error: HTMError | None = None
         try:
+            added: Callable[[], None] | None = None
             for piece in self._pieces(session):
-                self._add_piece(session, piece)
+                if added is not None:
+                    added()
+                added = self._add_piece(session, piece)  # while the next one is read
+            if added is not None:
+                added()
         except HTMError as reason:
             error = reason
         except StoreError as reason:
@@ -127,39 +133,42 @@ class Residency:
         self._worker.post(lambda: self._end_load(session, error))
 
     def _pieces(self, session: Session) -> Iterable[list[NewTokens]]:
-        settings = session.settings
-        piece: list[NewTokens] = []
+        """The stored tokens in lots of about PIECE_BYTES, neighbours of one episode together."""
+        lot: list[Block] = []
         num_bytes = 0
         for block in self._store.read_blocks(session.sid):
-            piece.append(NewTokens(block.start, from_bytes(block.data, settings.dtype, settings.dim), block.episode))
+            lot.append(block)
             num_bytes += len(block.data)
             if num_bytes >= PIECE_BYTES:
-                yield piece
-                piece, num_bytes = [], 0
-        if piece:
-            yield piece
+                yield _merged(lot, session)
+                lot, num_bytes = [], 0
+        if lot:
+            yield _merged(lot, session)
 
-    def _add_piece(self, session: Session, piece: list[NewTokens]) -> None:
-        """Have the device thread add `piece`, and wait for it: at most one piece is in flight."""
+    def _add_piece(self, session: Session, piece: list[NewTokens]) -> Callable[[], None]:
+        """Have the device thread add `piece`; the answer waits for that, and raises what went wrong."""
         done = threading.Event()
         errors: list[HTMError] = []
 
         def add() -> None:
             try:
                 if session.memory is not None:
-                    for new in _merged(piece):
+                    for new in piece:
                         self._add(session, new)
             except HTMError as error:
                 errors.append(error)
             finally:
                 done.set()
 
+        def wait() -> None:
+            while not done.wait(0.5):
+                if not self._worker.is_running:
+                    raise Unhealthy("the device thread has stopped")
+            if errors:
+                raise errors[0]
+
         self._worker.post(add)
-        while not done.wait(0.5):
-            if not self._worker.is_running:
-                raise Unhealthy("the device thread has stopped")
-        if errors:
-            raise errors[0]
+        return wait
 
     # --- the device thread again ---
 
@@ -212,14 +221,11 @@ class Residency:
         return Memory(arena, self.budget)
 
 
-def _merged(piece: list[NewTokens]) -> list[NewTokens]:
+def _merged(lot: list[Block], session: Session) -> list[NewTokens]:
     """Neighbours of one episode as one: a session appended token by token loads in few steps."""
-    merged: list[NewTokens] = []
-    run: list[NewTokens] = []
-    for new in [*piece, None]:
-        if run and (new is None or new.episode != run[0].episode):
-            merged.append(NewTokens(run[0].start, torch.cat([part.tokens for part in run]), run[0].episode))
-            run = []
-        if new is not None:
-            run.append(new)
-    return merged
+    settings = session.settings
+    runs = (list(run) for _, run in itertools.groupby(lot, key=lambda block: block.episode))
+    return [
+        NewTokens(run[0].start, from_bytes([block.data for block in run], settings.dtype, settings.dim), run[0].episode)
+        for run in runs
+    ]

@@ -10,6 +10,7 @@ from htm_service import arena as arena_module
 from htm_service.arena import Arena, Budget
 from htm_service.errors import OutOfMemory
 from htm_service.kernels import Batch, Kernel, Search, resolve_kernel
+from htm_service.kernels.compiled import CompiledKernel
 from htm_service.kernels.resolve import KERNELS
 from htm_service.memory import Memory, sum_slots
 
@@ -50,13 +51,15 @@ def check_equal(batch: Batch) -> None:
     tensors = (batch.summary, batch.heads, *(search.keys for search in batch.searches), batch.arena.contents)
     before = [None if tensor is None else tensor.nan_to_num(7) for tensor in tensors]
     expected = resolve_kernel(torch.device("cpu"), "reference").attend(batch)
-    result = resolve_kernel(torch.device("cpu"), "compiled").attend(batch)
-    assert torch.equal(result.chunk_index, expected.chunk_index)
-    for field in ("chunk_weight", "z", "token_weight", "token_score"):
-        got, want = getattr(result, field), getattr(expected, field)
-        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True, msg=lambda m: f"{field}: {m}")  # noqa: B023
-    quiet = resolve_kernel(torch.device("cpu"), "compiled").attend(replace(batch, tokens=False))
-    assert torch.equal(quiet.z.nan_to_num(7), result.z.nan_to_num(7)) and quiet.token_weight is None
+    for num_threads in (1, 3):
+        kernel = CompiledKernel(num_threads)
+        result = kernel.attend(batch)
+        assert torch.equal(result.chunk_index, expected.chunk_index)
+        for field in ("chunk_weight", "z", "token_weight", "token_score"):
+            got, want = getattr(result, field), getattr(expected, field)
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
+        quiet = kernel.attend(replace(batch, tokens=False))
+        assert torch.equal(quiet.z.nan_to_num(7), result.z.nan_to_num(7)) and quiet.token_weight is None
     for tensor, copy in zip(tensors, before, strict=True):
         assert tensor is None or copy is None or torch.equal(tensor.nan_to_num(7), copy)
 

@@ -8,6 +8,12 @@ Does not know sessions, requests or models. Needs numba; `resolve.py` falls back
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -23,10 +29,18 @@ _ENCODINGS = {
 }
 
 
+ROWS_PER_THREAD = 8
+"""A batch is shared out in parts of at least this many rows: fewer are not worth waking another thread for."""
+
+
 class CompiledKernel:
-    """See the head of this module."""
+    """See the head of this module. `num_threads` share a large batch, the caller's thread being one of them."""
 
     name = "compiled"
+
+    def __init__(self, num_threads: int | None = None) -> None:
+        self.num_threads = num_threads or _num_cores()
+        self._helpers = ThreadPoolExecutor(max(1, self.num_threads - 1), "htm-kernel")
 
     def warm_up(self) -> None:
         """Compile now rather than with the first batch; from numba's cache on disk, where it can write one."""
@@ -42,14 +56,20 @@ class CompiledKernel:
         num_heads, _, dim = projections.key.shape
         summary = np.empty((len(queries), dim), np.float32)
         heads = np.empty((len(queries), num_heads, dim), np.float32)
-        weights = (tensor.numpy() for tensor in projections[:5])
-        loops.fold(queries.contiguous().numpy(), *weights, summary, heads)
+        rows, weights = queries.contiguous().numpy(), [tensor.numpy() for tensor in projections[:5]]
+        self._together(
+            [
+                partial(loops.fold, rows[part], *weights, summary[part], heads[part])
+                for part in self._row_parts(len(queries))
+            ]
+        )
         return torch.from_numpy(summary), torch.from_numpy(heads)
 
     def project(self, projections: Projections, z: Tensor) -> Tensor:
         """In one call; see `Kernel`."""
         output = np.empty((len(z), z.shape[2]), np.float32)
-        loops.project(z.numpy(), *(tensor.numpy() for tensor in projections[5:]), output)
+        rows, weights = z.numpy(), [tensor.numpy() for tensor in projections[5:]]
+        self._together([partial(loops.project, rows[part], *weights, output[part]) for part in self._row_parts(len(z))])
         return torch.from_numpy(output)
 
     def attend(self, batch: Batch) -> Attended:
@@ -68,15 +88,18 @@ class CompiledKernel:
         token_weight = np.zeros(listed, np.float32)
         token_score = np.full(listed, -np.inf, np.float32)
         positions = np.empty((0, batch.arena.dim), np.float32) if batch.positions is None else batch.positions.numpy()
-        loops.attend(
-            wide.numpy(),
-            narrow.numpy(),
-            _ENCODINGS[contents.dtype],
-            np.array([_addresses(search) for search in batch.searches], loops.SEARCH),
-            batch.summary.numpy(),
-            batch.heads.numpy(),
-            *(positions, index, weight, z, token_weight, token_score),
-        )
+        rows = (batch.summary.numpy(), batch.heads.numpy(), index, weight, z, token_weight, token_score)
+
+        def attend_part(first: int, searches: list[Search]) -> None:
+            table = np.array([_addresses(search) for search in searches], loops.SEARCH)
+            stop = first + sum(search.num_queries for search in searches)
+            summary, heads, *written = (array[first:stop] for array in rows)
+            loops.attend(
+                wide.numpy(), narrow.numpy(), _ENCODINGS[contents.dtype], table, summary, heads, positions, *written
+            )
+
+        parts = _share_out(batch.searches, num_rows, self._num_parts(num_rows))
+        self._together([partial(attend_part, *part) for part in parts])
         return Attended(
             torch.from_numpy(index),
             torch.from_numpy(weight),
@@ -84,6 +107,44 @@ class CompiledKernel:
             torch.from_numpy(token_weight) if batch.tokens else None,
             torch.from_numpy(token_score) if batch.tokens else None,
         )
+
+    def _num_parts(self, num_rows: int) -> int:
+        return max(1, min(self.num_threads, num_rows // ROWS_PER_THREAD))
+
+    def _row_parts(self, num_rows: int) -> list[slice]:
+        """All rows in parts of about the same size."""
+        num_parts = self._num_parts(num_rows)
+        return [slice(num_rows * part // num_parts, num_rows * (part + 1) // num_parts) for part in range(num_parts)]
+
+    def _together(self, calls: Sequence[Callable[[], None]]) -> None:
+        """Make all the calls at once, the first on this thread."""
+        helped = [self._helpers.submit(call) for call in calls[1:]]
+        calls[0]()
+        for call in helped:
+            call.result()
+
+
+def _num_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _share_out(searches: Sequence[Search], num_rows: int, num_parts: int) -> list[tuple[int, list[Search]]]:
+    """Parts of about equally many rows, each with its first row; a search may be cut in two."""
+    parts: list[tuple[int, list[Search]]] = [(0, [])]
+    row = 0
+    for search in searches:
+        done = 0
+        while done < search.num_queries:
+            if row >= num_rows * len(parts) // num_parts:
+                parts.append((row, []))
+            taken = min(search.num_queries - done, num_rows * len(parts) // num_parts - row)
+            hidden = search.hidden
+            if hidden is not None and hidden.ndim == 2:
+                hidden = hidden[done : done + taken]
+            parts[-1][1].append(replace(search, num_queries=taken, hidden=hidden) if num_parts > 1 else search)
+            done, row = done + taken, row + taken
+    return parts
 
 
 def _addresses(search: Search) -> tuple[int, ...]:

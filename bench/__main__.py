@@ -1,0 +1,55 @@
+"""`make bench`: S1 to S12, each beside its bar."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import tempfile
+import time
+from pathlib import Path
+
+from bench import in_process, over_http
+from bench.figures import Figure, print_figures, say
+from bench.scene import make_scene
+
+OVER_HTTP = ("S1", "S2", "S3", "S8", "S9")
+ALL = tuple(f"S{number}" for number in range(1, 13))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="make bench", description=__doc__)
+    parser.add_argument("--only", default=",".join(ALL), help="ids, separated by commas: S1,S4")
+    parser.add_argument("--quick", action="store_true", help="smaller and shorter, under 2 minutes: a look, no figure")
+    parser.add_argument("--sessions", type=int, default=64, help="sessions of S1 to S3")
+    options = parser.parse_args()
+    wanted = options.only.upper().split(",")
+    if unknown := set(wanted) - set(ALL):
+        parser.error(f"unknown: {', '.join(sorted(unknown))}; there are {', '.join(ALL)}")
+    sessions = min(options.sessions, 8) if options.quick else options.sessions
+    began = time.perf_counter()
+    figures: list[Figure] = []
+    with tempfile.TemporaryDirectory() as directory:
+        stage = make_scene(Path(directory))
+        if set(OVER_HTTP).intersection(wanted):
+            say("over HTTP")
+            figures += over_http.measure(stage, options.quick, sessions, wanted)
+        for id, case in (
+            ("S4", in_process.attends_many),
+            ("S5", in_process.attends_long),
+            ("S6", in_process.attends_batch),
+            ("S7", in_process.appends),
+            ("S11", in_process.latency),
+        ):
+            if id in wanted:
+                say(id)
+                figures.append(asyncio.run(case(stage, options.quick)))
+        if {"S10", "S12"}.intersection(wanted):
+            say("S10, S12")
+            found = asyncio.run(in_process.restore(stage, options.quick))
+            figures += [figure for figure in found if figure.id in wanted]
+    figures.sort(key=lambda figure: int(figure.id[1:]))
+    print_figures(figures, quick=options.quick, sessions=sessions, seconds=round(time.perf_counter() - began))
+
+
+if __name__ == "__main__":
+    main()
