@@ -114,7 +114,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         dtype=settings.dtype,
         memory_budget_bytes=settings.memory_budget_bytes,
         max_waiting=settings.max_waiting,
-        max_batch=settings.max_batch,
+        max_batch_products=settings.max_batch_products,
         default_timeout_s=settings.default_timeout_ms / 1e3,
         recalls_per_session=settings.recalls_per_session,
         create_on_append=settings.create_on_append,

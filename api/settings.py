@@ -86,7 +86,11 @@ class Settings(BaseSettings):
         default=30_000, gt=0, le=3_600_000, description="Deadline of an attend without its own."
     )
     max_waiting: int = Field(default=4096, ge=1, description="Requests that may wait; more are answered 503.")
-    max_batch: int = Field(default=64, ge=1, description="Most requests in one batch on the device.")
+    max_batch_products: int = Field(
+        default=256 << 20,
+        ge=1,
+        description="Multiply-adds of one batch on the device (about 10 ms of a core); more is done in parts.",
+    )
     recalls_per_session: int = Field(
         default=64, ge=0, le=10_000, description="Recalls kept per session for inspection."
     )

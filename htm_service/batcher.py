@@ -4,6 +4,9 @@ The engine uses it twice: for the device (attends become a batch) and for the st
 transaction). There is no artificial delay: an idle worker takes the first item at once, a busy one finds
 what has gathered meanwhile.
 
+Items wait in lanes, one for each session. A batch takes from the lanes in turn, up to a cost, so that no session
+waits behind all of another's; within a lane the order is that of admission.
+
 An item that is admitted gets exactly one outcome: a result, an error of its own, or, when the worker dies or
 is closed, an `Unavailable`. A batch that fails as a whole is run again item by item.
 Does not know: what the items are. Asyncio futures are touched on their loop only.
@@ -15,8 +18,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Generic, TypeAlias, TypeVar
@@ -45,6 +48,7 @@ class Ticket(Generic[Item, Result]):
     cost: int
     deadline: float | None
     submitted_at: float
+    lane: Hashable = None
     started_at: float = field(default=0.0)
 
     @property
@@ -85,7 +89,9 @@ class Batcher(Generic[Item, Result]):
         self._on_death = on_death
         self._clock = clock
         self._changed = threading.Condition()
-        self._waiting: deque[Ticket[Item, Result]] = deque()
+        self._lanes: OrderedDict[Hashable, deque[Ticket[Item, Result]]] = OrderedDict()
+        """What waits; the lane whose turn it is stands first."""
+        self._num_waiting = 0
         self._actions: deque[Callable[[], None]] = deque()
         self._open: set[Ticket[Item, Result]] = set()
         self._draining = False
@@ -101,20 +107,23 @@ class Batcher(Generic[Item, Result]):
         self._thread = threading.Thread(target=self._work, name=f"htm-{self.name}", daemon=True)
         self._thread.start()
 
-    def submit(self, item: Item, *, cost: int = 1, deadline: float | None = None) -> asyncio.Future[Result]:
+    def submit(
+        self, item: Item, *, cost: int = 1, deadline: float | None = None, lane: Hashable = None
+    ) -> asyncio.Future[Result]:
         """Admit an item. Raises Overloaded, Draining or Unhealthy at once when it cannot be."""
         assert self._loop is not None, "the batcher is not started"
-        ticket = Ticket(item, self._loop.create_future(), cost, deadline, self._clock())
+        ticket = Ticket(item, self._loop.create_future(), cost, deadline, self._clock(), lane)
         with self._changed:
             if self.unhealthy_reason is not None:
                 raise Unhealthy(self.unhealthy_reason)
             if self._draining:
                 raise Draining("the server is stopping and takes no new work")
-            if len(self._waiting) >= self.max_waiting:
+            if self._num_waiting >= self.max_waiting:
                 raise Overloaded(
-                    f"{len(self._waiting)} requests wait for the {self.name}, the limit is {self.max_waiting}"
+                    f"{self._num_waiting} requests wait for the {self.name}, the limit is {self.max_waiting}"
                 )
-            self._waiting.append(ticket)
+            self._lanes.setdefault(lane, deque()).append(ticket)
+            self._num_waiting += 1
             self._open.add(ticket)
             self._changed.notify()
         return ticket.future
@@ -139,7 +148,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def num_waiting(self) -> int:
         """Items that wait for their batch."""
-        return len(self._waiting)
+        return self._num_waiting
 
     # --- the runners' side (any thread) ---
 
@@ -179,7 +188,8 @@ class Batcher(Generic[Item, Result]):
         """Refuse everything from now on, and fail what was admitted, with `reason`."""
         with self._changed:
             self.unhealthy_reason = reason
-            self._waiting.clear()
+            self._lanes.clear()
+            self._num_waiting = 0
             self._actions.clear()
             rest = list(self._open)
         self.finish((ticket, Unhealthy(reason)) for ticket in rest)
@@ -200,19 +210,31 @@ class Batcher(Generic[Item, Result]):
     def _take(self) -> tuple[list[Callable[[], None]], list[Ticket[Item, Result]]] | None:
         """All actions and the next batch of what waits; None when there is nothing left and never will be."""
         with self._changed:
-            while not self._actions and not self._waiting:
+            while not self._actions and not self._lanes:
                 if self._stopped:
                     return None
                 self._changed.wait()
             actions = list(self._actions)
             self._actions.clear()
-            tickets: list[Ticket[Item, Result]] = []
-            cost = 0
-            while self._waiting and (not tickets or cost + self._waiting[0].cost <= self.max_cost):
-                ticket = self._waiting.popleft()
-                cost += ticket.cost
-                tickets.append(ticket)
-        return actions, tickets
+            return actions, self._take_batch()
+
+    def _take_batch(self) -> list[Ticket[Item, Result]]:
+        """One ticket of each lane in turn, until the next would pass the cost; a dearer one is a batch of its own."""
+        tickets: list[Ticket[Item, Result]] = []
+        cost = 0
+        while self._lanes:
+            lane, waiting = next(iter(self._lanes.items()))
+            if tickets and cost + waiting[0].cost > self.max_cost:
+                break
+            ticket = waiting.popleft()
+            if waiting:
+                self._lanes.move_to_end(lane)
+            else:
+                del self._lanes[lane]
+            cost += ticket.cost
+            tickets.append(ticket)
+        self._num_waiting -= len(tickets)
+        return tickets
 
     def run_now(self, taken: list[Ticket[Item, Result]]) -> None:
         """Run admitted tickets as a batch (worker's thread): what the loop took, or what was parked."""

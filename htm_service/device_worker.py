@@ -60,7 +60,7 @@ class DeviceWorker:
     ) -> None:
         self.reader = reader
         self.batcher: Batcher[Job, Any] = Batcher(
-            "device", self.run, max_waiting=config.max_waiting, max_cost=config.max_batch, on_death=on_death
+            "device", self.run, max_waiting=config.max_waiting, max_cost=config.max_batch_products, on_death=on_death
         )
         self.residency = Residency(store, device, config.memory_budget_bytes, self.batcher, self.answer_parked)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from htm_service import validation
+from htm_service import parts, validation
 from htm_service.committer import Change, Committer
 from htm_service.config import EngineConfig
 from htm_service.device import choose_device
@@ -258,14 +258,31 @@ class Engine:
         validation.check_model_dim(name, model, session.settings.dim)
         top_k = request.top_k or model.config.top_k
         timeout_s = request.timeout_s or self.config.default_timeout_s
-        future = self.worker.batcher.submit(Attend(session, model, request, top_k), cost=len(request.queries))
-        result: AttendResult = await _within(future, timeout_s)
+        result = await self._compute(Attend(session, model, request, top_k), timeout_s)
         if request.payloads:
             result = await self._inspection.with_payloads(session, result)
         session.num_attends += 1
         session.num_queries += len(request.queries)
         session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
         return result
+
+    async def _compute(self, attend: Attend, timeout_s: float) -> AttendResult:
+        """One attend through the batcher, in several parts when it costs more than a batch may."""
+        session, settings, length = attend.session, attend.session.settings, attend.session.length
+        cost = parts.products_per_query(
+            attend.model.config, dim=settings.dim, length=length, chunk_size=settings.chunk_size, top_k=attend.top_k
+        )
+        pieces = parts.split(attend.request, max(1, self.config.max_batch_products // cost), length)
+        futures: list[asyncio.Future[AttendResult]] = []
+        try:
+            for piece in pieces:
+                job = replace(attend, request=piece)
+                futures.append(self.worker.batcher.submit(job, cost=cost * len(piece.queries), lane=session.sid))
+            return parts.merge([await _within(future, timeout_s) for future in futures], length)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
 
     async def _append(self, session: Session, request: AppendRequest) -> AppendResult:
         started = time.monotonic()
@@ -310,7 +327,8 @@ class Engine:
     async def _submit(self, change: Change) -> object:
         cost = len(change.write.data) if isinstance(change.write, Append) else 1
         try:
-            return await self._committer.batcher.submit(change, cost=max(1, cost))
+            lane = None if change.session is None else change.session.sid
+            return await self._committer.batcher.submit(change, cost=max(1, cost), lane=lane)
         except StoreFull as error:
             raise DiskFull(str(error)) from None
         except StoreError as error:

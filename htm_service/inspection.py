@@ -171,7 +171,7 @@ async def engine_info(
         limits={
             "memory_budget_bytes": config.memory_budget_bytes,
             "max_waiting": config.max_waiting,
-            "max_batch": config.max_batch,
+            "max_batch_products": config.max_batch_products,
             "max_dim": limits.MAX_DIM,
             "max_chunk_size": limits.MAX_CHUNK_SIZE,
             "max_top_k": limits.MAX_TOP_K,

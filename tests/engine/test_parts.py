@@ -1,0 +1,79 @@
+"""Attends that cost more than a batch may: done in parts, answered as a whole, and others come between."""
+
+import asyncio
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from htm_service.parts import PRODUCTS_OF_ANY_QUERY
+from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
+from tests.engine.conftest import MakeEngine
+from tests.engine.test_attend import DIM, SIZE, fill, vectors
+
+TWO_QUERIES = 3 * PRODUCTS_OF_ANY_QUERY
+"""A batch that has room for two queries and some."""
+
+
+def assert_same(got: AttendResult, expected: AttendResult) -> None:
+    np.testing.assert_allclose(got.output, expected.output, rtol=1e-5, atol=1e-6)
+    np.testing.assert_array_equal(got.chunk_index, expected.chunk_index)
+    np.testing.assert_allclose(got.chunk_weight, expected.chunk_weight, atol=1e-6)
+    assert got.length == expected.length
+
+
+async def test_parts_answer_as_the_whole(make_engine: MakeEngine) -> None:
+    whole, parted = await make_engine(), await make_engine(max_batch_products=TWO_QUERIES)
+    tokens, queries = vectors(0, 47, DIM), vectors(1, 9, DIM)
+    for engine in (whole, parted):
+        await fill(engine, "s", tokens)
+    masks = np.random.default_rng(2).random((9, 10)) < 0.6
+    for fields in ({}, {"chunk_mask": masks}, {"chunk_mask": masks[0]}, {"stop": 33, "start": 4}, {"payloads": True}):
+        request = AttendRequest(queries=queries, **dict[str, Any](fields))
+        expected, got = await whole.attend("s", request), await parted.attend("s", request)
+        assert_same(got, expected)
+        assert (got.recalled is None) == (expected.recalled is None)
+        if got.recalled is not None and expected.recalled is not None:
+            assert [[token.position for token in row] for row in got.recalled] == [
+                [token.position for token in row] for row in expected.recalled
+            ]
+    assert parted.worker.batcher.num_batches >= 5 * 5 > whole.worker.batcher.num_batches
+
+
+async def test_all_parts_see_one_length(make_engine: MakeEngine) -> None:
+    engine = await make_engine(max_batch_products=TWO_QUERIES)
+    await fill(engine, "s", vectors(0, 3, DIM))
+    queries = vectors(1, 64, DIM)
+
+    async def grow() -> None:
+        for token in vectors(2, 40, DIM):
+            await engine.append("s", AppendRequest(embeddings=token))
+
+    growing = asyncio.create_task(grow())
+    results = [await engine.attend("s", AttendRequest(queries=queries)) for _ in range(4)]
+    await growing
+    for result in results:
+        then = await engine.attend("s", AttendRequest(queries=queries, stop=result.length))
+        width = result.chunk_index.shape[1]
+        assert_same(
+            result,
+            replace(
+                then,
+                chunk_index=then.chunk_index[:, :width],
+                chunk_weight=then.chunk_weight[:, :width],
+                length=result.length,
+            ),
+        )
+
+
+async def test_a_small_attend_is_not_kept_waiting_by_a_large_one(make_engine: MakeEngine) -> None:
+    engine = await make_engine(max_batch_products=TWO_QUERIES)
+    for name in ("large", "small"):
+        await engine.create(name, SessionSettings(dim=DIM, chunk_size=SIZE))
+        await engine.append(name, AppendRequest(embeddings=vectors(0, 20, DIM)))
+    large = asyncio.create_task(engine.attend("large", AttendRequest(queries=vectors(1, 1_000, DIM))))
+    await asyncio.sleep(0)
+    for _ in range(5):
+        await engine.attend("small", AttendRequest(queries=vectors(2, 1, DIM)))
+    assert not large.done()
+    assert (await large).output.shape == (1_000, DIM)
