@@ -87,9 +87,9 @@ class Settings(BaseSettings):
     )
     max_waiting: int = Field(default=4096, ge=1, description="Requests that may wait; more are answered 503.")
     max_batch_products: int = Field(
-        default=256 << 20,
+        default=512 << 20,
         ge=1,
-        description="Multiply-adds of one batch on the device (about 10 ms of a core); more is done in parts.",
+        description="Multiply-adds of one batch on the device (about 20 ms of a core); more is done in parts.",
     )
     recalls_per_session: int = Field(
         default=64, ge=0, le=10_000, description="Recalls kept per session for inspection."

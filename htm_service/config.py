@@ -31,8 +31,8 @@ class EngineConfig:
     """Of the arenas and the summary keys together, on the device."""
     max_waiting: int = 4_096
     """Requests that may wait for the device, and as many for the store; one more is refused."""
-    max_batch_products: int = 256 << 20
-    """Multiply-adds of one batch: about 10 ms on a core. A request with more is done in several parts."""
+    max_batch_products: int = 512 << 20
+    """Multiply-adds of one batch: about 20 ms on a core. A request with more is done in several parts."""
     default_timeout_s: float = 30.0
     recalls_per_session: int = 64
     create_on_append: bool = False

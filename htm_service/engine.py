@@ -201,10 +201,19 @@ class Engine:
         session = await self._session(session_id)
         attend = validation.check_attend(attend, session.settings.dim)
         append = validation.check_append(append, session.settings.dim)
-        attended, appended = await self._attend(session, attend), await self._append(session, append)
+        try:
+            attended = await self._attend(session, attend)
+        except InvalidArgument:
+            # The masks of a repeated step fit the length of then, which is where its append began.
+            if append.idempotency_key is None:
+                raise
+            start = await self._start_of_repeated(session, append)
+            if start is None:
+                raise
+            attended = await self._attend(session, _as_of(attend, start))
+        appended = await self._append(session, append)
         if appended.start < attended.length:  # only a repeated append begins before what was seen
-            stop = appended.start if attend.stop is None else min(attend.stop, appended.start)
-            attended = await self._attend(session, replace(attend, stop=stop))
+            attended = await self._attend(session, _as_of(attend, appended.start))
             attended = replace(attended, length=appended.start)
         return attended, appended
 
@@ -298,6 +307,17 @@ class Engine:
         num_chunks = -(-written.length // session.settings.chunk_size)
         return AppendResult(written.start, written.length, num_chunks, Timing(store_s=time.monotonic() - started))
 
+    async def _start_of_repeated(self, session: Session, request: AppendRequest) -> int | None:
+        """Where an append began that was made before under the same key; None when there was none. Adds nothing."""
+        change = _prepare(session, request)
+        assert isinstance(change.write, Append)
+        try:  # the key is looked up before the length is compared, and no length is -1
+            known = await self._write_change(replace(change, write=replace(change.write, if_length=-1)))
+        except LengthConflict:
+            return None
+        assert isinstance(known, Appended)
+        return known.start
+
     async def _write(self, write: Write, session: Session | None) -> object:
         """One write for the directory, which handles what it expects to be refused."""
         return await self._submit(Change(write, session))
@@ -343,6 +363,11 @@ class Engine:
                 await self._directory.sweep()
             except Exception:
                 logging.getLogger(__name__).exception("the sweep of expired sessions failed and is tried again")
+
+
+def _as_of(attend: AttendRequest, length: int) -> AttendRequest:
+    """The attend as it was when the session had `length` tokens."""
+    return replace(attend, stop=length if attend.stop is None else min(attend.stop, length))
 
 
 def _prepare(session: Session, request: AppendRequest) -> Change:

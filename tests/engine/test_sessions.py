@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -159,6 +160,23 @@ async def test_a_repeated_step_answers_what_the_first_one_did(engine: Engine) ->
     np.testing.assert_array_equal(again[0].output, first[0].output)
     assert again[0].length == first[0].length == 7
     assert (again[1].start, again[1].length) == (first[1].start, first[1].length) == (7, 9)
+    assert (await engine.inspect("s")).length == 12
+
+
+async def test_a_repeated_step_with_masks_of_then_is_answered_as_then(engine: Engine) -> None:
+    """It was once refused, because its masks do not fit the session as it is now."""
+    tokens = vectors(1, 12, DIM)
+    await fill(engine, "s", tokens[:7])
+    mask = np.arange(7) != 2
+    attend = AttendRequest(queries=QUERY.queries, mask=mask, chunk_mask=np.ones(2, np.bool_))
+    append = AppendRequest(embeddings=tokens[7:12], idempotency_key="k")
+    first = await engine.step("s", attend, append)
+    again = await engine.step("s", attend, append)
+    np.testing.assert_array_equal(again[0].output, first[0].output)
+    assert again[0].length == 7 and (again[1].start, again[1].length) == (7, 12)
+    for other in (replace(append, idempotency_key="new"), replace(append, idempotency_key=None)):
+        with pytest.raises(InvalidArgument, match=r"mask has shape \[7\], it must be \[12\]"):
+            await engine.step("s", attend, other)
     assert (await engine.inspect("s")).length == 12
 
 
