@@ -26,13 +26,15 @@ RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin htm \
     && install -d -o htm -g htm -m 0700 /data
 COPY --from=build /opt/htm /opt/htm
 # HTM_INSECURE: in a container the published port decides who can call; compose.yaml publishes it on 127.0.0.1 only.
+# NUMBA_CACHE_DIR: the kernel is compiled for the machine that it runs on; kept, so that only the first start waits.
 ENV PATH=/opt/htm/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
     HTM_HOST=0.0.0.0 \
     HTM_PORT=8000 \
     HTM_DATA=/data \
-    HTM_INSECURE=true
+    HTM_INSECURE=true \
+    NUMBA_CACHE_DIR=/data/numba
 USER 10001:10001
 VOLUME /data
 EXPOSE 8000

@@ -8,6 +8,7 @@ Does not know sessions, requests or models. Needs numba; `resolve.py` falls back
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -44,6 +45,8 @@ class CompiledKernel:
 
     def warm_up(self) -> None:
         """Compile now rather than with the first batch; from numba's cache on disk, where it can write one."""
+        log = logging.getLogger(__name__)
+        log.info("the kernel is made ready; the first time it is compiled, which takes about 15 s")
         arena = Arena(1, 1, torch.float32, torch.device("cpu"), Budget(64))
         search = Search(torch.zeros(1, 1), torch.tensor(arena.allocate(1)), 0, 0, 0, 1, 1)
         one, cube = torch.ones(1, 1), torch.ones(1, 1, 1)
