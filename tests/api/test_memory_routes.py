@@ -196,6 +196,7 @@ BAD: dict[str, tuple[str, Any, int]] = {
     "step bad append": (STEP, {"attend": {"queries": [1, 0, 0]}, "append": {"embeddings": [1, 2]}}, 422),
     "step bad attend": (STEP, {"attend": {"queries": [1]}, "append": {"embeddings": [1, 2, 3]}}, 422),
     "deep": (MEMORIES, b"[" * 100_000, 400),
+    "deep payload": (MEMORIES, b'{"embeddings":[1,2,3],"payloads":[' + b'{"a":' * 255 + b"1" + b"}" * 255 + b"]}", 422),
     "empty": (MEMORIES, b"", 400),
 }
 
