@@ -133,10 +133,20 @@ async def test_bad_appends_change_nothing(engine: Engine, fields: dict[str, Any]
     assert right(tokens, await engine.attend("s", QUERY))
 
 
-async def test_a_value_too_large_for_float16_is_refused(engine: Engine) -> None:
-    await fill(engine, "s", vectors(0, 0, DIM), dtype="float16")
-    with pytest.raises(InvalidArgument, match="70000, the largest float16 is 65504"):
-        await engine.append("s", AppendRequest(embeddings=np.full((1, DIM), 7e4, np.float32)))
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        ("float16", 7e4, "70000, the largest float16 is 65504"),
+        ("bfloat16", 3.4e38, r"3.4e\+38, the largest bfloat16 is 3.38953e\+38"),
+    ],
+)
+async def test_a_value_too_large_for_the_dtype_is_refused(
+    engine: Engine, dtype: str, value: float, message: str
+) -> None:
+    """In bfloat16 it was once stored as infinity, and no attend could be answered after that."""
+    await fill(engine, "s", vectors(0, 0, DIM), dtype=dtype)
+    with pytest.raises(InvalidArgument, match=message):
+        await engine.append("s", AppendRequest(embeddings=np.full((1, DIM), value, np.float32)))
 
 
 async def test_step_sees_the_session_before_its_own_append(engine: Engine) -> None:
