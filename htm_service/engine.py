@@ -273,12 +273,13 @@ class Engine:
             attend.model.config, dim=settings.dim, length=length, chunk_size=settings.chunk_size, top_k=attend.top_k
         )
         pieces = parts.split(attend.request, max(1, self.config.max_batch_products // cost), length)
+        deadline = asyncio.get_running_loop().time() + timeout_s  # one for all parts
         futures: list[asyncio.Future[AttendResult]] = []
         try:
             for piece in pieces:
                 job = replace(attend, request=piece)
                 futures.append(self.worker.batcher.submit(job, cost=cost * len(piece.queries), lane=session.sid))
-            return parts.merge([await _within(future, timeout_s) for future in futures], length)
+            return parts.merge([await _within(future, deadline, timeout_s) for future in futures], length)
         except BaseException:
             for future in futures:
                 future.cancel()
@@ -369,14 +370,17 @@ def _digest(data: bytes, request: AppendRequest) -> bytes:
     return digest.digest()
 
 
-async def _within(future: asyncio.Future[T], timeout_s: float) -> T:
-    """The future's result; DeadlineExceeded after `timeout_s`, and its work is skipped if it has not begun."""
+async def _within(future: asyncio.Future[T], deadline: float, timeout_s: float) -> T:
+    """The future's result; DeadlineExceeded at `deadline`, `timeout_s` after the beginning, on the loop's clock.
+
+    The work is skipped if it has not begun by then.
+    """
 
     def expire() -> None:
         if not future.done():
             future.set_exception(DeadlineExceeded(f"the deadline of {timeout_s * 1e3:.0f} ms passed"))
 
-    timer = asyncio.get_running_loop().call_later(timeout_s, expire)
+    timer = asyncio.get_running_loop().call_at(deadline, expire)
     try:
         return await future
     finally:

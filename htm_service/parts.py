@@ -27,18 +27,17 @@ def products_per_query(config: ModelConfig, *, dim: int, length: int, chunk_size
 
 
 def split(request: AttendRequest, max_queries: int, length: int) -> list[AttendRequest]:
-    """The request in parts of at most `max_queries`, itself when it is small; all parts see the same `length`."""
+    """A checked request in parts of at most `max_queries`, itself when it is small; all parts see the same `length`."""
     num_queries = len(request.queries)
     if num_queries <= max_queries:
         return [request]
     stop = length if request.stop is None else request.stop
-    per_query = (
-        request.chunk_mask is not None and request.chunk_mask.ndim == 2 and len(request.chunk_mask) == num_queries
-    )
     parts = []
     for first in range(0, num_queries, max_queries):
         rows = slice(first, first + max_queries)
-        chunk_mask = request.chunk_mask[rows] if per_query and request.chunk_mask is not None else request.chunk_mask
+        chunk_mask = request.chunk_mask
+        if chunk_mask is not None and chunk_mask.ndim == 2:
+            chunk_mask = chunk_mask[rows]
         parts.append(replace(request, queries=request.queries[rows], stop=stop, chunk_mask=chunk_mask))
     return parts
 
