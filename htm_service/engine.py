@@ -74,6 +74,9 @@ from storage.base import (
 LARGE_BYTES = 256 << 10
 """Tensors above this are converted off the event loop."""
 
+NO_LENGTH = -1
+"""An `if_length` that no session has."""
+
 T = TypeVar("T")
 
 
@@ -201,11 +204,16 @@ class Engine:
         session = await self._session(session_id)
         attend = validation.check_attend(attend, session.settings.dim)
         append = validation.check_append(append, session.settings.dim)
-        attended, appended = await self._attend(session, attend), await self._append(session, append)
+        try:
+            attended = await self._attend(session, attend)
+        except InvalidArgument:  # a repeated step's masks are as long as the session was
+            first = await self._first_append(session, append)
+            if first is None:
+                raise
+            return await self._attend_before(session, attend, first), first
+        appended = await self._append(session, append)
         if appended.start < attended.length:  # only a repeated append begins before what was seen
-            stop = appended.start if attend.stop is None else min(attend.stop, appended.start)
-            attended = await self._attend(session, replace(attend, stop=stop))
-            attended = replace(attended, length=appended.start)
+            attended = await self._attend_before(session, attend, appended)
         return attended, appended
 
     async def read(
@@ -266,6 +274,11 @@ class Engine:
         session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
         return result
 
+    async def _attend_before(self, session: Session, request: AttendRequest, appended: AppendResult) -> AttendResult:
+        """Attend to the session as it was before this append."""
+        stop = appended.start if request.stop is None else min(request.stop, appended.start)
+        return replace(await self._attend(session, replace(request, stop=stop)), length=appended.start)
+
     async def _compute(self, attend: Attend, timeout_s: float) -> AttendResult:
         """One attend through the batcher, in several parts when it costs more than a batch may."""
         session, settings, length = attend.session, attend.session.settings, attend.session.length
@@ -285,12 +298,22 @@ class Engine:
                 future.cancel()
             raise
 
-    async def _append(self, session: Session, request: AppendRequest) -> AppendResult:
+    async def _first_append(self, session: Session, request: AppendRequest) -> AppendResult | None:
+        """What an append answered when its idempotency key came first; None when it never came. Writes nothing."""
+        if request.idempotency_key is None:
+            return None
+        try:
+            return await self._append(session, request, only_repeat=True)
+        except LengthConflict:
+            return None
+
+    async def _append(self, session: Session, request: AppendRequest, *, only_repeat: bool = False) -> AppendResult:
+        """Write tokens; with `only_repeat`, raises LengthConflict instead when this append was not made before."""
         started = time.monotonic()
         if request.embeddings.nbytes > LARGE_BYTES:
-            change = await asyncio.to_thread(_prepare, session, request)
+            change = await asyncio.to_thread(_prepare, session, request, only_repeat)
         else:
-            change = _prepare(session, request)
+            change = _prepare(session, request, only_repeat)
         written = await self._write_change(change)
         assert isinstance(written, Appended)
         if not written.replayed:
@@ -346,8 +369,8 @@ class Engine:
                 logging.getLogger(__name__).exception("the sweep of expired sessions failed and is tried again")
 
 
-def _prepare(session: Session, request: AppendRequest) -> Change:
-    """A checked append as a write for the store, with its tokens for the device."""
+def _prepare(session: Session, request: AppendRequest, only_repeat: bool) -> Change:
+    """A checked append as a write for the store, with its tokens for the device; see `Engine._append`."""
     tokens = to_tokens(request.embeddings, session.settings.dtype)
     data = to_bytes(tokens)
     write = Append(
@@ -356,7 +379,7 @@ def _prepare(session: Session, request: AppendRequest) -> Change:
         data,
         request.payloads,
         request.episode,
-        request.if_length,
+        NO_LENGTH if only_repeat else request.if_length,  # a store looks for the key before it compares lengths
         request.idempotency_key,
         _digest(data, request) if request.idempotency_key is not None else b"",
     )

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,25 @@ async def test_a_repeated_step_answers_what_the_first_one_did(engine: Engine) ->
     assert again[0].length == first[0].length == 7
     assert (again[1].start, again[1].length) == (first[1].start, first[1].length) == (7, 9)
     assert (await engine.inspect("s")).length == 12
+
+
+@pytest.mark.parametrize("fields", [{"mask": np.arange(SIZE) > 1}, {"chunk_mask": np.ones((2, 1), np.bool_)}])
+async def test_a_repeated_step_has_masks_of_the_first_ones_length(engine: Engine, fields: dict[str, Any]) -> None:
+    """They were once refused, because by then the session had grown by the step itself."""
+    tokens = vectors(1, 12, DIM)
+    await fill(engine, "s", tokens[:SIZE])
+    query, append = replace(QUERY, **fields), AppendRequest(embeddings=tokens[SIZE:7], idempotency_key="k")
+    first = await engine.step("s", query, append)
+    again = await engine.step("s", query, append)
+    np.testing.assert_array_equal(again[0].output, first[0].output)
+    assert again[0].length == first[0].length == SIZE
+    assert (again[1].start, again[1].length) == (first[1].start, first[1].length) == (SIZE, 7)
+    with pytest.raises(IdempotencyMismatch):
+        await engine.step("s", query, replace(append, episode=3))
+    for key in (None, "another"):
+        with pytest.raises(InvalidArgument, match="mask has shape"):
+            await engine.step("s", query, replace(append, idempotency_key=key))
+    assert (await engine.inspect("s")).length == 7
 
 
 async def test_everything_acknowledged_is_there_after_a_restart(make_engine: MakeEngine, sqlite_url: str) -> None:
