@@ -46,12 +46,10 @@ def merge(results: Sequence[AttendResult], length: int) -> AttendResult:
     """The parts' results as that of the whole, which saw `length` tokens."""
     if len(results) == 1:
         return results[0]
-    # A chunk may have begun between two parts; the first part has no column for it, and none could take it.
-    width = min(result.chunk_index.shape[1] for result in results)
     return AttendResult(
         output=np.concatenate([result.output for result in results]),
-        chunk_index=np.concatenate([result.chunk_index[:, :width] for result in results]),
-        chunk_weight=np.concatenate([result.chunk_weight[:, :width] for result in results]),
+        chunk_index=np.concatenate([result.chunk_index for result in results]),
+        chunk_weight=np.concatenate([result.chunk_weight for result in results]),
         recalled=None
         if results[0].recalled is None
         else [row for result in results if result.recalled is not None for row in result.recalled],

@@ -1,5 +1,6 @@
 """Served attention against the float64 definition: models, masks, ranges, time travel, dtypes, recalled tokens."""
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ def test_every_kind_of_request_equals_the_definition(
     data: st.DataObject, models: Mapping[str, tuple[ModelConfig, Weights | None]], tmp_path: Path
 ) -> None:
     """Random sessions, models, ranges, masks and chunk masks, many requests of one batch at a time."""
-    import asyncio
 
     from htm_service.config import EngineConfig
     from storage.resolve import open_store
@@ -180,6 +180,16 @@ async def test_time_travel_gives_exactly_the_answer_of_then(engine: Engine) -> N
             np.testing.assert_array_equal(now.output, answer.output)
             np.testing.assert_array_equal(now.chunk_index, answer.chunk_index)
             assert now.length == 17
+
+
+async def test_what_else_is_in_the_batch_does_not_widen_an_answer(engine: Engine) -> None:
+    """K of a range was once that of the widest search of its batch, padded with -1."""
+    await fill(engine, "s", vectors(8, 47, DIM))
+    queries = vectors(9, 3, DIM)
+    requests = [AttendRequest(queries=queries, stop=stop) for stop in (47, 4, 0, 47, 9)]
+    results = await asyncio.gather(*(engine.attend("s", request) for request in requests * 20))
+    assert engine.worker.batcher.num_batches < len(results)
+    assert [result.chunk_index.shape[1] for result in results] == [8, 1, 0, 8, 2] * 20
 
 
 async def test_ties_go_to_the_lower_chunk(engine: Engine) -> None:
