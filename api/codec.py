@@ -29,6 +29,9 @@ ITEM_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "bool": 1}
 
 FLOATS = ("float32", "float16", "bfloat16")
 
+MAX_SIZE = 2**31 - 1
+"""Of one dimension. numpy refuses an empty array, too, whose other dimension is beyond what it can address."""
+
 PIECE = 1 << 15
 """Numbers turned from or to JSON at once: about 2 ms, the longest that this holds the interpreter lock."""
 
@@ -58,6 +61,8 @@ def check_size(name: str, dtype: str, shape: object, num_bytes: int) -> tuple[in
         raise InvalidArgument(
             f"{name} of shape {shape} and dtype {dtype} takes {expected} bytes, but {num_bytes} are there"
         )
+    if max(shape) > MAX_SIZE:
+        raise InvalidArgument(f"{name} has shape {shape}; a dimension is at most {MAX_SIZE}")
     return tuple(shape)
 
 

@@ -17,6 +17,9 @@ from api.errors import shorten
 from htm_service.errors import InvalidArgument
 from htm_service.records import Bools, Floats
 
+MAX_NESTING = 254
+"""Levels of a payload that orjson writes."""
+
 
 class Fields:
     """The fields of one object. `tensors` is None in a JSON body, where tensors are fields like the others.
@@ -99,7 +102,13 @@ class Fields:
         for at, item in enumerate(value):
             if item is not None and not isinstance(item, dict):
                 raise self._wrong(f"{name}[{at}]", item, "an object or null")
-        return [None if item is None else orjson.dumps(item) for item in value]
+        return [None if item is None else self._payload(f"{name}[{at}]", item) for at, item in enumerate(value)]
+
+    def _payload(self, name: str, value: dict[str, Any]) -> bytes:
+        try:
+            return orjson.dumps(value)
+        except orjson.JSONEncodeError as error:  # it reads deeper than it writes
+            raise InvalidArgument(f"{self._where}{name} is nested more than {MAX_NESTING} levels deep") from error
 
     def inner(self, name: str) -> Fields:
         """The fields of an object that must be there; it shares the tensors."""

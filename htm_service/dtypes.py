@@ -34,9 +34,9 @@ def to_tokens(embeddings: Floats, dtype: DType) -> torch.Tensor:
     Raises InvalidArgument when a value is finite in float32 and is not in `dtype`.
     """
     tokens = torch.from_numpy(np.require(embeddings, np.float32, ["C", "W"])).to(TORCH_DTYPES[dtype])
-    if dtype == "float16" and not bool(torch.isfinite(tokens).all()):
+    if dtype != "float32" and not bool(torch.isfinite(tokens).all()):  # bfloat16 too: the largest float32 rounds up
         largest = float(np.abs(embeddings).max())
-        raise InvalidArgument(f"embeddings hold {largest:g}, the largest float16 is {torch.finfo(torch.float16).max:g}")
+        raise InvalidArgument(f"embeddings hold {largest:g}, the largest {dtype} is {torch.finfo(tokens.dtype).max:g}")
     return tokens
 
 

@@ -74,6 +74,9 @@ from storage.base import (
 LARGE_BYTES = 256 << 10
 """Tensors above this are converted off the event loop."""
 
+NO_LENGTH = -1
+"""An `if_length` that no session has."""
+
 T = TypeVar("T")
 
 
@@ -203,18 +206,14 @@ class Engine:
         append = validation.check_append(append, session.settings.dim)
         try:
             attended = await self._attend(session, attend)
-        except InvalidArgument:
-            # The masks of a repeated step fit the length of then, which is where its append began.
-            if append.idempotency_key is None:
+        except InvalidArgument:  # a repeated step's masks are as long as the session was
+            first = await self._first_append(session, append)
+            if first is None:
                 raise
-            start = await self._start_of_repeated(session, append)
-            if start is None:
-                raise
-            attended = await self._attend(session, _as_of(attend, start))
+            return await self._attend_before(session, attend, first), first
         appended = await self._append(session, append)
         if appended.start < attended.length:  # only a repeated append begins before what was seen
-            attended = await self._attend(session, _as_of(attend, appended.start))
-            attended = replace(attended, length=appended.start)
+            attended = await self._attend_before(session, attend, appended)
         return attended, appended
 
     async def read(
@@ -275,6 +274,11 @@ class Engine:
         session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
         return result
 
+    async def _attend_before(self, session: Session, request: AttendRequest, appended: AppendResult) -> AttendResult:
+        """Attend to the session as it was before this append."""
+        stop = appended.start if request.stop is None else min(request.stop, appended.start)
+        return replace(await self._attend(session, replace(request, stop=stop)), length=appended.start)
+
     async def _compute(self, attend: Attend, timeout_s: float) -> AttendResult:
         """One attend through the batcher, in several parts when it costs more than a batch may."""
         session, settings, length = attend.session, attend.session.settings, attend.session.length
@@ -282,23 +286,34 @@ class Engine:
             attend.model.config, dim=settings.dim, length=length, chunk_size=settings.chunk_size, top_k=attend.top_k
         )
         pieces = parts.split(attend.request, max(1, self.config.max_batch_products // cost), length)
+        deadline = asyncio.get_running_loop().time() + timeout_s  # one for all parts
         futures: list[asyncio.Future[AttendResult]] = []
         try:
             for piece in pieces:
                 job = replace(attend, request=piece)
                 futures.append(self.worker.batcher.submit(job, cost=cost * len(piece.queries), lane=session.sid))
-            return parts.merge([await _within(future, timeout_s) for future in futures], length)
+            return parts.merge([await _within(future, deadline, timeout_s) for future in futures], length)
         except BaseException:
             for future in futures:
                 future.cancel()
             raise
 
-    async def _append(self, session: Session, request: AppendRequest) -> AppendResult:
+    async def _first_append(self, session: Session, request: AppendRequest) -> AppendResult | None:
+        """What an append answered when its idempotency key came first; None when it never came. Writes nothing."""
+        if request.idempotency_key is None:
+            return None
+        try:
+            return await self._append(session, request, only_repeat=True)
+        except LengthConflict:
+            return None
+
+    async def _append(self, session: Session, request: AppendRequest, *, only_repeat: bool = False) -> AppendResult:
+        """Write tokens; with `only_repeat`, raises LengthConflict instead when this append was not made before."""
         started = time.monotonic()
         if request.embeddings.nbytes > LARGE_BYTES:
-            change = await asyncio.to_thread(_prepare, session, request)
+            change = await asyncio.to_thread(_prepare, session, request, only_repeat)
         else:
-            change = _prepare(session, request)
+            change = _prepare(session, request, only_repeat)
         written = await self._write_change(change)
         assert isinstance(written, Appended)
         if not written.replayed:
@@ -306,17 +321,6 @@ class Engine:
             session.updated_at = self._clock()
         num_chunks = -(-written.length // session.settings.chunk_size)
         return AppendResult(written.start, written.length, num_chunks, Timing(store_s=time.monotonic() - started))
-
-    async def _start_of_repeated(self, session: Session, request: AppendRequest) -> int | None:
-        """Where an append began that was made before under the same key; None when there was none. Adds nothing."""
-        change = _prepare(session, request)
-        assert isinstance(change.write, Append)
-        try:  # the key is looked up before the length is compared, and no length is -1
-            known = await self._write_change(replace(change, write=replace(change.write, if_length=-1)))
-        except LengthConflict:
-            return None
-        assert isinstance(known, Appended)
-        return known.start
 
     async def _write(self, write: Write, session: Session | None) -> object:
         """One write for the directory, which handles what it expects to be refused."""
@@ -365,13 +369,8 @@ class Engine:
                 logging.getLogger(__name__).exception("the sweep of expired sessions failed and is tried again")
 
 
-def _as_of(attend: AttendRequest, length: int) -> AttendRequest:
-    """The attend as it was when the session had `length` tokens."""
-    return replace(attend, stop=length if attend.stop is None else min(attend.stop, length))
-
-
-def _prepare(session: Session, request: AppendRequest) -> Change:
-    """A checked append as a write for the store, with its tokens for the device."""
+def _prepare(session: Session, request: AppendRequest, only_repeat: bool) -> Change:
+    """A checked append as a write for the store, with its tokens for the device; see `Engine._append`."""
     tokens = to_tokens(request.embeddings, session.settings.dtype)
     data = to_bytes(tokens)
     write = Append(
@@ -380,7 +379,7 @@ def _prepare(session: Session, request: AppendRequest) -> Change:
         data,
         request.payloads,
         request.episode,
-        request.if_length,
+        NO_LENGTH if only_repeat else request.if_length,  # a store looks for the key before it compares lengths
         request.idempotency_key,
         _digest(data, request) if request.idempotency_key is not None else b"",
     )
@@ -394,14 +393,17 @@ def _digest(data: bytes, request: AppendRequest) -> bytes:
     return digest.digest()
 
 
-async def _within(future: asyncio.Future[T], timeout_s: float) -> T:
-    """The future's result; DeadlineExceeded after `timeout_s`, and its work is skipped if it has not begun."""
+async def _within(future: asyncio.Future[T], deadline: float, timeout_s: float) -> T:
+    """The future's result; DeadlineExceeded at `deadline`, `timeout_s` after the beginning, on the loop's clock.
+
+    The work is skipped if it has not begun by then.
+    """
 
     def expire() -> None:
         if not future.done():
             future.set_exception(DeadlineExceeded(f"the deadline of {timeout_s * 1e3:.0f} ms passed"))
 
-    timer = asyncio.get_running_loop().call_later(timeout_s, expire)
+    timer = asyncio.get_running_loop().call_at(deadline, expire)
     try:
         return await future
     finally:

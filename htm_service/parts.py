@@ -27,19 +27,18 @@ def products_per_query(config: ModelConfig, *, dim: int, length: int, chunk_size
 
 
 def split(request: AttendRequest, max_queries: int, length: int) -> list[AttendRequest]:
-    """The request in equal parts of at most `max_queries`, itself when it is small; all see the same `length`."""
+    """A checked request in equal parts of at most `max_queries`, itself when it is small; all see one `length`."""
     num_queries = len(request.queries)
     if num_queries <= max_queries:
         return [request]
     size = -(-num_queries // -(-num_queries // max_queries))
     stop = length if request.stop is None else request.stop
-    per_query = (
-        request.chunk_mask is not None and request.chunk_mask.ndim == 2 and len(request.chunk_mask) == num_queries
-    )
     parts = []
     for first in range(0, num_queries, size):
         rows = slice(first, first + size)
-        chunk_mask = request.chunk_mask[rows] if per_query and request.chunk_mask is not None else request.chunk_mask
+        chunk_mask = request.chunk_mask
+        if chunk_mask is not None and chunk_mask.ndim == 2:
+            chunk_mask = chunk_mask[rows]
         parts.append(replace(request, queries=request.queries[rows], stop=stop, chunk_mask=chunk_mask))
     return parts
 
@@ -48,12 +47,10 @@ def merge(results: Sequence[AttendResult], length: int) -> AttendResult:
     """The parts' results as that of the whole, which saw `length` tokens."""
     if len(results) == 1:
         return results[0]
-    # A chunk may have begun between two parts; the first part has no column for it, and none could take it.
-    width = min(result.chunk_index.shape[1] for result in results)
     return AttendResult(
         output=np.concatenate([result.output for result in results]),
-        chunk_index=np.concatenate([result.chunk_index[:, :width] for result in results]),
-        chunk_weight=np.concatenate([result.chunk_weight[:, :width] for result in results]),
+        chunk_index=np.concatenate([result.chunk_index for result in results]),
+        chunk_weight=np.concatenate([result.chunk_weight for result in results]),
         recalled=None
         if results[0].recalled is None
         else [row for result in results if result.recalled is not None for row in result.recalled],

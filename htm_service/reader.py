@@ -131,7 +131,8 @@ def _split(reads: list[Read], output: Tensor, attended: Attended) -> list[Attend
         if not is_finite[rows].all():
             results.append(_overflow(read))
             continue
-        width = min(read.top_k, read.memory.num_chunks)
+        first, last = read.visibility.chunk_range(read.memory.chunk_size)
+        width = min(read.top_k, last - first)  # of its own search; the batch's may be greater
         recalled: list[list[Recalled]] | None = None
         if read.request.tokens and token_weights is not None and token_scores is not None:
             recalled = [

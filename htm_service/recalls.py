@@ -9,10 +9,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import TypeVar
 
 import numpy as np
+import numpy.typing as npt
 
 from htm_service.records import AttendRequest, AttendResult, Floats, Ints, Recall, Recalled
+
+ScalarT = TypeVar("ScalarT", bound=np.generic)
 
 QUERIES_KEPT = 8
 """Queries of one attend whose rows the ring keeps."""
@@ -37,8 +41,9 @@ class RecallLog:
     def add(self, request: AttendRequest, result: AttendResult, *, model: str, top_k: int, now: float) -> None:
         """Count one attend and keep its account."""
         index = result.chunk_index
-        self._uncounted.append((index, result.chunk_weight, now))
-        self._num_uncounted += index.size
+        if index.size:  # an empty session's would be kept for ever: they never add up to UNCOUNTED
+            self._uncounted.append((index, result.chunk_weight, now))
+            self._num_uncounted += index.size
         if self._num_uncounted >= UNCOUNTED:
             self._count()
         recalled = None
@@ -54,8 +59,8 @@ class RecallLog:
                 stop=result.length if request.stop is None else request.stop,
                 top_k=top_k,
                 num_queries=len(index),
-                chunk_index=index[:QUERIES_KEPT],
-                chunk_weight=result.chunk_weight[:QUERIES_KEPT],
+                chunk_index=_first_rows(index),
+                chunk_weight=_first_rows(result.chunk_weight),
                 recalled=recalled,
             )
         )
@@ -94,6 +99,11 @@ class RecallLog:
         self._num_recalls = np.pad(self._num_recalls, (0, more))
         self._mass = np.pad(self._mass, (0, more))
         self._last_at = np.pad(self._last_at, (0, more))
+
+
+def _first_rows(array: npt.NDArray[ScalarT]) -> npt.NDArray[ScalarT]:
+    """The first QUERIES_KEPT rows; a copy of them where a view would keep many more in memory."""
+    return array if len(array) <= QUERIES_KEPT else array[:QUERIES_KEPT].copy()
 
 
 def _without_payloads(row: Sequence[Recalled]) -> list[Recalled]:

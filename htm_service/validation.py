@@ -110,6 +110,11 @@ def check_attend(request: AttendRequest, dim: int) -> AttendRequest:
     """An attend with `queries` as [Q, D]; shapes that depend on the session's length are checked with it."""
     queries = _check_matrix("queries", request.queries, dim)
     check_range("the number of queries", len(queries), 1, limits.MAX_QUERIES)
+    chunk_mask = request.chunk_mask
+    if chunk_mask is not None and chunk_mask.ndim == 2 and len(chunk_mask) != len(queries):
+        raise InvalidArgument(
+            f"chunk_mask has shape {list(chunk_mask.shape)}, it must have one row for each of {len(queries)} queries"
+        )
     if request.top_k is not None:
         check_range("top_k", request.top_k, 1, limits.MAX_TOP_K)
     check_range("start", request.start, 0, 2**53)

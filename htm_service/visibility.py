@@ -6,7 +6,7 @@ Implements "Visibility of a token" of docs/attention.md. Does not know batches, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -85,7 +85,7 @@ def plan_visibility(
             f"chunk_mask has shape {list(chunk_mask.shape)}, it must be [{num_chunks}] or [{num_queries}, {num_chunks}]"
         )
     if request.episodes is not None:
-        of_episodes = _episode_mask(episodes, request.episodes, stop)
+        of_episodes = _episode_mask(episodes, frozenset(request.episodes), stop)
         mask = of_episodes if mask is None else mask & of_episodes
     if open_chunk == "exclude":
         stop = stop // chunk_size * chunk_size
@@ -126,7 +126,7 @@ def _is_cut(memory: Memory, visibility: Visibility, chunk: int) -> bool:
     return visibility.start > begin or visibility.stop < end
 
 
-def _episode_mask(runs: Sequence[EpisodeRun], wanted: Sequence[int], stop: int) -> Bools:
+def _episode_mask(runs: Sequence[EpisodeRun], wanted: Set[int], stop: int) -> Bools:
     mask = np.zeros(stop, dtype=np.bool_)
     for index, run in enumerate(runs):
         if run.episode in wanted:

@@ -128,7 +128,8 @@ class Append:
     """Add `num_tokens` tokens at the end of a session.
 
     Refused: NoSuchSession, WrongLength, SessionFull, KeyReused. With an `idempotency_key` that was used
-    within the last 24 hours with the same `digest`, nothing is written and the first answer is repeated.
+    within the last 24 hours with the same `digest`, nothing is written and the first answer is repeated,
+    whatever `if_length` and the session's length are now.
     """
 
     sid: int

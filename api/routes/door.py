@@ -47,7 +47,8 @@ class JsonRoute(APIRoute):
         async def read_then_handle(request: Request) -> Response:
             header = request.headers.get("content-type", "")
             if header.partition(";")[0].strip().lower() != "application/json":
-                raise UnsupportedMediaType(f"the content type is {shorten(header)}; use application/json")
+                found = f"the content type is {shorten(header)}" if header else "there is no content type"
+                raise UnsupportedMediaType(f"{found}; use application/json")
             check_encoding(request)
             body = await read_body(request, settings_of(request).max_json_body_bytes)
             try:  # FastAPI would answer 422, and take NaN, which is not JSON

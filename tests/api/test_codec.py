@@ -98,6 +98,8 @@ REJECTED: dict[str, tuple[Any, type[HTMError], str]] = {
     "no dimension": (b64(bytes(4), []), InvalidArgument, "0 dimensions"),
     "four dimensions": (b64(bytes(4), [1, 1, 1, 1]), InvalidArgument, "4 dimensions"),
     "huge": (b64(bytes(8), [2**40, 2**40]), InvalidArgument, "but 8 are there"),
+    "empty rows, hugely many": (b64(b"", [2**62, 0]), InvalidArgument, "at most 2147483647"),
+    "no row, hugely wide": (b64(b"", [0, 10**30]), InvalidArgument, "at most 2147483647"),
     "overflowing": (b64(bytes(8), [2**62, 4]), InvalidArgument, "but 8 are there"),
     "not base64": ({"b64": "!!!!", "shape": [3], "dtype": "bool"}, MalformedBody, "not base64"),
     "not ascii": ({"b64": "äöüß", "shape": [3], "dtype": "bool"}, MalformedBody, "not base64"),

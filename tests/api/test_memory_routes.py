@@ -196,6 +196,7 @@ BAD: dict[str, tuple[str, Any, int]] = {
     "step bad append": (STEP, {"attend": {"queries": [1, 0, 0]}, "append": {"embeddings": [1, 2]}}, 422),
     "step bad attend": (STEP, {"attend": {"queries": [1]}, "append": {"embeddings": [1, 2, 3]}}, 422),
     "deep": (MEMORIES, b"[" * 100_000, 400),
+    "deep payload": (MEMORIES, b'{"embeddings":[1,2,3],"payloads":[' + b'{"a":' * 255 + b"1" + b"}" * 255 + b"]}", 422),
     "empty": (MEMORIES, b"", 400),
 }
 
@@ -229,7 +230,8 @@ async def test_bad_formats(client: httpx.AsyncClient) -> None:
     check_problem(answer, 422, "invalid_argument")
     answer = await client.post(ATTEND, content=b"{}", headers={**JSON, "content-encoding": "gzip"})
     check_problem(answer, 415, "unsupported_media_type")
-    check_problem(await client.post(ATTEND, content=b"{}"), 415, "unsupported_media_type")
+    for answer in (await client.post(ATTEND, content=b"{}"), await client.put("/v1/sessions/t", content=b"{}")):
+        assert "there is no content type" in check_problem(answer, 415, "unsupported_media_type")["detail"]
 
 
 async def test_an_answer_beyond_the_limit_is_refused(serve: Serve) -> None:

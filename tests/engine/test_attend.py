@@ -1,5 +1,6 @@
 """Served attention against the float64 definition: models, masks, ranges, time travel, dtypes, recalled tokens."""
 
+import asyncio
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,6 @@ def test_every_kind_of_request_equals_the_definition(
     data: st.DataObject, models: Mapping[str, tuple[ModelConfig, Weights | None]], tmp_path: Path
 ) -> None:
     """Random sessions, models, ranges, masks and chunk masks, many requests of one batch at a time."""
-    import asyncio
 
     from htm_service.config import EngineConfig
     from storage.resolve import open_store
@@ -182,6 +182,16 @@ async def test_time_travel_gives_exactly_the_answer_of_then(engine: Engine) -> N
             assert now.length == 17
 
 
+async def test_what_else_is_in_the_batch_does_not_widen_an_answer(engine: Engine) -> None:
+    """K of a range was once that of the widest search of its batch, padded with -1."""
+    await fill(engine, "s", vectors(8, 47, DIM))
+    queries = vectors(9, 3, DIM)
+    requests = [AttendRequest(queries=queries, stop=stop) for stop in (47, 4, 0, 47, 9)]
+    results = await asyncio.gather(*(engine.attend("s", request) for request in requests * 20))
+    assert engine.worker.batcher.num_batches < len(results)
+    assert [result.chunk_index.shape[1] for result in results] == [8, 1, 0, 8, 2] * 20
+
+
 async def test_ties_go_to_the_lower_chunk(engine: Engine) -> None:
     """A query of zeros has the same logit, exactly 0, for every chunk."""
     await fill(engine, "s", vectors(7, 6 * SIZE, DIM))
@@ -220,7 +230,8 @@ async def test_an_empty_session_answers_zero(engine: Engine) -> None:
         ({"stop": 24}, "stop is 24, the session's length is 23"),
         ({"start": 9, "stop": 8}, "start is 9, it must be at most 8"),
         ({"mask": np.ones(22, bool)}, r"mask has shape \[22\], it must be \[23\]"),
-        ({"chunk_mask": np.ones((2, 5), bool)}, r"chunk_mask has shape \[2, 5\], it must be \[5\] or \[3, 5\]"),
+        ({"chunk_mask": np.ones((2, 5), bool)}, r"chunk_mask has shape \[2, 5\], .* each of 3 queries"),
+        ({"chunk_mask": np.ones((3, 4), bool)}, r"chunk_mask has shape \[3, 4\], it must be \[5\] or \[3, 5\]"),
         ({"max_recalled": 0}, "max_recalled is 0"),
         ({"rank_by": "age"}, "rank_by is 'age'"),
         ({"timeout_s": 0.0}, "timeout_ms is 0"),

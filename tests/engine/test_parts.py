@@ -1,12 +1,17 @@
 """Attends that cost more than a batch may: done in parts, answered as a whole, and others come between."""
 
 import asyncio
+import time
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
+import pytest
 
+from htm_service.errors import DeadlineExceeded, InvalidArgument
 from htm_service.parts import PRODUCTS_OF_ANY_QUERY
+from htm_service.reader import Read
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, SIZE, fill, vectors
@@ -40,6 +45,31 @@ async def test_parts_answer_as_the_whole(make_engine: MakeEngine) -> None:
     assert parted.worker.batcher.num_batches >= 5 * 5 > whole.worker.batcher.num_batches
 
 
+@pytest.mark.parametrize("rows", [1, 2, 4, 9])
+async def test_a_chunk_mask_of_other_rows_is_refused(make_engine: MakeEngine, rows: int) -> None:
+    """One with as many rows as a part has queries was once taken, and the refusal of others named a part's rows."""
+    engine = await make_engine(max_batch_products=TWO_QUERIES)
+    await fill(engine, "s", vectors(0, 47, DIM))
+    request = AttendRequest(queries=vectors(1, 8, DIM), chunk_mask=np.ones((rows, 10), np.bool_))
+    with pytest.raises(InvalidArgument, match=rf"shape \[{rows}, 10\], .* one row for each of 8 queries"):
+        await engine.attend("s", request)
+
+
+async def test_all_parts_have_one_deadline(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each part once had the whole time for itself."""
+    engine = await make_engine(max_batch_products=TWO_QUERIES)
+    await fill(engine, "s", vectors(0, 47, DIM))
+    run = engine.worker.reader.run
+
+    def slow(reads: Sequence[Read]) -> list[AttendResult | Exception]:
+        time.sleep(0.1)
+        return run(reads)
+
+    monkeypatch.setattr(engine.worker.reader, "run", slow)
+    with pytest.raises(DeadlineExceeded, match="300 ms"):
+        await engine.attend("s", AttendRequest(queries=vectors(1, 14, DIM), timeout_s=0.3))
+
+
 async def test_all_parts_see_one_length(make_engine: MakeEngine) -> None:
     engine = await make_engine(max_batch_products=TWO_QUERIES)
     await fill(engine, "s", vectors(0, 3, DIM))
@@ -54,16 +84,7 @@ async def test_all_parts_see_one_length(make_engine: MakeEngine) -> None:
     await growing
     for result in results:
         then = await engine.attend("s", AttendRequest(queries=queries, stop=result.length))
-        width = result.chunk_index.shape[1]
-        assert_same(
-            result,
-            replace(
-                then,
-                chunk_index=then.chunk_index[:, :width],
-                chunk_weight=then.chunk_weight[:, :width],
-                length=result.length,
-            ),
-        )
+        assert_same(result, replace(then, length=result.length))
 
 
 async def test_a_small_attend_is_not_kept_waiting_by_a_large_one(make_engine: MakeEngine) -> None:

@@ -134,10 +134,20 @@ async def test_bad_appends_change_nothing(engine: Engine, fields: dict[str, Any]
     assert right(tokens, await engine.attend("s", QUERY))
 
 
-async def test_a_value_too_large_for_float16_is_refused(engine: Engine) -> None:
-    await fill(engine, "s", vectors(0, 0, DIM), dtype="float16")
-    with pytest.raises(InvalidArgument, match="70000, the largest float16 is 65504"):
-        await engine.append("s", AppendRequest(embeddings=np.full((1, DIM), 7e4, np.float32)))
+@pytest.mark.parametrize(
+    ("dtype", "value", "message"),
+    [
+        ("float16", 7e4, "70000, the largest float16 is 65504"),
+        ("bfloat16", 3.4e38, r"3.4e\+38, the largest bfloat16 is 3.38953e\+38"),
+    ],
+)
+async def test_a_value_too_large_for_the_dtype_is_refused(
+    engine: Engine, dtype: str, value: float, message: str
+) -> None:
+    """In bfloat16 it was once stored as infinity, and no attend could be answered after that."""
+    await fill(engine, "s", vectors(0, 0, DIM), dtype=dtype)
+    with pytest.raises(InvalidArgument, match=message):
+        await engine.append("s", AppendRequest(embeddings=np.full((1, DIM), value, np.float32)))
 
 
 async def test_step_sees_the_session_before_its_own_append(engine: Engine) -> None:
@@ -163,21 +173,23 @@ async def test_a_repeated_step_answers_what_the_first_one_did(engine: Engine) ->
     assert (await engine.inspect("s")).length == 12
 
 
-async def test_a_repeated_step_with_masks_of_then_is_answered_as_then(engine: Engine) -> None:
-    """It was once refused, because its masks do not fit the session as it is now."""
+@pytest.mark.parametrize("fields", [{"mask": np.arange(SIZE) > 1}, {"chunk_mask": np.ones((2, 1), np.bool_)}])
+async def test_a_repeated_step_has_masks_of_the_first_ones_length(engine: Engine, fields: dict[str, Any]) -> None:
+    """They were once refused, because by then the session had grown by the step itself."""
     tokens = vectors(1, 12, DIM)
-    await fill(engine, "s", tokens[:7])
-    mask = np.arange(7) != 2
-    attend = AttendRequest(queries=QUERY.queries, mask=mask, chunk_mask=np.ones(2, np.bool_))
-    append = AppendRequest(embeddings=tokens[7:12], idempotency_key="k")
-    first = await engine.step("s", attend, append)
-    again = await engine.step("s", attend, append)
+    await fill(engine, "s", tokens[:SIZE])
+    query, append = replace(QUERY, **fields), AppendRequest(embeddings=tokens[SIZE:7], idempotency_key="k")
+    first = await engine.step("s", query, append)
+    again = await engine.step("s", query, append)
     np.testing.assert_array_equal(again[0].output, first[0].output)
-    assert again[0].length == 7 and (again[1].start, again[1].length) == (7, 12)
-    for other in (replace(append, idempotency_key="new"), replace(append, idempotency_key=None)):
-        with pytest.raises(InvalidArgument, match=r"mask has shape \[7\], it must be \[12\]"):
-            await engine.step("s", attend, other)
-    assert (await engine.inspect("s")).length == 12
+    assert again[0].length == first[0].length == SIZE
+    assert (again[1].start, again[1].length) == (first[1].start, first[1].length) == (SIZE, 7)
+    with pytest.raises(IdempotencyMismatch):
+        await engine.step("s", query, replace(append, episode=3))
+    for key in (None, "another"):
+        with pytest.raises(InvalidArgument, match="mask has shape"):
+            await engine.step("s", query, replace(append, idempotency_key=key))
+    assert (await engine.inspect("s")).length == 7
 
 
 async def test_everything_acknowledged_is_there_after_a_restart(make_engine: MakeEngine, sqlite_url: str) -> None:

@@ -1,0 +1,40 @@
+"""What the recall log keeps, and what it does not."""
+
+import numpy as np
+
+from htm_service.recalls import QUERIES_KEPT, RecallLog
+from htm_service.records import AttendRequest, AttendResult
+
+
+def add(log: RecallLog, index: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
+    num_queries = len(index)
+    request = AttendRequest(queries=np.zeros((num_queries, 3), np.float32))
+    weight = np.where(index < 0, 0, 1).astype(np.float32)
+    result = AttendResult(np.zeros((num_queries, 3), np.float32), index, weight, None, 7)
+    log.add(request, result, model="retrieval", top_k=2, now=5.0)
+
+
+def test_chunks_are_counted_when_asked_for() -> None:
+    log = RecallLog(5)
+    add(log, np.array([[1, 0], [1, -1]]))
+    assert log.of_chunk(1) == (2, 2.0, 5.0)
+    assert log.of_chunk(0) == (1, 1.0, 5.0)
+    assert log.of_chunk(2) == (0, 0.0, None)
+
+
+def test_attends_without_chunks_are_not_kept_for_counting() -> None:
+    """Every attend to an empty session once stayed in memory until the session was inspected."""
+    log = RecallLog(2)
+    for _ in range(3):
+        add(log, np.empty((1, 0), np.int64))
+    assert not log._uncounted
+    assert len(log.latest(5)) == 2
+
+
+def test_an_account_keeps_its_rows_only() -> None:
+    """A view of the first rows once kept the arrays of all 4,096 queries in memory, for each account."""
+    log = RecallLog(1)
+    add(log, np.zeros((4096, 2), np.int64))
+    (recall,) = log.latest(1)
+    for kept in (recall.chunk_index, recall.chunk_weight):
+        assert len(kept) == QUERIES_KEPT and kept.base is None
