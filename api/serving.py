@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import math
 import signal
@@ -69,6 +70,10 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
 
         async def main() -> None:
             async with app.router.lifespan_context(app):
+                # What is there now stays: were the collector to look through all of torch again, once in a few
+                # thousand requests, nobody would be answered for a quarter of a second.
+                gc.collect()
+                gc.freeze()
                 await server.serve([listener])
 
         try:
