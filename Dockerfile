@@ -19,14 +19,19 @@ COPY pyproject.toml README.md LICENSE ./
 COPY htm_service htm_service
 COPY api api
 COPY storage storage
-RUN /opt/htm/bin/pip install -c constraints.txt .
+RUN /opt/htm/bin/pip install -c constraints.txt ".[postgresql]"
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin htm \
     && install -d -o htm -g htm -m 0700 /data
 COPY --from=build /opt/htm /opt/htm
+# Builds of torch for GPUs bring triton, which compiles what launches its kernels; without a compiler they are served slowly.
+# hadolint ignore=DL3008
+RUN if [ -n "$(find /opt/htm/lib -path '*/site-packages/triton')" ]; then \
+        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
+    fi
 # HTM_INSECURE: in a container the published port decides who can call; compose.yaml publishes it on 127.0.0.1 only.
-# NUMBA_CACHE_DIR: the kernel is compiled for the machine that it runs on; kept, so that only the first start waits.
+# NUMBA_CACHE_DIR, TRITON_CACHE_DIR: kernels are compiled for the machine that they run on; kept, so that only the first start waits.
 ENV PATH=/opt/htm/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
@@ -34,7 +39,8 @@ ENV PATH=/opt/htm/bin:$PATH \
     HTM_PORT=8000 \
     HTM_DATA=/data \
     HTM_INSECURE=true \
-    NUMBA_CACHE_DIR=/data/numba
+    NUMBA_CACHE_DIR=/data/numba \
+    TRITON_CACHE_DIR=/data/triton
 USER 10001:10001
 VOLUME /data
 EXPOSE 8000

@@ -5,14 +5,15 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # pip from outside installs into the environment: some distributions' Python cannot put a pip of its own there.
 PIP    := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install -q -c constraints.txt
+PEERS  := .venv-peers
 ARGS   ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test check format bench image clean
+.PHONY: help setup demo serve test faults check format bench bench-breakdown bench-gpu bench-candidates bench-peers bench-plots image clean
 
 help:  ## Show the commands
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s%s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s%s\n", $$1, $$2 }' Makefile
 
 setup: $(STAMP)  ## Make the virtual environment in .venv
 
@@ -23,7 +24,7 @@ $(STAMP): pyproject.toml constraints.txt client/pyproject.toml
 	@echo "Setting up .venv: some minutes, mostly for torch"
 	@$(PYTHON) -m venv --without-pip $(VENV)
 	@$(PIP) torch
-	@$(PIP) -e ".[dev,demo]" -e ./client
+	@$(PIP) -e ".[dev,demo,postgresql]" -e ./client
 	@touch $@
 
 demo: $(STAMP)  ## Start a server, let agents fill it with Python's documentation, ask it questions (ARGS="--keep")
@@ -34,6 +35,9 @@ serve: $(STAMP)  ## Serve on 127.0.0.1:8000 (ARGS="--data DIR")
 
 test: $(STAMP)  ## Run all tests with coverage (ARGS="-k arena")
 	$(BIN)/python -m pytest --cov $(ARGS)
+
+faults: $(STAMP)  ## Provoke R1 to R14 in full, up to half an hour; make test has a little of each (ARGS="-k r1_")
+	@$(BIN)/python -m pytest tests/faults --full -q $(ARGS)
 
 check: $(STAMP)  ## Format, lint, types, Dockerfile
 	$(BIN)/ruff format --check .
@@ -48,8 +52,34 @@ format: $(STAMP)  ## Format, and fix what the linter can fix
 bench: $(STAMP)  ## S1 to S12, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
 	@$(BIN)/python -m bench $(ARGS)
 
+bench-breakdown: $(STAMP)  ## Where the time goes, and how it grows: the tables of docs/performance.md (ARGS=--quick)
+	@$(BIN)/python -m bench.breakdown $(ARGS)
+
+bench-gpu: $(STAMP)  ## The batch kernel on a GPU, beside what that copies (ARGS="--sessions 16")
+	@$(BIN)/python -m bench.gpu $(ARGS)
+
+bench-peers: $(STAMP) $(PEERS)/.installed  ## Beside Chroma and PostgreSQL with pgvector (ARGS="--only htm,chroma", ARGS=--quick)
+	@$(BIN)/python -m bench.peers --environment $(PEERS) $(ARGS)
+
+# What cannot be installed here is no error: the benchmark says what it did not find.
+$(PEERS)/.installed: bench/peers-requirements.txt
+	@echo "Setting up $(PEERS): a minute or two"
+	@$(PYTHON) -m venv --without-pip $(PEERS)
+	@$(PYTHON) -m pip --python $(PEERS)/bin/python --disable-pip-version-check install -q -r $< \
+		&& touch $@ || echo "The peers could not be installed; those that are there are measured" >&2
+
+bench-candidates: $(STAMP)  ## Ways to compute an attend on a CPU, beside the kept one (ARGS='--only "compiled;C++"', ARGS=--quick)
+	@$(BIN)/python -m bench.candidates $(ARGS)
+
+bench-plots: $(VENV)/.plots  ## Draw docs/benchmarks/*.svg from new figures (ARGS=--draw-only, ARGS=--quick)
+	@$(BIN)/python -m bench.plots $(ARGS)
+
+$(VENV)/.plots: $(STAMP)
+	@$(PIP) -e ".[plots]"
+	@touch $@
+
 image:  ## Build the image htm-service (ARGS="--build-arg ...", see Dockerfile)
 	docker build -t htm-service $(ARGS) .
 
 clean:  ## Remove the environment, caches and build output
-	rm -rf $(VENV) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info client/build client/*.egg-info
+	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info client/build client/*.egg-info

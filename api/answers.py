@@ -7,7 +7,7 @@ Does not know: the engine, and requests beyond the headers that choose the forma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -105,14 +105,10 @@ def raw_json(text: bytes | None) -> orjson.Fragment | None:
     return None if text is None else orjson.Fragment(text)
 
 
-def timing_headers(*timings: Timing) -> dict[str, str]:
+def timing_headers(first: Timing, second: Timing | None = None) -> dict[str, str]:
     """`Server-Timing` in milliseconds, summed over the parts of a step; `X-Batch-Size` of the first part."""
-    parts: Sequence[tuple[str, float]] = (
-        ("queue", sum(timing.queue_s for timing in timings)),
-        ("compute", sum(timing.compute_s for timing in timings)),
-        ("store", sum(timing.store_s for timing in timings)),
-    )
-    return {
-        "Server-Timing": ", ".join(f"{name};dur={seconds * 1e3:.3f}" for name, seconds in parts),
-        "X-Batch-Size": str(timings[0].batch_size),
-    }
+    queue, compute, store = first.queue_s, first.compute_s, first.store_s
+    if second is not None:
+        queue, compute, store = queue + second.queue_s, compute + second.compute_s, store + second.store_s
+    times = f"queue;dur={queue * 1e3:.3f}, compute;dur={compute * 1e3:.3f}, store;dur={store * 1e3:.3f}"
+    return {"Server-Timing": times, "X-Batch-Size": str(first.batch_size)}

@@ -1,4 +1,4 @@
-"""The command line: `htm-service serve | demo | models | verify`. Failures are one sentence and exit code 1.
+"""The command line: `htm-service serve | demo | models | verify | backup | repair`. Failures: a sentence, exit code 1.
 
 Does not know: how anything is done. What is slow to import is imported by the command that needs it.
 """
@@ -6,9 +6,10 @@ Does not know: how anything is done. What is slow to import is imported by the c
 from __future__ import annotations
 
 import inspect
+import shutil
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -30,9 +31,9 @@ class Source(StrEnum):
     HAIKU = "haiku"
 
 
-def main() -> None:
-    """Entry point of `htm-service` and of `python -m api`."""
-    build()()
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `htm-service` and of `python -m api`; `arguments` are the command line's by default."""
+    build()(arguments)
 
 
 def build() -> typer.Typer:
@@ -48,6 +49,8 @@ def build() -> typer.Typer:
     app.command()(with_settings_flags(serve))
     app.command()(demo)
     app.command()(verify)
+    app.command()(backup)
+    app.command()(repair)
     models = typer.Typer(help="Model files.", no_args_is_help=True)
     models.command("convert")(convert)
     models.command("list")(list_models)
@@ -183,25 +186,74 @@ def list_models(
             print(f"{info.name}  {width}, {shape}  {info.hash}")
 
 
-def verify(
-    directory: Annotated[Path, typer.Argument(help="A data directory, or a database file.")],
-) -> None:
-    """Read everything in a data directory and compare checksums; changes nothing. Exit code 1 for problems."""
-    with clear_failure():
-        if not directory.exists():
-            raise OSError(f"{directory} does not exist")
-        from storage.resolve import open_readonly
+Where = Annotated[str, typer.Argument(help="A data directory, a database file, or the URL of a store.")]
 
-        store = open_readonly(directory)
-        try:
-            num_problems = 0
-            for problem in store.verify():
-                num_problems += 1
-                where = "the store" if problem.session_id is None else f"session {problem.session_id}"
-                print(f"{where}: {problem.message}")
-            totals = store.totals()
-        finally:
-            store.close()
-        print(f"{totals.num_sessions} sessions, {totals.num_tokens} tokens, {num_problems} problems")
+
+def verify(where: Where) -> None:
+    """Read everything in a store and compare checksums; changes nothing. Exit code 1 for problems."""
+    with clear_failure():
+        check_exists(where)
+        num_problems = report(where)
     if num_problems:
         raise typer.Exit(1)
+
+
+def backup(
+    directory: Annotated[Path, typer.Argument(help="A data directory, or a SQLite file.")],
+    target: Annotated[Path, typer.Argument(metavar="DEST", help="A new data directory; a server can start on it.")],
+) -> None:
+    """Copy the data of a running server, or of a stopped one, and verify the copy. Exit code 1 for problems."""
+    with clear_failure():
+        check_exists(directory)
+        from storage.resolve import back_up
+
+        back_up(directory, target)
+        if (directory / "models").is_dir():
+            shutil.copytree(directory / "models", target / "models", dirs_exist_ok=True)
+        num_problems = report(target)
+    if num_problems:
+        raise typer.Exit(1)
+
+
+def repair(
+    where: Where,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask before anything is written.")] = False,
+) -> None:
+    """Keep what can be read of damaged sessions; says first what is lost. The server must be stopped."""
+    with clear_failure():
+        check_exists(where)
+        from htm_service.session import wrong_with
+        from storage.resolve import open_for_repair
+
+        with closing(open_for_repair(where)) as store:
+            repairs = store.plan_repair(wrong_with)
+            for item in repairs:
+                print(f"session {item.session_id} loses {item.message}")
+            if repairs and not yes:
+                typer.confirm("Is this to be written?", abort=True)
+            store.carry_out_repair(repairs)
+        num_problems = report(where)
+    if num_problems:
+        raise typer.Exit(1)
+
+
+def check_exists(where: Path | str) -> None:
+    """Raise OSError for a path with nothing there."""
+    if "://" not in str(where) and not Path(where).exists():
+        raise OSError(f"{where} does not exist")
+
+
+def report(where: Path | str) -> int:
+    """Print what is wrong with the data, then what there is; how many problems."""
+    from htm_service.session import wrong_with
+    from storage.resolve import open_readonly
+
+    num_problems = 0
+    with closing(open_readonly(where)) as store:
+        for problem in store.verify(wrong_with):
+            num_problems += 1
+            place = "the store" if problem.session_id is None else f"session {problem.session_id}"
+            print(f"{place}: {problem.message}")
+        totals = store.totals()
+    print(f"{totals.num_sessions} sessions, {totals.num_tokens} tokens, {num_problems} problems")
+    return num_problems

@@ -1,7 +1,7 @@
 """Tensors on the wire: nested lists, base64 objects and raw bytes, to numpy and back.
 
-A tensor that comes in is checked here, once: type, shape against bytes before anything is allocated,
-finiteness. What comes out is a writable float32 or bool array of its own.
+A tensor that comes in is checked here, once: type, and shape against bytes before anything is allocated. What comes
+out is a writable float32 or bool array of its own.
 Does not know: requests, and what widths are right.
 
 Raises InvalidArgument for what is well-formed and wrong, MalformedBody for what cannot be read at all.
@@ -67,7 +67,10 @@ def check_size(name: str, dtype: str, shape: object, num_bytes: int) -> tuple[in
 
 
 def floats(name: str, value: Any) -> Floats:
-    """A tensor of one or two dimensions, as float32; `value` is a list, a base64 object or a RawTensor."""
+    """A tensor of one or two dimensions, as float32; `value` is a list, a base64 object or a RawTensor.
+
+    What is too large for float32 becomes infinite, and is the engine's to refuse, like NaN.
+    """
     if isinstance(value, list):
         array = _from_rows(name, value, np.float32, {int, float}, "numbers")
     else:
@@ -75,10 +78,6 @@ def floats(name: str, value: Any) -> Floats:
         if raw.dtype not in FLOATS:
             raise InvalidArgument(f"{name} has dtype {raw.dtype}; it must be one of {', '.join(FLOATS)}")
         array = _widen(raw)
-    finite = np.isfinite(array)
-    if not finite.all():
-        first = np.argwhere(~finite)[0].tolist()
-        raise InvalidArgument(f"{name}{first} is NaN, infinite or too large for float32")
     return array
 
 
@@ -136,8 +135,10 @@ def _widen(raw: RawTensor) -> Floats:
     if raw.dtype == "bfloat16":  # the upper half of a float32
         upper = np.frombuffer(raw.data, "<u2").astype(np.uint32)
         array = (upper << 16).view(np.float32)
+    elif raw.dtype == "float16":
+        array = np.frombuffer(raw.data, "<f2").astype(np.float32)
     else:
-        array = np.frombuffer(raw.data, "<f4" if raw.dtype == "float32" else "<f2").astype(np.float32)
+        array = np.frombuffer(bytearray(raw.data), "<f4")  # a copy, because torch takes no read-only memory
     return array.reshape(raw.shape)
 
 
@@ -160,7 +161,7 @@ def _from_rows(name: str, value: list[Any], dtype: type[Any], types: set[type], 
 
 def _fill(into: npt.NDArray[Any], values: list[Any], types: set[type], words: str, where: Where) -> None:
     """Copy a list into a row, in pieces: each holds the interpreter lock for about 2 ms."""
-    with np.errstate(over="ignore"):  # too large for float32 becomes infinite, which `floats` reports
+    with np.errstate(over="ignore"):  # too large for float32 becomes infinite
         for start in range(0, len(values), PIECE):
             piece = values[start : start + PIECE]
             _check_types(piece, types, words, lambda at, start=start: where(start + at))  # type: ignore[misc]

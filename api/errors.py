@@ -50,6 +50,9 @@ PROBLEMS: Mapping[str, Problem] = {
         422, "The idempotency key was used with another body", "key 'step-12' was used with another body"
     ),
     "internal_error": Problem(500, "The server failed", "unexpected error; the server's log has it under request_id"),
+    "session_damaged": Problem(
+        409, "The session is damaged", "session 'agent-7' is damaged at position 96: its checksum is wrong"
+    ),
     "overloaded": Problem(503, "The queue is full", "4096 requests are waiting, the limit is 4096"),
     "draining": Problem(503, "The server is stopping", "the server is stopping and takes no new work"),
     "unhealthy": Problem(503, "The server is not healthy", "the device thread has died"),
@@ -58,7 +61,7 @@ PROBLEMS: Mapping[str, Problem] = {
     "disk_full": Problem(507, "The disk is full", "the store could not write: no space left on device"),
 }
 
-RETRY_STATUSES = frozenset({429, 503, 507})
+RETRY_STATUSES = frozenset({503, 507})
 """Statuses whose answers carry `Retry-After`."""
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "malformed_body", 413: "body_too_large"}
@@ -92,8 +95,9 @@ def answer(
     own = dict(headers or {})
     if status in RETRY_STATUSES:
         own["Retry-After"] = str(retry_after_s)
-    if code == "body_too_large":
-        # What is left of the body may still be on its way, so the connection cannot carry another request.
+    if code in ("body_too_large", "draining"):
+        # What is left of the body may still be on its way, so the connection cannot carry another request. A server
+        # that stops will close its connections, so that nobody may begin one more on them.
         own["Connection"] = "close"
     content = orjson.dumps(document(code, detail, request_id, extra), default=str, option=orjson.OPT_NON_STR_KEYS)
     return Response(content, status, own, MEDIA_TYPE)

@@ -9,7 +9,8 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from functools import cached_property
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
@@ -83,11 +84,20 @@ class ShortWay:
         await self._app(scope, receive, send)
 
 
+class _HotRequest(Request):
+    """A request whose headers are a dict: Starlette's own search all of them each time."""
+
+    @cached_property
+    def headers(self) -> Mapping[str, str]:  # type: ignore[override]
+        """By lower-case name; of several with one name the first counts, as in Starlette."""
+        return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(self.scope["headers"])}
+
+
 def _endpoint(route: Route) -> ASGIApp:
     """A route's endpoint as an app, with the domain's errors answered as the framework's way answers them."""
 
     async def call(scope: Scope, receive: Receive, send: Send) -> None:
-        request = Request(scope, receive, send)
+        request = _HotRequest(scope, receive, send)
         try:
             response = await route.endpoint(request)
         except HTMError as error:

@@ -23,13 +23,16 @@ REF = "#/components/schemas/{model}"
 SESSION_CODES = (
     "session_not_found",
     "session_expired",
+    "session_damaged",
     "invalid_argument",
     "overloaded",
     "unhealthy",
     "draining",
+    "deadline_exceeded",
+    "disk_full",
     "internal_error",
 )
-"""What every call on a session can answer."""
+"""What every call on a session can answer; those that read it tell, too, what could not be written (`behind.py`)."""
 BODY_CODES = ("malformed_body", "body_too_large", "unsupported_media_type")
 """What every call with a body can answer."""
 WRITE_CODES = ("disk_full",)

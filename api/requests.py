@@ -6,22 +6,58 @@ Does not know: HTTP. Raises MalformedBody, InvalidArgument, BodyTooLarge.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Any, Literal
 
 import orjson
 
-from api import safetensors
+from api import codec, fields, safetensors
 from api.errors import shorten
-from api.fields import Fields
+from api.fields import Body, Table
 from htm_service.errors import InvalidArgument, MalformedBody
-from htm_service.records import AppendRequest, AttendRequest, RankBy
+from htm_service.records import AppendRequest, AttendRequest
 
 Wire = Literal["json", "safetensors"]
 """How a body is written."""
 
-RETURNS = ("output", "chunks", "tokens", "payloads")
-ATTEND_TENSORS = ("queries", "mask", "chunk_mask")
-APPEND_TENSORS = ("embeddings",)
+
+def returns(name: str, value: Any) -> set[str]:
+    """The field `return`."""
+    return fields.some_of(name, value, ("output", "chunks", "tokens", "payloads"))
+
+
+def rank_by(name: str, value: Any) -> str:
+    """The field `rank_by`."""
+    return fields.one_of(name, value, ("weight", "score"))
+
+
+def durability(name: str, value: Any) -> str:
+    """The field `durability`."""
+    return fields.one_of(name, value, ("disk", "memory"))
+
+
+ATTEND = Table(
+    params={
+        "return": returns,
+        "model": fields.text,
+        "top_k": fields.integer,
+        "start": fields.integer,
+        "stop": fields.integer,
+        "episodes": fields.integers,
+        "max_recalled": fields.integer,
+        "rank_by": rank_by,
+        "timeout_ms": fields.number,
+    },
+    tensors={"queries": codec.floats, "mask": codec.bools, "chunk_mask": codec.bools},
+)
+APPEND = Table(
+    params={
+        "payloads": fields.payloads,
+        "episode": fields.integer,
+        "if_length": fields.integer,
+        "durability": durability,
+    },
+    tensors={"embeddings": codec.floats},
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,80 +68,68 @@ class Asked:
     chunks: bool
 
 
-def read_fields(body: bytes | bytearray, wire: Wire, max_header_bytes: int) -> Fields:
+def read_body(body: bytes | bytearray, wire: Wire, max_header_bytes: int) -> Body:
     """The fields of a body."""
     if wire == "safetensors":
         tensors, params = safetensors.parse(body, max_header_bytes)
-        return Fields(params, tensors)
+        return Body(params, tensors)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedBody(f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidArgument(f"the body is {shorten(value)}; it must be a JSON object")
-    return Fields(value, None)
+    return Body(value, None)
 
 
-def attend(fields: Fields, request_id: str) -> tuple[AttendRequest, Asked]:
+def attend(body: Body, request_id: str) -> tuple[AttendRequest, Asked]:
     """The body of an attend."""
-    request, asked = _attend(fields, request_id)
-    fields.finish(ATTEND_TENSORS)
-    return request, asked
+    body.check_tensors(ATTEND)
+    return _attend(body, request_id)
 
 
-def append(fields: Fields, idempotency_key: str | None) -> AppendRequest:
+def append(body: Body, idempotency_key: str | None) -> AppendRequest:
     """The body of an append."""
-    request = _append(fields, idempotency_key)
-    fields.finish(APPEND_TENSORS)
-    return request
+    body.check_tensors(APPEND)
+    return _append(body, idempotency_key)
 
 
-def step(fields: Fields, request_id: str, idempotency_key: str | None) -> tuple[AttendRequest, Asked, AppendRequest]:
+def step(body: Body, request_id: str, idempotency_key: str | None) -> tuple[AttendRequest, Asked, AppendRequest]:
     """The body of a step: an attend and an append, each under its name; their tensors side by side."""
-    attend_fields, append_fields = fields.inner("attend"), fields.inner("append")
-    fields.finish((*ATTEND_TENSORS, *APPEND_TENSORS))
-    request, asked = _attend(attend_fields, request_id)
-    tokens = _append(append_fields, idempotency_key)
-    for part in (attend_fields, append_fields):
-        part.finish((*ATTEND_TENSORS, *APPEND_TENSORS))
-    return request, asked, tokens
+    query, tokens = body.inner("attend"), body.inner("append")
+    if unknown := body.params.keys() - {"attend", "append"}:
+        raise InvalidArgument(f"unknown field {min(unknown)[:80]}; known are append, attend")
+    body.check_tensors(ATTEND, APPEND)
+    return *_attend(query, request_id), _append(tokens, idempotency_key)
 
 
-def _attend(fields: Fields, request_id: str) -> tuple[AttendRequest, Asked]:
-    returns = fields.texts("return", RETURNS)
-    if returns is None:
-        returns = {"output"}
-    max_recalled = fields.integer("max_recalled")
-    timeout_ms = fields.number("timeout_ms")
+def _attend(body: Body, request_id: str) -> tuple[AttendRequest, Asked]:
+    found = body.read(ATTEND)
+    _require("queries", found, body)
+    wanted: set[str] | None = found.pop("return", None)
+    timeout_ms: float | None = found.pop("timeout_ms", None)
+    if wanted is None:
+        return AttendRequest(**found, timeout_s=_seconds(timeout_ms), request_id=request_id), Asked(True, False)
     request = AttendRequest(
-        queries=fields.floats("queries"),
-        model=fields.text("model"),
-        top_k=fields.integer("top_k"),
-        start=fields.integer("start") or 0,
-        stop=fields.integer("stop"),
-        episodes=fields.integers("episodes"),
-        mask=fields.bools("mask"),
-        chunk_mask=fields.bools("chunk_mask"),
-        tokens=not returns.isdisjoint(("tokens", "payloads")),
-        payloads="payloads" in returns,
-        max_recalled=16 if max_recalled is None else max_recalled,
-        rank_by=cast(RankBy, fields.text("rank_by", ("weight", "score")) or "weight"),
-        timeout_s=None if timeout_ms is None else timeout_ms / 1e3,
+        **found,
+        tokens=not wanted.isdisjoint(("tokens", "payloads")),
+        payloads="payloads" in wanted,
+        timeout_s=_seconds(timeout_ms),
         request_id=request_id,
     )
-    return request, Asked("output" in returns, "chunks" in returns)
+    return request, Asked("output" in wanted, "chunks" in wanted)
 
 
-def _append(fields: Fields, idempotency_key: str | None) -> AppendRequest:
-    durability = fields.text("durability")
-    if durability not in (None, "disk"):
-        raise InvalidArgument(
-            f"durability is {shorten(durability)}; this version has only 'disk': acknowledged means on disk"
-        )
-    return AppendRequest(
-        embeddings=fields.floats("embeddings"),
-        payloads=fields.payloads("payloads"),
-        episode=fields.integer("episode"),
-        if_length=fields.integer("if_length"),
-        idempotency_key=idempotency_key,
-    )
+def _append(body: Body, idempotency_key: str | None) -> AppendRequest:
+    found = body.read(APPEND)
+    _require("embeddings", found, body)
+    return AppendRequest(**found, idempotency_key=idempotency_key)
+
+
+def _require(name: str, found: dict[str, Any], body: Body) -> None:
+    if name not in found:
+        raise InvalidArgument(f"{body.where}{name} is required")
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3

@@ -11,7 +11,6 @@ import struct
 from collections.abc import Mapping
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import orjson
 
@@ -24,7 +23,8 @@ METADATA = "__metadata__"
 PARAMS = "params"
 
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "BOOL": "bool"}
-_NAMES = {"float32": "F32", "int64": "I64", "bool": "BOOL"}
+_NAMES = {"<f4": "F32", "<i8": "I64", "|b1": "BOOL"}
+"""By numpy's name of a type, which holds the byte order: on a big-endian machine nothing would be found."""
 
 
 def parse(body: bytes | bytearray, max_header_bytes: int) -> tuple[dict[str, RawTensor], dict[str, Any]]:
@@ -43,10 +43,10 @@ def build(tensors: Mapping[str, npt.NDArray[Any]], params: Mapping[str, Any]) ->
     header: dict[str, Any] = {METADATA: {PARAMS: orjson.dumps(params).decode()}}
     chunks, offset = [], 0
     for name, array in ordered:
-        chunk = np.ascontiguousarray(array, array.dtype.newbyteorder("<")).tobytes()
+        chunk = array.tobytes()
         header[name] = {
-            "dtype": _NAMES[array.dtype.name],
-            "shape": list(array.shape),
+            "dtype": _NAMES[array.dtype.str],
+            "shape": array.shape,
             "data_offsets": [offset, offset + len(chunk)],
         }
         offset += len(chunk)

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from htm_service import records
-from htm_service.records import DType, OnFull, OpenChunk, RankBy
+from htm_service.records import DType, Durability, OnFull, OpenChunk, RankBy
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -34,8 +34,10 @@ class SessionSettings(Body):
     open_chunk: OpenChunk = Field("attend", description="Whether the last, unfilled chunk is visible.")
     labels: dict[str, str] | None = Field(None, description="For finding sessions again.")
     ttl_s: Number | None = Field(None, description="Seconds without use after which the session is deleted.")
-    max_tokens: int | None = Field(None, description="Most tokens the session may hold.")
-    on_full: OnFull = Field("reject", description="What an append beyond `max_tokens` does.")
+    max_tokens: int | None = Field(None, description="Most tokens the session may hold; no limit if left out.")
+    on_full: OnFull = Field(
+        "reject", description="An append beyond `max_tokens` is refused, or whole oldest chunks go."
+    )
 
     def record(self) -> records.SessionSettings:
         """As the engine takes it."""
@@ -80,7 +82,7 @@ class AppendBody(Body):
     payloads: list[dict[str, Any] | None] | None = Field(None, description="One object or null per token.")
     episode: int | None = Field(None, description="The episode number of these tokens.")
     if_length: int | None = Field(None, description="Append only when the session has this length.")
-    durability: Literal["disk"] = Field("disk", description="Acknowledged means on disk.")
+    durability: Durability = Field("disk", description="What acknowledged means: on disk, or on its way there.")
 
 
 class AttendBody(Body):

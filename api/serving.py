@@ -10,10 +10,15 @@ import contextlib
 import gc
 import logging
 import math
+import os
 import signal
 import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
 
 import uvicorn
 from fastapi import FastAPI
@@ -21,16 +26,67 @@ from fastapi import FastAPI
 from api.app import create_app
 from api.settings import Settings
 
-# Of the time to drain, the part in which requests may end; the rest is the engine's, which then has few.
-_REQUESTS_SHARE = 0.7
+if TYPE_CHECKING:  # torch takes seconds to import, and a port that is taken is told without it
+    from htm_service.engine import Engine
+
+# Of the time to drain: in which new requests are refused, so that whoever asks /readyz sends no more of them; in
+# which requests that have begun may end. The rest is the engine's, which then has few.
+_NOTICE_SHARE = 0.1
+_REQUESTS_SHARE = 0.6
+
+EXIT_UNHEALTHY = 70
+"""Exit code when a thread of the engine died or is stuck, or a stop did not end (EX_SOFTWARE of sysexits.h)."""
+
+STOP_MARGIN_S = 1.5
+"""How long a stop may take beyond the time to drain: with the default of that, less than Docker's 10 s in all."""
+
+MAX_SAYING_S = 0.3
+"""How long the end of a process waits for its log: that nobody reads it may be what the stop hangs in."""
+
+LAST_WORDS_S = 2.0
+"""How long a server that can do no more work says why, before it ends."""
 
 
 class Server(uvicorn.Server):
-    """uvicorn's server, which says when it is ready and for which being told to stop is not a failure."""
+    """uvicorn's server, which says when it is ready, and when it is about to stop.
 
-    def __init__(self, config: uvicorn.Config, address: str) -> None:
+    `last_resort` is started with the first signal: what ends the process, should the stop not do so.
+    """
+
+    def __init__(self, config: uvicorn.Config, address: str, notice_s: float, last_resort: threading.Timer) -> None:
         super().__init__(config)
         self.address = address
+        self.notice_s = notice_s
+        self._last_resort = last_resort
+        self._is_told_to_stop = False
+        self.engine: Engine | None = None
+        self._stop_at = math.inf
+        self._end_at = math.inf
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """A first SIGTERM makes the engine refuse what is new, and stops the server after the notice."""
+        if not self._is_told_to_stop:
+            self._is_told_to_stop = True
+            self._last_resort.start()
+        if sig == signal.SIGTERM and self.engine is not None and not self.engine.is_draining:
+            self.engine.is_draining = True
+            self._stop_at = time.monotonic() + self.notice_s
+        else:
+            super().handle_exit(sig, frame)
+
+    async def on_tick(self, counter: int) -> bool:
+        """Whether to stop; asked ten times a second. Ends the process itself when the engine can do no work.
+
+        Not in order: a thread that is stuck would never be done. It is as if the process were killed, which what
+        was acknowledged survives.
+        """
+        now = time.monotonic()
+        if self.engine is not None and self._end_at == math.inf and (reason := self.engine.unhealthy_reason()):
+            logging.getLogger(__name__).critical("%s: the process ends with code %d", reason, EXIT_UNHEALTHY)
+            self._end_at = now + LAST_WORDS_S
+        if now >= self._end_at:
+            _end_process()
+        return await super().on_tick(counter) or now >= self._stop_at
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """Start to listen, then print the address on stdout: whoever started us waits for this line."""
@@ -42,6 +98,34 @@ class Server(uvicorn.Server):
     def capture_signals(self) -> Iterator[None]:
         """Nothing: `serve` handles signals from before the store is opened, and does not raise them again."""
         yield
+
+
+def _end_process() -> None:
+    logging.shutdown()
+    os._exit(EXIT_UNHEALTHY)
+
+
+def last_resort(max_stop_s: float) -> threading.Timer:
+    """A timer, to be started, that ends the process after so many seconds, whatever its threads hang in.
+
+    What was acknowledged is on disk by then, as it is when the process is killed.
+    """
+
+    def say() -> None:
+        logging.getLogger(__name__).critical(
+            "the stop did not end within %.1f s: the process ends with code %d", max_stop_s, EXIT_UNHEALTHY
+        )
+        logging.shutdown()
+
+    def give_up() -> None:
+        saying = threading.Thread(target=say, name="htm-last-words", daemon=True)
+        saying.start()
+        saying.join(MAX_SAYING_S)
+        os._exit(EXIT_UNHEALTHY)
+
+    timer = threading.Timer(max_stop_s, give_up)
+    timer.daemon = True
+    return timer
 
 
 def serve(settings: Settings, app: FastAPI | None = None) -> None:
@@ -63,9 +147,11 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            proxy_headers=False,  # nobody here asks where a request comes from
             timeout_graceful_shutdown=max(1, math.ceil(settings.drain_seconds * _REQUESTS_SHARE)),
         )
-        server = Server(config, address_of(listener))
+        timer = last_resort(settings.drain_seconds + STOP_MARGIN_S)
+        server = Server(config, address_of(listener), settings.drain_seconds * _NOTICE_SHARE, timer)
         handlers = {name: signal.signal(name, server.handle_exit) for name in (signal.SIGTERM, signal.SIGINT)}
 
         async def main() -> None:
@@ -74,12 +160,14 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
                 # thousand requests, nobody would be answered for a quarter of a second.
                 gc.collect()
                 gc.freeze()
+                server.engine = app.state.engine
                 await server.serve([listener])
 
         try:
             with asyncio.Runner(loop_factory=config.get_loop_factory()) as runner:
                 runner.run(main())
         finally:
+            timer.cancel()
             for name, handler in handlers.items():
                 signal.signal(name, handler)
 

@@ -54,11 +54,19 @@ class Settings(BaseSettings):
     )
     store_url: str | None = Field(
         default=None,
-        description="Where tokens are kept: `sqlite:///PATH` or `memory://`. Default: a file in `data`.",
+        description="Where tokens are kept: `sqlite:///PATH`, `postgresql+psycopg://...` or `memory://`. "
+        "Default: a file in `data`.",
+    )
+    lease_seconds: float = Field(
+        default=10.0,
+        ge=1,
+        le=3600,
+        description="On PostgreSQL: how long a server that says nothing keeps its data from the next one.",
     )
     models_dir: Path | None = Field(
         default=None,
-        description="Directory of model files `NAME.safetensors`. Default: `models` in `data`, if there.",
+        description="Directory of model files `NAME.safetensors`. Default: `models` in `data`, if there; none where "
+        "`store_url` is given and `data` is not.",
     )
     device: str = Field(
         default="auto",
@@ -73,6 +81,13 @@ class Settings(BaseSettings):
         ge=1 << 20,
         validation_alias=f"{PREFIX}MEMORY_BUDGET",
         description="Device memory for tokens, such as `4GiB`. Default: half of the machine's memory.",
+    )
+    host_budget_bytes: Bytes | None = Field(
+        default=None,
+        ge=0,
+        validation_alias=f"{PREFIX}HOST_BUDGET",
+        description="Host memory for tokens that had to leave the device, such as `16GiB`; 0 keeps none. Default: a "
+        "quarter of the machine's free memory with a GPU, page-locked; 0 on a CPU.",
     )
     insecure: bool = Field(default=False, description="Listen on any address although there is no authentication.")
     max_body_bytes: Bytes = Field(default=64 << 20, ge=1 << 10, description="Largest request body.")
@@ -101,7 +116,15 @@ class Settings(BaseSettings):
         default=20.0, gt=0, allow_inf_nan=False, description="`attention_scale` of the built-in model `retrieval`."
     )
     drain_seconds: float = Field(
-        default=10.0, ge=0, le=3600, description="How long a stopping server finishes what it has begun."
+        default=8.0,
+        ge=0,
+        le=3600,
+        description="How long a stopping server finishes what it has begun; 1.5 s later the process ends in any case.",
+    )
+    stuck_seconds: float = Field(
+        default=120.0,
+        gt=0,
+        description="A thread that is at one batch for longer counts as stuck, and the server ends with code 70.",
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
 
@@ -127,8 +150,10 @@ class Settings(BaseSettings):
     @property
     def directory_of_models(self) -> Path | None:
         """The directory of model files, or None where none is given and the default does not exist."""
-        if self.models_dir is not None or self.store_url is not None:
+        if self.models_dir is not None:
             return self.models_dir
+        if self.store_url is not None and "data" not in self.model_fields_set:
+            return None  # whoever names a store only does not ask for the user's data directory
         default = self.data / "models"
         return default if default.is_dir() else None
 

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from api.schemas import Base64Tensor, Body, Chunks, RecalledToken, Row
 from htm_service import records
-from htm_service.records import DType, OnFull, OpenChunk, Residency
+from htm_service.records import DType, OnFull, OpenChunk, Residency, Tier
 
 
 def when(seconds: float) -> datetime:
@@ -21,9 +21,11 @@ def when(seconds: float) -> datetime:
 
 
 class Bytes(Body):
-    """Where a session's bytes are."""
+    """Where a session's bytes are: pages and summary keys on the device, chunks in host memory, tokens in the store."""
 
     device: int
+    device_keys: int = Field(description="Of `device`, the summary keys.")
+    host: int = Field(description="Chunks that had to leave the device and are kept in host memory.")
     stored: int
 
 
@@ -40,6 +42,7 @@ class Session(Body):
     ttl_s: float | None
     max_tokens: int | None
     on_full: OnFull
+    first_position: int = Field(description="The tokens before this position were evicted.")
     length: int
     num_chunks: int
     num_sealed_chunks: int
@@ -51,12 +54,19 @@ class Session(Body):
     num_appends: int
     num_attends: int
     num_queries: int
+    num_lost_tokens: int = Field(description="Acknowledged with durability `memory`, and never written.")
+    damage: str | None = Field(description="What was found wrong with its bytes at rest since the server started.")
 
     @classmethod
     def of(cls, info: records.SessionInfo) -> Self:
         """The view of a record."""
         return cls(
-            bytes=Bytes(device=info.device_bytes, stored=info.stored_bytes),
+            bytes=Bytes(
+                device=info.device_bytes,
+                device_keys=info.device_key_bytes,
+                host=info.host_bytes,
+                stored=info.stored_bytes,
+            ),
             labels=dict(info.labels),
             created_at=when(info.created_at),
             updated_at=when(info.updated_at),
@@ -82,7 +92,7 @@ class Chunk(Body):
     start: int
     stop: int
     sealed: bool
-    tier: Residency
+    tier: Tier = Field(description="The fastest one that has its contents; the store, `cold`, has everything.")
     key_norm: float
     num_recalls: int
     mass: float

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import sqlite3
 import time
@@ -98,24 +99,37 @@ async def appends(stage: Scene, quick: bool) -> Figure:
 
 
 async def restore(stage: Scene, quick: bool) -> list[Figure]:
-    """S10, S12: loading a cold session of 1,000,000 x 128; what it takes in memory and on disk."""
+    """S10, S12: a cold session of 1,000,000 x 128 until its first answer; what it takes in memory and on disk.
+
+    The answer needs its keys, which are kept, and the pages it takes; the second measurement is without kept keys.
+    """
     length = 100_000 if quick else 1_000_000
     path = stage.directory / "s10.sqlite3"
     tokens = scene.make_tokens(length, SMALL_DIM)
     async with scene.running_engine(stage, f"sqlite:///{path}") as engine:
         await scene.fill(engine, "s", tokens, "retrieval")
         before = await engine.attend("s", scene.asks(tokens[:1]))
-    async with scene.running_engine(stage, f"sqlite:///{path}") as engine:
-        began = time.perf_counter()
-        after = await engine.attend("s", scene.asks(tokens[:1]))
-        ours = time.perf_counter() - began
-        assert np.array_equal(before.output, after.output)
         arena = (await engine.inspect("s")).device_bytes / tokens.nbytes
+
+    async def first_answer() -> float:
+        async with scene.running_engine(stage, f"sqlite:///{path}") as engine:
+            began = time.perf_counter()
+            after = await engine.attend("s", scene.asks(tokens[:1]))
+            took = time.perf_counter() - began
+            assert np.array_equal(before.output, after.output)
+            return took
+
+    ours = await first_answer()
     reading = machine.median_of(3, lambda: _read_blocks(path))
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("DELETE FROM summaries")
     measured: dict[str, Any] = {"ours_s": ours, "one_pass_s": reading, "n": length}
+    measured["without_kept_keys_s"] = await first_answer()
     disk = path.stat().st_size / tokens.nbytes
     return [
-        Figure("S10", "restoring a cold session, beside reading its bytes", reading / ours, 0.5, measured=measured),
+        Figure(
+            "S10", "first answer of a cold session, beside reading its bytes", reading / ours, 0.5, measured=measured
+        ),
         Figure("S12", "arena bytes per token, of D x itemsize", arena, 1.10, at_most=True),
         Figure("S12", "disk bytes per token, of D x itemsize, large appends", disk, 1.25, at_most=True),
         await _disk_of_single_appends(stage, 2_000 if quick else 20_000),

@@ -7,10 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import socket
-import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,16 +17,14 @@ import torch
 from htm_client import HTMClient
 from htm_client.calls import Codec, attend_parts
 
-from bench import scene
+from bench import processes, scene
 from bench.figures import Figure, say
+from bench.processes import Call
 from bench.scene import CHUNK_SIZE, DIM, DIM_HEAD, HEADS, LENGTH, TOP_K, Scene
 
 CONNECTIONS = 32
 NUM_QUERIES = 64
 """Different queries, taken in turn."""
-
-Call = tuple[str, str, bytes]
-"""Path, content type, body."""
 
 
 def measure(stage: Scene, quick: bool, sessions: int, wanted: Sequence[str]) -> list[Figure]:
@@ -39,16 +34,16 @@ def measure(stage: Scene, quick: bool, sessions: int, wanted: Sequence[str]) -> 
     queries = torch.randn(NUM_QUERIES, DIM, generator=torch.Generator().manual_seed(2))
     with serving(stage) as port:
         say(f"{sessions} sessions of {LENGTH:,} tokens are filled")
-        _fill(port, sessions, tokens, stage, queries)
-        binary, as_json = _attends(sessions, queries)
+        fill(port, sessions, tokens, stage, queries)
+        binary, as_json = attends(sessions, queries)
         rates = {"binary": load(stage, port, binary, seconds), "json": load(stage, port, as_json, seconds)}
         rates["echo"] = load(stage, port, [("/echo", "application/octet-stream", binary[0][2])], seconds)
         if {"S8", "S9"}.intersection(wanted):
-            rates["append"] = load(stage, port, _appends(queries), seconds)
-            rates["step"] = load(stage, port, _steps(sessions, queries), seconds)
+            rates["append"] = load(stage, port, appends(queries), seconds)
+            rates["step"] = load(stage, port, steps(sessions, queries), seconds)
             rates["binary_again"] = load(stage, port, binary, seconds)
     with naive(stage) as port:
-        calls = [("/attend", "application/json", json.dumps({"queries": [queries[0].tolist()]}).encode())]
+        calls: list[Call] = [("/attend", "application/json", json.dumps({"queries": [queries[0].tolist()]}).encode())]
         scene.check(_naive_answer(port, calls[0]), stage.oracle(queries[None, :1], tokens[None])[0].detach())
         rates["naive"] = load(stage, port, calls, seconds)
 
@@ -76,46 +71,34 @@ def load(
     stage: Scene, port: int, calls: Sequence[Call], seconds: float, connections: int = CONNECTIONS
 ) -> dict[str, Any]:
     """One run of the load generator, after a short one to warm up."""
-    listed = []
-    for number, (path, kind, body) in enumerate(calls):
-        file = stage.directory / f"{number}.body"
-        file.write_bytes(body)
-        listed.append((path, kind, str(file)))
-    plan = stage.directory / "plan.json"
-    plan.write_text(json.dumps(listed))
-    answer: dict[str, Any] = {}
-    for length in (1.0, seconds):
-        command = [sys.executable, "-m", "bench.load", "--port", str(port), "--requests", str(plan)]
-        command += ["--connections", str(connections), "--seconds", str(length)]
-        answer = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-    return answer
+    return processes.load(stage.directory, port, calls, seconds, connections)
 
 
 @contextlib.contextmanager
 def serving(stage: Scene) -> Iterator[int]:
     """htm-service, with an echo, on SQLite."""
-    port = _free_port()
+    port = processes.free_port()
     command = [sys.executable, "-m", "bench.server", "--port", str(port), "--data", str(stage.directory / "data")]
     command += ["--models-dir", str(stage.models)]
-    with _process(command):
-        _wait_for(f"http://127.0.0.1:{port}/readyz")
+    with processes.process(command):
+        processes.wait_for(f"http://127.0.0.1:{port}/readyz")
         yield port
 
 
 @contextlib.contextmanager
 def naive(stage: Scene) -> Iterator[int]:
     """The naive service."""
-    port = _free_port()
+    port = processes.free_port()
     command = [sys.executable, "-m", "bench.naive", "--port", str(port), "--length", str(LENGTH)]
     for name, value in (("dim", DIM), ("heads", HEADS), ("dim-head", DIM_HEAD), ("top-k", TOP_K)):
         command += [f"--{name}", str(value)]
     command += ["--chunk-size", str(CHUNK_SIZE), "--weights", str(stage.weights)]
-    with _process(command):
-        _wait_for(f"http://127.0.0.1:{port}/docs")
+    with processes.process(command):
+        processes.wait_for(f"http://127.0.0.1:{port}/docs")
         yield port
 
 
-def _fill(port: int, sessions: int, tokens: torch.Tensor, stage: Scene, queries: torch.Tensor) -> None:
+def fill(port: int, sessions: int, tokens: torch.Tensor, stage: Scene, queries: torch.Tensor) -> None:
     with HTMClient(f"http://127.0.0.1:{port}", timeout=120) as client:
         for number in range(sessions):
             client.create_session(f"s{number}", dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL)
@@ -128,9 +111,10 @@ def _fill(port: int, sessions: int, tokens: torch.Tensor, stage: Scene, queries:
         scene.check(answer, stage.forward(queries[:4], tokens))
 
 
-def _attends(sessions: int, queries: torch.Tensor) -> tuple[list[Call], list[Call]]:
+def attends(sessions: int, queries: torch.Tensor) -> tuple[list[Call], list[Call]]:
     """The same attends in both formats."""
-    binary, as_json = [], []
+    binary: list[Call] = []
+    as_json: list[Call] = []
     for number, query in enumerate(queries):
         path = f"/v1/sessions/s{number % sessions}/attend"
         call = Codec(binary=True).attend("s", *attend_parts(query))
@@ -139,52 +123,27 @@ def _attends(sessions: int, queries: torch.Tensor) -> tuple[list[Call], list[Cal
     return binary, as_json
 
 
-def _appends(queries: torch.Tensor) -> list[Call]:
+def appends(queries: torch.Tensor) -> list[Call]:
     """One token each, every connection to a session of its own."""
-    calls = []
+    calls: list[Call] = []
     for number in range(CONNECTIONS):
-        call = Codec(binary=True).append("s", queries[number], None, episode=None, if_length=None, idempotency_key=None)
+        call = Codec(binary=True).append("s", queries[number], None, conditions={})
         calls.append((f"/v1/sessions/w{number}/memories", call.headers["Content-Type"], call.content or b""))
     return calls
 
 
-def _steps(sessions: int, queries: torch.Tensor) -> list[Call]:
+def steps(sessions: int, queries: torch.Tensor) -> list[Call]:
     """The attends of S1, each with a token to append."""
-    calls = []
+    calls: list[Call] = []
     for number, query in enumerate(queries):
-        call = Codec(binary=True).step("s", attend_parts(query), query, {}, None)
+        call = Codec(binary=True).step("s", attend_parts(query), query, {})
         kind = call.headers["Content-Type"]
         calls.append((f"/v1/sessions/s{number % sessions}/step", kind, call.content or b""))
     return calls
 
 
 def _naive_answer(port: int, call: Call) -> np.ndarray[Any, np.dtype[np.float32]]:
-    path, kind, body = call
+    path, kind, body, *_ = call
     request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", body, {"Content-Type": kind})
     with urllib.request.urlopen(request) as response:
         return np.array(json.load(response)["output"], np.float32)
-
-
-@contextlib.contextmanager
-def _process(command: list[str]) -> Iterator[None]:
-    started = subprocess.Popen(command, stdout=subprocess.DEVNULL)
-    try:
-        yield
-    finally:
-        started.terminate()
-        started.wait(30)
-
-
-def _wait_for(url: str) -> None:
-    for _ in range(600):
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=2):
-            return
-        time.sleep(0.1)
-    raise TimeoutError(url)
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port

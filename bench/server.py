@@ -1,12 +1,16 @@
-"""htm-service with one endpoint more, `/echo`, which answers with the body it was sent: the ceiling of S2 and S8."""
+"""htm-service with two endpoints more: `/echo` answers with the body it was sent, the ceiling of S2 and S8; `/threads`
+says how many seconds of processor time each kind of thread has taken."""
 
 from __future__ import annotations
 
 import argparse
+import threading
+import time
+from collections import Counter
 from pathlib import Path
 
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from api.app import create_app
@@ -17,6 +21,17 @@ from api.settings import Settings
 async def echo(request: Request) -> Response:
     """The body."""
     return Response(await request.body(), media_type="application/octet-stream")
+
+
+async def threads(_: Request) -> JSONResponse:
+    """By kind: the event loop's, the device's, the kernel's helpers, and all others by name."""
+    kinds = {"MainThread": "loop", "htm-device": "device", "htm-store": "store", "htm-kernel": "helpers"}
+    seconds: Counter[str] = Counter()
+    for thread in threading.enumerate():
+        assert thread.ident is not None, "it runs"
+        kind = next((kind for name, kind in kinds.items() if name in thread.name), thread.name)
+        seconds[kind] += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))  # type: ignore[assignment]
+    return JSONResponse(seconds)
 
 
 if __name__ == "__main__":
@@ -33,5 +48,5 @@ if __name__ == "__main__":
         log_level="warning",
     )
     app = create_app(settings)
-    app.router.routes.insert(0, Route("/echo", echo, methods=["POST"]))
+    app.router.routes[:0] = [Route("/echo", echo, methods=["POST"]), Route("/threads", threads)]
     serve(settings, app)

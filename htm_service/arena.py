@@ -1,9 +1,9 @@
-"""Device storage of chunk contents: pages of one width, chunk size and dtype, in slabs, within a budget.
+"""Storage of chunk contents: pages of one width, chunk size and dtype, in slabs, within a budget.
 
 A page holds one chunk, [C, D]. Sessions hold page ids; the arena hands them out and takes them back.
 On a CPU all slabs lie in one reservation of address space as large as the budget, so that kernels see one
 tensor [P, C, D]; memory is taken by the first write to a page and given back with its slab. On a GPU, which has
-no such thing, each slab is an allocation of its own.
+no such thing, each slab is an allocation of its own; so it is in page-locked host memory, see `host_tier.py`.
 Does not know sessions, summary keys or positions. One thread at a time: the device thread.
 """
 
@@ -22,7 +22,7 @@ SLAB_BYTES = 256 << 20
 
 @dataclass(slots=True)
 class Budget:
-    """Bytes that arenas and summary keys may take together."""
+    """Bytes that the arenas of a tier may take together, on the device with the summary keys."""
 
     limit_bytes: int
     used_bytes: int = 0
@@ -30,10 +30,13 @@ class Budget:
     def take(self, num_bytes: int) -> None:
         """Count bytes as used. Raises OutOfMemory, and counts nothing, when they do not fit."""
         if self.used_bytes + num_bytes > self.limit_bytes:
-            raise OutOfMemory(
-                f"{num_bytes} bytes more are needed on the device, {self.used_bytes} of {self.limit_bytes} are in use"
-            )
+            raise OutOfMemory(f"{num_bytes} bytes more are needed, {self.used_bytes} of {self.limit_bytes} are in use")
         self.used_bytes += num_bytes
+
+    @property
+    def free_bytes(self) -> int:
+        """Bytes that may still be taken."""
+        return self.limit_bytes - self.used_bytes
 
     def give(self, num_bytes: int) -> None:
         """Count bytes as free again."""
@@ -41,25 +44,45 @@ class Budget:
 
 
 class Arena:
-    """All pages of one (D, C, dtype) on one device; a page id is slab index x pages per slab + place."""
+    """All pages of one (D, C, dtype) on one device; a page id is slab index x pages per slab + place.
 
-    def __init__(self, dim: int, chunk_size: int, dtype: torch.dtype, device: torch.device, budget: Budget) -> None:
+    Raises OutOfMemory when the address space cannot be reserved.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        chunk_size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        budget: Budget,
+        *,
+        slab_bytes: int | None = None,
+        is_pinned: bool = False,
+    ) -> None:
         self.dim = dim
         self.chunk_size = chunk_size
         self.dtype = dtype
         self.device = device
         self.page_bytes = dim * chunk_size * dtype.itemsize
-        slab_bytes = min(SLAB_BYTES, budget.limit_bytes // 16)
-        self.slab_pages = max(1, slab_bytes // self.page_bytes)
+        slab_bytes = max(self.page_bytes, min(slab_bytes or SLAB_BYTES, budget.limit_bytes // 16))
+        if is_pinned:  # torch takes page-locked memory in powers of two, and keeps what is freed for the next such slab
+            slab_bytes = 1 << (slab_bytes - 1).bit_length()
+        self.slab_pages = slab_bytes // self.page_bytes
+        self.slab_bytes = slab_bytes if is_pinned else self.slab_pages * self.page_bytes
+        self._is_pinned = is_pinned
         self._budget = budget
         self._reserved: mmap.mmap | None = None
         self.contents: torch.Tensor | None = None
-        """All pages [P, C, D] on a CPU, None on other devices."""
-        if device.type == "cpu":
-            num_slabs = max(1, budget.limit_bytes // (self.slab_pages * self.page_bytes))
-            num_bytes = num_slabs * self.slab_pages * self.page_bytes
+        """All pages [P, C, D] on a CPU, None on other devices and where slabs are page-locked."""
+        if device.type == "cpu" and not is_pinned:
+            num_slabs = max(1, budget.limit_bytes // self.slab_bytes)
+            num_bytes = num_slabs * self.slab_bytes
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
-            self._reserved = mmap.mmap(-1, num_bytes, flags=flags)
+            try:
+                self._reserved = mmap.mmap(-1, num_bytes, flags=flags)
+            except OSError as error:
+                raise OutOfMemory(f"{num_bytes} bytes of address space cannot be reserved: {error}") from error
             if hasattr(mmap, "MADV_HUGEPAGE"):  # chunks are read whole: larger pages of the system cost fewer look-ups
                 self._reserved.madvise(mmap.MADV_HUGEPAGE)
             flat = torch.frombuffer(self._reserved, dtype=dtype)
@@ -68,12 +91,32 @@ class Arena:
         self._free: list[list[int]] = []
         """Per slab its free page ids, lowest last: pages are handed out in rising order."""
 
-    def allocate(self, num_pages: int) -> list[int]:
-        """Take pages, all or none. Raises OutOfMemory."""
+    @property
+    def max_pages(self) -> int:
+        """Pages there are when all of the budget is this arena's."""
+        return self._budget.limit_bytes // self.slab_bytes * self.slab_pages
+
+    @property
+    def num_available(self) -> int:
+        """Pages that `allocate` can give."""
+        new_slabs = self._budget.free_bytes // self.slab_bytes
+        return sum(len(free) for free in self._free) + new_slabs * self.slab_pages
+
+    @property
+    def slab_addresses(self) -> list[int]:
+        """Where each slab begins on the device, 0 for one that was released."""
+        return [0 if slab is None else slab.data_ptr() for slab in self._slabs]
+
+    def num_free_outside(self, slab: int) -> int:
+        """Free pages of the slabs there are, less one of them."""
+        return sum(len(free) for index, free in enumerate(self._free) if index != slab)
+
+    def allocate(self, num_pages: int, avoid: int | None = None) -> list[int]:
+        """Take pages, all or none, and none of the slab `avoid`. Raises OutOfMemory."""
         pages: list[int] = []
         try:
             while len(pages) < num_pages:
-                free = next((free for free in self._free if free), None)
+                free = next((free for index, free in enumerate(self._free) if free and index != avoid), None)
                 if free is None:
                     free = self._add_slab()
                 cut = max(0, len(free) - (num_pages - len(pages)))
@@ -95,7 +138,7 @@ class Arena:
                 self._slabs[index] = None
                 self._free[index] = []
                 self._forget(index)
-                self._budget.give(self.slab_pages * self.page_bytes)
+                self._budget.give(self.slab_bytes)
 
     def page(self, page: int) -> torch.Tensor:
         """One page [C, D], a view."""
@@ -140,14 +183,18 @@ class Arena:
         return slab
 
     def _add_slab(self) -> list[int]:
-        self._budget.take(self.slab_pages * self.page_bytes)
+        self._budget.take(self.slab_bytes)
         vacant = (index for index, old in enumerate(self._slabs) if old is None)
         index = next(vacant, len(self._slabs))
         if self.contents is not None:
             slab = self.contents[index * self.slab_pages : (index + 1) * self.slab_pages]
         else:
             shape = (self.slab_pages, self.chunk_size, self.dim)
-            slab = torch.empty(shape, dtype=self.dtype, device=self.device)
+            try:
+                slab = torch.empty(shape, dtype=self.dtype, device=self.device, pin_memory=self._is_pinned)
+            except RuntimeError as error:
+                self._budget.give(self.slab_bytes)
+                raise OutOfMemory(f"{self.slab_bytes} bytes cannot be allocated: {error}") from error
         if index == len(self._slabs):
             self._slabs.append(None)
             self._free.append([])
@@ -160,8 +207,7 @@ class Arena:
         """Give a slab's memory back to the system, as far as whole pages of the system lie in it."""
         if self._reserved is None or not hasattr(mmap, "MADV_DONTNEED"):
             return
-        slab_bytes = self.slab_pages * self.page_bytes
-        begin = -(-index * slab_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
-        end = (index + 1) * slab_bytes // mmap.PAGESIZE * mmap.PAGESIZE
+        begin = -(-index * self.slab_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        end = (index + 1) * self.slab_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:
             self._reserved.madvise(mmap.MADV_DONTNEED, begin, end - begin)

@@ -8,7 +8,8 @@ Items wait in lanes, one for each session. A batch takes from the lanes in turn,
 waits behind all of another's; within a lane the order is that of admission.
 
 An item that is admitted gets exactly one outcome: a result, an error of its own, or, when the worker dies or
-is closed, an `Unavailable`. A batch that fails as a whole is run again item by item.
+is closed, an `Unavailable`. Work whose future is done before, cancelled or out of time, is not begun. A batch that
+fails as a whole is run again item by item.
 Does not know: what the items are. Asyncio futures are touched on their loop only.
 """
 
@@ -25,6 +26,7 @@ from enum import Enum
 from typing import Generic, TypeAlias, TypeVar
 
 from htm_service.errors import DeadlineExceeded, Draining, Overloaded, Unhealthy
+from htm_service.heartbeat import Heartbeat
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,12 +43,11 @@ LATER = Later.LATER
 
 @dataclass(slots=True, eq=False)
 class Ticket(Generic[Item, Result]):
-    """One admitted item on its way: its cost, its deadline (monotonic seconds) and its future."""
+    """One admitted item on its way: its cost, at least 1, and its future."""
 
     item: Item
     future: asyncio.Future[Result]
     cost: int
-    deadline: float | None
     submitted_at: float
     lane: Hashable = None
     started_at: float = field(default=0.0)
@@ -65,6 +66,7 @@ class Batcher(Generic[Item, Result]):
     """See the head of this module.
 
     `run` gets the tickets of one batch and answers one outcome for each: a result, an exception, or LATER.
+    `clock` (seconds) says how long they waited.
     """
 
     def __init__(
@@ -83,8 +85,9 @@ class Batcher(Generic[Item, Result]):
         self.num_batches = 0
         self.num_items = 0
         self.num_skipped = 0
-        """Items whose caller had gone, or whose deadline had passed, before their work began."""
+        """Items whose caller had gone, or was told that its time is over, before their work began."""
         self.unhealthy_reason: str | None = None
+        self.heartbeat = Heartbeat()
         self._run = run
         self._on_death = on_death
         self._clock = clock
@@ -92,6 +95,8 @@ class Batcher(Generic[Item, Result]):
         self._lanes: OrderedDict[Hashable, deque[Ticket[Item, Result]]] = OrderedDict()
         """What waits; the lane whose turn it is stands first."""
         self._num_waiting = 0
+        self._arrived: list[Ticket[Item, Result]] = []
+        """What was submitted since the loop's last turn; the loop's."""
         self._actions: deque[Callable[[], None]] = deque()
         self._open: set[Ticket[Item, Result]] = set()
         self._draining = False
@@ -107,29 +112,41 @@ class Batcher(Generic[Item, Result]):
         self._thread = threading.Thread(target=self._work, name=f"htm-{self.name}", daemon=True)
         self._thread.start()
 
-    def submit(
-        self, item: Item, *, cost: int = 1, deadline: float | None = None, lane: Hashable = None
-    ) -> asyncio.Future[Result]:
-        """Admit an item. Raises Overloaded, Draining or Unhealthy at once when it cannot be."""
+    def submit(self, item: Item, *, cost: int = 1, lane: Hashable = None) -> asyncio.Future[Result]:
+        """Admit an item. Raises Overloaded, Draining or Unhealthy at once when it cannot be.
+
+        The worker learns of it at the end of the loop's turn: what arrives in one turn goes together, and the two
+        threads meet once for all of it.
+        """
         assert self._loop is not None, "the batcher is not started"
-        ticket = Ticket(item, self._loop.create_future(), cost, deadline, self._clock(), lane)
-        with self._changed:
-            if self.unhealthy_reason is not None:
-                raise Unhealthy(self.unhealthy_reason)
-            if self._draining:
-                raise Draining("the server is stopping and takes no new work")
-            if self._num_waiting >= self.max_waiting:
-                raise Overloaded(
-                    f"{self._num_waiting} requests wait for the {self.name}, the limit is {self.max_waiting}"
-                )
-            self._lanes.setdefault(lane, deque()).append(ticket)
-            self._num_waiting += 1
-            self._open.add(ticket)
-            self._changed.notify()
+        if self.unhealthy_reason is not None:
+            raise Unhealthy(self.unhealthy_reason)
+        if self._draining:
+            raise Draining("the server is stopping and takes no new work")
+        if self.num_waiting >= self.max_waiting:
+            raise Overloaded(f"{self.num_waiting} requests wait for the {self.name}, the limit is {self.max_waiting}")
+        ticket = Ticket(item, self._loop.create_future(), cost, self._clock(), lane)
+        if not self._arrived:
+            self._loop.call_soon(self._hand_over)
+        self._arrived.append(ticket)
         return ticket.future
+
+    def _hand_over(self) -> None:
+        """Put what has arrived into its lanes."""
+        arrived, self._arrived = self._arrived, []
+        with self._changed:
+            self._open.update(arrived)
+            if self.unhealthy_reason is None:
+                for ticket in arrived:
+                    self._lanes.setdefault(ticket.lane, deque()).append(ticket)
+                self._num_waiting += len(arrived)
+                self._changed.notify()
+                return
+        self.finish((ticket, Unhealthy(self.unhealthy_reason)) for ticket in arrived)
 
     async def close(self, timeout_s: float) -> None:
         """Stop admitting, let what was admitted finish, fail the rest after `timeout_s`. Safe to call twice."""
+        self._hand_over()
         with self._changed:
             self._draining = True
             self._changed.notify()
@@ -148,7 +165,7 @@ class Batcher(Generic[Item, Result]):
     @property
     def num_waiting(self) -> int:
         """Items that wait for their batch."""
-        return self._num_waiting
+        return self._num_waiting + len(self._arrived)
 
     # --- the runners' side (any thread) ---
 
@@ -185,9 +202,9 @@ class Batcher(Generic[Item, Result]):
             )
 
     def fail(self, reason: str) -> None:
-        """Refuse everything from now on, and fail what was admitted, with `reason`."""
+        """Refuse everything from now on, and fail what was admitted, with `reason`; or with an earlier one."""
         with self._changed:
-            self.unhealthy_reason = reason
+            reason = self.unhealthy_reason = self.unhealthy_reason or reason
             self._lanes.clear()
             self._num_waiting = 0
             self._actions.clear()
@@ -201,9 +218,11 @@ class Batcher(Generic[Item, Result]):
             while (work := self._take()) is not None:
                 actions, tickets = work
                 for action in actions:
+                    self.heartbeat.beat()
                     action()
                 if tickets:
                     self.run_now(tickets)
+                self.heartbeat.rest()
         except BaseException as error:
             self._die(error)
 
@@ -219,20 +238,23 @@ class Batcher(Generic[Item, Result]):
             return actions, self._take_batch()
 
     def _take_batch(self) -> list[Ticket[Item, Result]]:
-        """One ticket of each lane in turn, until the next would pass the cost; a dearer one is a batch of its own."""
+        """One ticket of each lane in turn, until the next would pass the cost; a dearer one is a batch of its own.
+
+        One whose future is done goes along to be counted: it takes neither its lane's turn nor room in the batch.
+        """
         tickets: list[Ticket[Item, Result]] = []
         cost = 0
         while self._lanes:
             lane, waiting = next(iter(self._lanes.items()))
-            if tickets and cost + waiting[0].cost > self.max_cost:
+            is_done, own_cost = waiting[0].future.done(), waiting[0].cost
+            if cost and not is_done and cost + own_cost > self.max_cost:
                 break
-            ticket = waiting.popleft()
-            if waiting:
-                self._lanes.move_to_end(lane)
-            else:
+            tickets.append(waiting.popleft())
+            if not waiting:
                 del self._lanes[lane]
-            cost += ticket.cost
-            tickets.append(ticket)
+            elif not is_done:
+                self._lanes.move_to_end(lane)
+            cost += 0 if is_done else own_cost
         self._num_waiting -= len(tickets)
         return tickets
 
@@ -245,11 +267,6 @@ class Batcher(Generic[Item, Result]):
             ticket.started_at = now
             if ticket.future.done():  # cancelled, or out of time
                 finished.append((ticket, DeadlineExceeded("the caller has gone")))
-            elif ticket.deadline is not None and now > ticket.deadline:
-                waited_ms = (now - ticket.submitted_at) * 1e3
-                finished.append(
-                    (ticket, DeadlineExceeded(f"the deadline passed after {waited_ms:.0f} ms in the queue"))
-                )
             else:
                 tickets.append(ticket)
         num_skipped = len(finished)
@@ -263,6 +280,7 @@ class Batcher(Generic[Item, Result]):
         self.finish(finished)
 
     def _outcomes(self, tickets: list[Ticket[Item, Result]]) -> Sequence[Outcome[Result]]:
+        self.heartbeat.beat()
         try:
             return self._run(tickets)
         except Exception as error:

@@ -28,8 +28,16 @@ class Change:
     tokens: Tensor | None = None
 
 
-Written = SessionRow | Appended
-ChangeTicket = Ticket[Change, Written]
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A step of the store's own upkeep, done by the one thread that writes; its answer is whether there is more."""
+
+    run: Callable[[], bool]
+
+
+Work = Change | Step
+Written = SessionRow | Appended | bool
+WorkTicket = Ticket[Work, Written]
 
 
 class Committer:
@@ -43,36 +51,46 @@ class Committer:
         *,
         max_waiting: int,
         max_group_bytes: int,
-        on_death: Callable[[str], None] | None = None,
+        on_death: Callable[[str], None],
     ) -> None:
         self._store = store
         self._device = device
         self._clock = clock
-        self.batcher: Batcher[Change, Written] = Batcher(
+        self.batcher: Batcher[Work, Written] = Batcher(
             "store", self._commit, max_waiting=max_waiting, max_cost=max_group_bytes, on_death=on_death
         )
 
-    def _commit(self, tickets: Sequence[ChangeTicket]) -> Sequence[Outcome[Written]]:
-        """Commit a group; refusals are answered now, the rest when the device has seen it."""
-        outcomes = self._store.write([ticket.item.write for ticket in tickets], now=self._clock())
-        answers: list[Outcome[Written]] = []
-        durable: list[tuple[ChangeTicket, Written]] = []
-        for ticket, outcome in zip(tickets, outcomes, strict=True):
+    def _commit(self, tickets: Sequence[WorkTicket]) -> Sequence[Outcome[Written]]:
+        """Commit a group; refusals are answered now, the rest when the device has seen it. Then upkeep.
+
+        Once the group is on disk nothing may raise: its writes would be made again, one by one.
+        """
+        changes = [(ticket, ticket.item) for ticket in tickets if isinstance(ticket.item, Change)]
+        outcomes = iter(
+            self._store.write([change.write for _, change in changes], now=self._clock()) if changes else ()
+        )
+        answers: list[Outcome[Written]] = [LATER] * len(tickets)
+        durable: list[tuple[WorkTicket, Change, Written]] = []
+        for place, ticket in enumerate(tickets):
+            if isinstance(ticket.item, Step):
+                continue
+            outcome = next(outcomes)
             if isinstance(outcome, Refused) or not isinstance(ticket.item.write, (Append, DeleteSession)):
-                answers.append(outcome)
+                answers[place] = outcome
             else:
-                durable.append((ticket, outcome))
-                answers.append(LATER)
+                durable.append((ticket, ticket.item, outcome))
         if durable and not self._device.batcher.post(lambda: self._show(durable)):
             reason = self._device.batcher.unhealthy_reason or "the device thread has stopped"
             error = Unhealthy(f"written, but not visible: {reason}")
-            self.batcher.finish((ticket, error) for ticket, _ in durable)
+            self.batcher.finish((ticket, error) for ticket, _, _ in durable)
+        for place, ticket in enumerate(tickets):
+            if isinstance(ticket.item, Step):
+                answers[place] = _outcome_of(ticket.item)
         return answers
 
-    def _show(self, durable: list[tuple[ChangeTicket, Written]]) -> None:
+    def _show(self, durable: list[tuple[WorkTicket, Change, Written]]) -> None:
         """Make a committed group visible, then answer it (device thread)."""
-        for ticket, written in durable:
-            change = ticket.item
+        for _, change, written in durable:
             if change.session is None:
                 continue
             if isinstance(change.write, DeleteSession):
@@ -82,6 +100,14 @@ class Committer:
                     written.start,
                     change.tokens,
                     change.write.episode if isinstance(change.write, Append) else None,
+                    written.first_position,
                 )
                 self._device.make_visible(change.session, new)
-        self.batcher.finish(durable)
+        self.batcher.finish((ticket, written) for ticket, _, written in durable)
+
+
+def _outcome_of(step: Step) -> bool | Exception:
+    try:
+        return step.run()
+    except Exception as error:
+        return error

@@ -1,4 +1,4 @@
-"""Which device the engine runs on, and why. Asked once, when an engine is made."""
+"""Which device the engine runs on, and why, asked once, when an engine is made; and how small tensors get there."""
 
 from __future__ import annotations
 
@@ -21,3 +21,10 @@ def choose_device(wanted: str) -> tuple[torch.device, str]:
     if not torch.cuda.is_available():
         raise InvalidArgument(f"device is {wanted!r}, and torch {torch.__version__} finds no CUDA device")
     return torch.device(wanted), "asked for"
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A host tensor on the device. A GPU copies it when its turn comes, and nobody waits for that."""
+    if device.type == "cuda":  # from memory that is not page-locked, `to` returns when the stream has come so far
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)

@@ -28,21 +28,22 @@ def itemsize(dtype: DType) -> int:
     return TORCH_DTYPES[dtype].itemsize
 
 
-def to_tokens(embeddings: Floats, dtype: DType) -> torch.Tensor:
-    """Embeddings [T, D] float32 as tokens [T, D] of `dtype` on the CPU.
+def to_stored(embeddings: Floats, dtype: DType) -> tuple[torch.Tensor, bytes]:
+    """Embeddings [T, D] float32 as tokens [T, D] of `dtype` on the CPU, and as bytes. Float32 is not copied twice.
 
     Raises InvalidArgument when a value is finite in float32 and is not in `dtype`.
     """
-    tokens = torch.from_numpy(np.require(embeddings, np.float32, ["C", "W"])).to(TORCH_DTYPES[dtype])
-    if dtype != "float32" and not bool(torch.isfinite(tokens).all()):  # bfloat16 too: the largest float32 rounds up
+    flags = embeddings.flags
+    if not (flags.c_contiguous and flags.writeable):  # torch takes nothing else
+        embeddings = np.array(embeddings, order="C")
+    tokens = torch.from_numpy(embeddings)
+    if dtype == "float32":
+        return tokens, embeddings.tobytes()
+    tokens = tokens.to(TORCH_DTYPES[dtype])
+    if not bool(torch.isfinite(tokens).all()):  # bfloat16 too: the largest float32 rounds up
         largest = float(np.abs(embeddings).max())
         raise InvalidArgument(f"embeddings hold {largest:g}, the largest {dtype} is {torch.finfo(tokens.dtype).max:g}")
-    return tokens
-
-
-def to_bytes(tokens: torch.Tensor) -> bytes:
-    """Tokens [T, D] on the CPU as bytes."""
-    return (tokens if tokens.dtype == torch.float32 else tokens.view(torch.int16)).numpy().tobytes()
+    return tokens, tokens.view(torch.int16).numpy().tobytes()
 
 
 def from_bytes(parts: Iterable[bytes], dtype: DType, dim: int) -> torch.Tensor:

@@ -12,26 +12,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from htm_service import parts, validation
+from htm_service import behind, parts, validation
 from htm_service.committer import Change, Committer
 from htm_service.config import EngineConfig
 from htm_service.device import choose_device
 from htm_service.device_worker import Attend, DeviceWorker
 from htm_service.directory import Directory, compare
-from htm_service.dtypes import to_bytes, to_tokens
 from htm_service.errors import (
     DeadlineExceeded,
-    DiskFull,
-    IdempotencyMismatch,
+    Draining,
     InvalidArgument,
     LengthConflict,
+    SessionDamaged,
+    SessionExpired,
     SessionNotFound,
     Unhealthy,
 )
@@ -54,28 +52,17 @@ from htm_service.records import (
     SessionInfo,
     SessionPage,
     SessionSettings,
-    Timing,
 )
+from htm_service.sealer import Sealer
 from htm_service.session import Session
-from storage.base import (
-    Append,
-    Appended,
-    KeyReused,
-    NoSuchSession,
-    Refused,
-    SessionFull,
-    Store,
-    StoreError,
-    StoreFull,
-    Write,
-    WrongLength,
-)
+from htm_service.supervision import Supervisor
+from htm_service.sweeper import Sweeper
+from htm_service.visibility import Evicted
+from htm_service.writing import Writing
+from storage.base import Store, Write
 
-LARGE_BYTES = 256 << 10
-"""Tensors above this are converted off the event loop."""
-
-NO_LENGTH = -1
-"""An `if_length` that no session has."""
+SEALING_SHARE = 0.2
+"""Of the time that closing may take: to keep the summary keys of the sessions in use."""
 
 T = TypeVar("T")
 
@@ -87,6 +74,7 @@ class Engine:
         self.config = config
         self.device, self.device_reason = choose_device(config.device)
         self.is_draining = False
+        """Set to refuse what is new; what has begun goes on."""
         self._store = store
         self._clock = clock
         retrieval = RetrievalModel(
@@ -98,7 +86,7 @@ class Engine:
             store,
             self.device,
             config,
-            on_death=lambda reason: self._committer.batcher.fail(reason),
+            on_death=lambda reason: self._supervisor.fail(reason),
         )
         self._committer = Committer(
             store,
@@ -106,34 +94,46 @@ class Engine:
             clock,
             max_waiting=config.max_waiting,
             max_group_bytes=config.max_write_group_bytes,
+            on_death=lambda reason: self._supervisor.fail(reason),
         )
+        self._writing = Writing(self._committer.batcher, clock)
+        device, writer = self.worker.batcher, self._committer.batcher
+        heartbeats = {"device": device.heartbeat, "store": writer.heartbeat, "loader": self.worker.loader.heartbeat}
+        self._supervisor = Supervisor(heartbeats, [device, writer], config.stuck_s)
         self._directory = Directory(store, self._write, clock, config.recalls_per_session)
         self._inspection = Inspection(store, self.worker)
-        self._sweeper: asyncio.Task[None] | None = None
+        self._sweeper = Sweeper(self._directory, store, self._committer, config.sweep_interval_s)
+        self._sealer = Sealer(self.worker, self._directory.sessions, self._writing.submit)
+        self._upkeep: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
-        """Start the two worker threads and the sweeper, on the running loop."""
+        """Start the threads, and what is done beside requests, on the running loop."""
         await asyncio.to_thread(self.worker.reader.kernel.warm_up)
-        self.worker.batcher.start()
+        self._store.watch(self._supervisor.fail)
+        self.worker.start()
         self._committer.batcher.start()
-        self._sweeper = asyncio.create_task(self._sweep())
+        beside = (self._sweeper.run(), self._sealer.run(), self._supervisor.run())
+        self._upkeep = [asyncio.create_task(work) for work in beside]
 
     async def close(self, timeout_s: float = 10.0) -> None:
         """Take no new work, finish what was admitted within `timeout_s`, stop. Safe to call twice."""
         self.is_draining = True
-        if self._sweeper is not None:
-            self._sweeper.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._sweeper
-            self._sweeper = None
+        upkeep, self._upkeep = self._upkeep, []
+        for task in upkeep:
+            task.cancel()
+        await asyncio.gather(*upkeep, return_exceptions=True)
+        if upkeep:  # so that the next start finds all keys; what is not done in time is computed again
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._sealer.finish(), timeout_s * SEALING_SHARE)
         await self._committer.batcher.close(timeout_s)
         await self.worker.batcher.close(timeout_s)
-        self.worker.residency.close()
+        await asyncio.to_thread(self.worker.loader.close, max(1.0, timeout_s))
 
     # --- sessions ---
 
     async def create(self, session_id: str | None, settings: SessionSettings) -> tuple[SessionInfo, bool]:
         """Create a session (True) or confirm that it exists with these settings. Raises SessionConflict."""
+        self._check_open()
         if session_id is not None:
             validation.check_id(session_id)
         model_name = settings.model or "retrieval"
@@ -152,12 +152,17 @@ class Engine:
         limit: int = 100,
     ) -> SessionPage:
         """One page of the sessions, in the order of their ids."""
+        self._check_open()
         validation.check_range("limit", limit, 1, 1000)
+        validation.check_prefix(prefix)
+        validation.check_labels(labels or {})
         return await self._directory.list_page(prefix, labels, cursor, limit)
 
     async def inspect(self, session_id: str) -> SessionInfo:
         """Settings, length, bytes, residency, times and counters of one session."""
-        return (await self._session(session_id)).info()
+        session = await self._session(session_id)
+        await self._writing.behind.settle(session, self.config.default_timeout_s)
+        return session.info()
 
     async def update(self, session_id: str, change: SessionChange) -> SessionInfo:
         """Change labels, `ttl_s` or model."""
@@ -171,8 +176,15 @@ class Engine:
         return session.info()
 
     async def delete(self, session_id: str) -> None:
-        """Delete a session and its tokens, from the store and the device."""
-        await self._directory.delete(await self._session(session_id))
+        """Delete a session and its tokens, from the store and the device, though its settings may be damaged."""
+        try:
+            session = await self._session(session_id)
+        except SessionDamaged:
+            sid = await self._directory.delete_unreadable(session_id)
+        else:
+            await self._directory.delete(session)
+            sid = session.sid
+        await self._sweeper.purge(sid)
 
     # --- tokens in, answers out ---
 
@@ -180,18 +192,24 @@ class Engine:
         """Add tokens at the end: durable, then visible, then answered. All or nothing."""
         try:
             session = await self._session(session_id)
-        except SessionNotFound:
+        except (SessionNotFound, SessionExpired):
             if not self.config.create_on_append:
                 raise
-            await self.create(session_id, SessionSettings(dim=int(request.embeddings.shape[-1])))
+            dim = int(request.embeddings.shape[-1])
+            validation.check_append(request, dim)  # what is refused makes no session
+            await self.create(session_id, SessionSettings(dim=dim))
             session = await self._session(session_id)
+        behind.check(session)
+        session.check_sound()
         request = validation.check_append(request, session.settings.dim)
-        return await self._append(session, request)
+        return await self._writing.append(session, request)
 
     async def attend(self, session_id: str, request: AttendRequest) -> AttendResult:
         """Answer queries with HTM attention over the session as it is now, or as it was at `stop`."""
         session = await self._session(session_id)
-        return await self._attend(session, validation.check_attend(request, session.settings.dim))
+        request = validation.check_attend(request, session.settings.dim)
+        await self._settle(session, request.timeout_s)
+        return await self._attend(session, request)
 
     async def step(
         self, session_id: str, attend: AttendRequest, append: AppendRequest
@@ -204,14 +222,16 @@ class Engine:
         session = await self._session(session_id)
         attend = validation.check_attend(attend, session.settings.dim)
         append = validation.check_append(append, session.settings.dim)
+        await self._settle(session, attend.timeout_s)
+        session.check_sound()
         try:
             attended = await self._attend(session, attend)
         except InvalidArgument:  # a repeated step's masks are as long as the session was
-            first = await self._first_append(session, append)
+            first = await self._writing.first_append(session, append)
             if first is None:
                 raise
             return await self._attend_before(session, attend, first), first
-        appended = await self._append(session, append)
+        appended = await self._writing.append(session, append)
         if appended.start < attended.length:  # only a repeated append begins before what was seen
             attended = await self._attend_before(session, attend, appended)
         return attended, appended
@@ -221,7 +241,7 @@ class Engine:
     ) -> Memories:
         """Read tokens start .. stop-1 back (to the end when None), as they are stored."""
         return await self._inspection.read(
-            await self._session(session_id), start, stop, embeddings=embeddings, payloads=payloads
+            await self._settled(session_id), start, stop, embeddings=embeddings, payloads=payloads
         )
 
     # --- inspection ---
@@ -230,11 +250,11 @@ class Engine:
         self, session_id: str, cursor: str | None = None, limit: int = 100, *, keys: bool = False
     ) -> ChunkPage:
         """One page of a session's chunks, in order."""
-        return await self._inspection.chunks(await self._session(session_id), cursor, limit, keys=keys)
+        return await self._inspection.chunks(await self._settled(session_id), cursor, limit, keys=keys)
 
     async def chunk(self, session_id: str, index: int, *, embeddings: bool = False, key: bool = False) -> ChunkDetail:
         """One chunk with its tokens' payloads. Raises ChunkNotFound."""
-        return await self._inspection.chunk(await self._session(session_id), index, embeddings=embeddings, key=key)
+        return await self._inspection.chunk(await self._settled(session_id), index, embeddings=embeddings, key=key)
 
     async def recalls(self, session_id: str, limit: int = 20) -> list[Recall]:
         """The accounts of the last attends, newest first."""
@@ -244,7 +264,13 @@ class Engine:
     async def info(self) -> EngineInfo:
         """Version, device, dtype with their reasons, models, limits, totals."""
         return await engine_info(
-            self.config, self._store, self.worker, self._committer, self.device_reason, self.models()
+            self.config,
+            self._store,
+            self.worker,
+            self._committer,
+            self.device_reason,
+            self.models(),
+            self._directory.totals(),
         )
 
     def models(self) -> list[ModelInfo]:
@@ -257,8 +283,26 @@ class Engine:
 
     # --- within ---
 
+    def _check_open(self) -> None:
+        reason = self.unhealthy_reason()
+        if reason is not None:
+            raise Unhealthy(reason)
+        if self.is_draining:
+            raise Draining("the server is stopping and takes no new work")
+
     async def _session(self, session_id: str) -> Session:
+        self._check_open()
         return await self._directory.get(validation.check_id(session_id))
+
+    async def _settled(self, session_id: str) -> Session:
+        session = await self._session(session_id)
+        await self._settle(session)
+        return session
+
+    async def _settle(self, session: Session, timeout_s: float | None = None) -> None:
+        """Wait until all that was acknowledged is visible. Raises, once, that some of it could not be."""
+        await self._writing.behind.settle(session, timeout_s or self.config.default_timeout_s)
+        behind.check(session)
 
     async def _attend(self, session: Session, request: AttendRequest) -> AttendResult:
         name = request.model or session.settings.model
@@ -275,18 +319,55 @@ class Engine:
         return result
 
     async def _attend_before(self, session: Session, request: AttendRequest, appended: AppendResult) -> AttendResult:
-        """Attend to the session as it was before this append."""
+        """Attend to the session as it was before this append. Raises LengthConflict when nothing of that is left."""
         stop = appended.start if request.stop is None else min(request.stop, appended.start)
-        return replace(await self._attend(session, replace(request, stop=stop)), length=appended.start)
+        try:
+            return replace(await self._attend(session, replace(request, stop=stop)), length=appended.start)
+        except Evicted as error:
+            raise LengthConflict(
+                f"this step was made when the session's length was {appended.start}, and {error}", length=session.length
+            ) from None
 
     async def _compute(self, attend: Attend, timeout_s: float) -> AttendResult:
-        """One attend through the batcher, in several parts when it costs more than a batch may."""
-        session, settings, length = attend.session, attend.session.settings, attend.session.length
+        """One attend through the batcher, over what is left of the tokens as of its admission when it comes to it.
+
+        Where nothing is left of them it is admitted anew. Raises LengthConflict when its masks forbid that.
+        """
+        deadline = asyncio.get_running_loop().time() + timeout_s  # one for all that is tried
+        while True:
+            length = attend.session.length
+            try:
+                return await self._compute_as_of(attend, length, deadline, timeout_s)
+            except Evicted:
+                if attend.request.stop is not None:
+                    raise
+                if attend.request.mask is not None or attend.request.chunk_mask is not None:
+                    raise LengthConflict(
+                        f"the masks are of {length} tokens, all of which were evicted before the attend began",
+                        length=attend.session.length,
+                    ) from None
+
+    async def _compute_as_of(self, attend: Attend, length: int, deadline: float, timeout_s: float) -> AttendResult:
+        """In several parts when it costs more than a batch may. Raises Evicted."""
+        session, settings = attend.session, attend.session.settings
         cost = parts.products_per_query(
-            attend.model.config, dim=settings.dim, length=length, chunk_size=settings.chunk_size, top_k=attend.top_k
+            attend.model.config,
+            dim=settings.dim,
+            length=length - session.first_position,
+            chunk_size=settings.chunk_size,
+            top_k=attend.top_k,
         )
-        pieces = parts.split(attend.request, max(1, self.config.max_batch_products // cost), length)
-        deadline = asyncio.get_running_loop().time() + timeout_s  # one for all parts
+        request = attend.request
+        if request.stop is None and (request.mask is not None or request.chunk_mask is not None):
+            # Masks are as long as the session is now, however long the attend has to wait.
+            attend = replace(attend, request=replace(request, stop=length), length=length)
+        # What the parts take must fit into half the budget, should none of it be on the device.
+        bytes_per_query = attend.top_k * settings.chunk_size * settings.dim * settings.itemsize
+        room = self.config.memory_budget_bytes // 2 // bytes_per_query
+        max_queries = max(1, min(self.config.max_batch_products // cost, room))
+        pieces = parts.split(attend.request, max_queries, length)
+        if len(pieces) > 1:
+            attend = replace(attend, length=length)
         futures: list[asyncio.Future[AttendResult]] = []
         try:
             for piece in pieces:
@@ -298,99 +379,9 @@ class Engine:
                 future.cancel()
             raise
 
-    async def _first_append(self, session: Session, request: AppendRequest) -> AppendResult | None:
-        """What an append answered when its idempotency key came first; None when it never came. Writes nothing."""
-        if request.idempotency_key is None:
-            return None
-        try:
-            return await self._append(session, request, only_repeat=True)
-        except LengthConflict:
-            return None
-
-    async def _append(self, session: Session, request: AppendRequest, *, only_repeat: bool = False) -> AppendResult:
-        """Write tokens; with `only_repeat`, raises LengthConflict instead when this append was not made before."""
-        started = time.monotonic()
-        if request.embeddings.nbytes > LARGE_BYTES:
-            change = await asyncio.to_thread(_prepare, session, request, only_repeat)
-        else:
-            change = _prepare(session, request, only_repeat)
-        written = await self._write_change(change)
-        assert isinstance(written, Appended)
-        if not written.replayed:
-            session.num_appends += 1
-            session.updated_at = self._clock()
-        num_chunks = -(-written.length // session.settings.chunk_size)
-        return AppendResult(written.start, written.length, num_chunks, Timing(store_s=time.monotonic() - started))
-
     async def _write(self, write: Write, session: Session | None) -> object:
         """One write for the directory, which handles what it expects to be refused."""
-        return await self._submit(Change(write, session))
-
-    async def _write_change(self, change: Change) -> object:
-        """One append; the store's refusals become the domain's errors."""
-        session = change.session
-        assert session is not None
-        try:
-            return await self._submit(change)
-        except NoSuchSession:
-            raise SessionNotFound(f"there is no session {session.id!r}") from None
-        except WrongLength as error:
-            wanted = change.write.if_length if isinstance(change.write, Append) else None
-            raise LengthConflict(
-                f"if_length is {wanted}, the session's length is {error.length}", length=error.length
-            ) from None
-        except SessionFull as error:
-            raise InvalidArgument(
-                f"the append would make session {session.id!r} longer than its max_tokens {error.max_tokens}; "
-                f"its length is {error.length}",
-                length=error.length,
-            ) from None
-        except KeyReused as error:
-            raise IdempotencyMismatch(str(error)) from None
-
-    async def _submit(self, change: Change) -> object:
-        cost = len(change.write.data) if isinstance(change.write, Append) else 1
-        try:
-            lane = None if change.session is None else change.session.sid
-            return await self._committer.batcher.submit(change, cost=max(1, cost), lane=lane)
-        except StoreFull as error:
-            raise DiskFull(str(error)) from None
-        except StoreError as error:
-            if isinstance(error, Refused):
-                raise
-            raise Unhealthy(f"the store failed: {error}") from error
-
-    async def _sweep(self) -> None:
-        while True:
-            await asyncio.sleep(self.config.sweep_interval_s)
-            try:
-                await self._directory.sweep()
-            except Exception:
-                logging.getLogger(__name__).exception("the sweep of expired sessions failed and is tried again")
-
-
-def _prepare(session: Session, request: AppendRequest, only_repeat: bool) -> Change:
-    """A checked append as a write for the store, with its tokens for the device; see `Engine._append`."""
-    tokens = to_tokens(request.embeddings, session.settings.dtype)
-    data = to_bytes(tokens)
-    write = Append(
-        session.sid,
-        len(tokens),
-        data,
-        request.payloads,
-        request.episode,
-        NO_LENGTH if only_repeat else request.if_length,  # a store looks for the key before it compares lengths
-        request.idempotency_key,
-        _digest(data, request) if request.idempotency_key is not None else b"",
-    )
-    return Change(write, session, tokens)
-
-
-def _digest(data: bytes, request: AppendRequest) -> bytes:
-    """What must be the same when an idempotency key comes again."""
-    digest = hashlib.sha256(data)
-    digest.update(repr((request.payloads, request.episode, request.if_length)).encode())
-    return digest.digest()
+        return await self._writing.submit(Change(write, session))
 
 
 async def _within(future: asyncio.Future[T], deadline: float, timeout_s: float) -> T:

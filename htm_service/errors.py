@@ -13,11 +13,12 @@ HTMError
 ├── Conflict
 │   ├── SessionConflict  session_conflict      same id, other settings
 │   └── LengthConflict   length_conflict       `if_length` is not the session's length
+├── SessionDamaged       session_damaged       stored bytes of the session cannot be read
 ├── IdempotencyMismatch  idempotency_mismatch  same key, other body
 └── Unavailable                                try again later
     ├── Overloaded       overloaded            the queue is at its limit
     ├── Draining         draining              the server is stopping
-    ├── Unhealthy        unhealthy             a worker thread died
+    ├── Unhealthy        unhealthy             a thread died or is stuck, another server has the data, the store failed
     ├── DeadlineExceeded deadline_exceeded     the request's own time ran out
     ├── OutOfMemory      out_of_memory         the device budget cannot hold what is asked for
     └── DiskFull         disk_full             the store could not write
@@ -105,9 +106,15 @@ class SessionConflict(Conflict):
 
 
 class LengthConflict(Conflict):
-    """The session's length is not the one the append was conditioned on."""
+    """The session's length is not the one the append was conditioned on, or the attend's masks were made for."""
 
     code = "length_conflict"
+
+
+class SessionDamaged(HTMError):
+    """Stored bytes of this session do not match their checksum; others are not affected."""
+
+    code = "session_damaged"
 
 
 class IdempotencyMismatch(HTMError):
@@ -135,7 +142,7 @@ class Draining(Unavailable):
 
 
 class Unhealthy(Unavailable):
-    """A worker thread died; the process must be restarted."""
+    """A thread died or is stuck, or another server has the data, both for good; or the store failed this time."""
 
     code = "unhealthy"
 

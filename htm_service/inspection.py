@@ -7,7 +7,8 @@ Does not know HTTP, or how attention is computed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -19,8 +20,8 @@ from htm_service.config import EngineConfig
 from htm_service.device_worker import DeviceWorker, Probe
 from htm_service.directory import decode_cursor, encode_cursor
 from htm_service.dtypes import from_bytes
-from htm_service.errors import ChunkNotFound, InvalidArgument, Unhealthy
-from htm_service.memory import Memory
+from htm_service.errors import ChunkNotFound, InvalidArgument, SessionNotFound, Unhealthy
+from htm_service.memory import NO_PAGE, Memory
 from htm_service.records import (
     AttendResult,
     ChunkDetail,
@@ -30,10 +31,14 @@ from htm_service.records import (
     Floats,
     Memories,
     ModelInfo,
+    Tier,
 )
 from htm_service.session import Session
 from htm_service.version import __version__
 from storage.base import Store, StoreError
+
+CHUNK_NUMBER = re.compile(r"[0-9]{1,15}")
+"""What a cursor of chunks holds."""
 
 
 class Inspection:
@@ -46,34 +51,43 @@ class Inspection:
     async def read(
         self, session: Session, start: int, stop: int | None, *, embeddings: bool, payloads: bool
     ) -> Memories:
-        """Tokens start .. stop-1 as they are stored. Raises InvalidArgument for a range outside the session."""
+        """Tokens start .. stop-1 as they are stored, as far as they were not evicted.
+
+        Raises InvalidArgument for a range outside the session.
+        """
         length = session.length
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
             raise InvalidArgument(f"the range is {start} to {stop}, it must lie within 0 to {length}")
-        found, texts = await asyncio.to_thread(self._fetch, session, start, stop, embeddings, payloads)
-        return Memories(start, stop, length, found, texts)
+        start = max(start, session.first_position)
+        stop = max(start, stop)
+        start, found, texts = await asyncio.to_thread(self._fetch, session, start, stop, embeddings, payloads)
+        return Memories(start, max(start, stop), length, found, texts)
 
     async def chunks(self, session: Session, cursor: str | None, limit: int, *, keys: bool) -> ChunkPage:
         """One page of chunks, with their keys when asked for."""
         validation.check_range("limit", limit, 1, 1000)
-        after = decode_cursor(cursor)
-        if not after.isascii() or not (after.isdigit() or not after):
-            raise InvalidArgument(f"cursor is {cursor!r}, which no listing gave out")
+        after = decode_cursor(cursor, CHUNK_NUMBER)
         first = int(after) + 1 if after else 0
-        infos, num_chunks = await self._describe(session, first, first + limit, keys=keys)
-        last = first + len(infos)
+        infos, num_chunks = await self._describe(session, first, limit, keys=keys)
+        last = infos[-1].index + 1 if infos else first
         return ChunkPage(infos, encode_cursor(str(last - 1)) if infos and last < num_chunks else None)
 
     async def chunk(self, session: Session, index: int, *, embeddings: bool, key: bool) -> ChunkDetail:
         """One chunk with its tokens' payloads. Raises ChunkNotFound."""
         infos, num_chunks = (
-            await self._describe(session, index, index + 1, keys=key) if index >= 0 else ([], session.num_chunks)
+            await self._describe(session, index, 1, keys=key) if index >= 0 else ([], session.num_chunks)
         )
         if not infos:
             raise ChunkNotFound(f"session {session.id!r} has no chunk {index}, it has {num_chunks} chunks")
         info = infos[0]
-        found, texts = await asyncio.to_thread(self._fetch, session, info.start, info.stop, embeddings, True)
+        if info.index > index:
+            raise ChunkNotFound(
+                f"chunk {index} of session {session.id!r} was evicted, its chunks begin with {info.index}"
+            )
+        start, found, texts = await asyncio.to_thread(self._fetch, session, info.start, info.stop, embeddings, True)
+        if start != info.start:
+            raise ChunkNotFound(f"chunk {index} of session {session.id!r} is being evicted")
         return ChunkDetail(info, texts or [], found)
 
     async def with_payloads(self, session: Session, result: AttendResult) -> AttendResult:
@@ -85,17 +99,21 @@ class Inspection:
         recalled = [[replace(token, payload=texts.get(token.position)) for token in row] for row in result.recalled]
         return replace(result, recalled=recalled)
 
-    async def _describe(self, session: Session, first: int, last: int, *, keys: bool) -> tuple[list[ChunkInfo], int]:
-        """Chunks first .. last-1, as far as there are any, and how many there are altogether."""
+    async def _describe(self, session: Session, first: int, limit: int, *, keys: bool) -> tuple[list[ChunkInfo], int]:
+        """At most `limit` chunks from `first` on, or from the first one held, and the number after the last of all."""
 
-        def ask(memory: Memory) -> tuple[Floats, int]:
-            return memory.keys[first:last].cpu().numpy().copy(), memory.length
+        def ask(memory: Memory) -> tuple[int, Floats, list[Tier], int]:
+            place = max(first - memory.first_chunk, 0)
+            some = slice(place, place + limit)
+            begin, pages = memory.first_chunk + place, memory.pages[some]
+            tiers = [_tier(session, begin + offset, page) for offset, page in enumerate(pages)]
+            return begin, memory.keys[some].cpu().numpy().copy(), tiers, memory.length
 
-        found, length = await self._worker.batcher.submit(Probe(session, ask))
+        begin, found, tiers, length = await self._worker.batcher.submit(Probe(session, ask))
         size = session.settings.chunk_size
         infos = []
         for place, key in enumerate(found):
-            index = first + place
+            index = begin + place
             num_recalls, mass, last_at = session.recalls.of_chunk(index)
             infos.append(
                 ChunkInfo(
@@ -103,7 +121,7 @@ class Inspection:
                     start=index * size,
                     stop=min((index + 1) * size, length),
                     sealed=(index + 1) * size <= length,
-                    tier=session.state,
+                    tier=tiers[place],
                     key_norm=float(np.linalg.norm(key)),
                     num_recalls=num_recalls,
                     mass=mass,
@@ -115,23 +133,33 @@ class Inspection:
 
     def _fetch(
         self, session: Session, start: int, stop: int, embeddings: bool, payloads: bool
-    ) -> tuple[Floats | None, Sequence[bytes | None] | None]:
-        """Embeddings [stop-start, D] and payloads from the store (a worker thread)."""
+    ) -> tuple[int, Floats | None, Sequence[bytes | None] | None]:
+        """Embeddings [stop-start, D] and payloads from the store, and where they begin (a worker thread)."""
         found: Floats | None = None
         texts: Sequence[bytes | None] | None = None
+        num_missing = 0
         try:
             if embeddings:
                 found = np.empty((stop - start, session.settings.dim), dtype=np.float32)
-                if stop > start:
-                    self._copy_tokens(session, start, stop, found)
+                num_missing = stop - start - (self._copy_tokens(session, start, stop, found) if stop > start else 0)
             if payloads:
                 by_position = self._store.read_payload_range(session.sid, start, stop)
                 texts = [by_position.get(position) for position in range(start, stop)]
+            if num_missing or (payloads and stop > start):  # a payload that is not there does not say why
+                row = self._store.get_session(session.id)
+                if row is None or row.sid != session.sid:  # deleted meanwhile
+                    raise SessionNotFound(f"there is no session {session.id!r}")
+                if start < row.first_position:  # evicted meanwhile
+                    start = row.first_position
+                    return self._fetch(session, start, max(start, stop), embeddings, payloads)
+                if num_missing:
+                    raise StoreError(f"{stop - start - num_missing} of the tokens {start} to {stop} could be read")
         except StoreError as error:
-            raise Unhealthy(f"session {session.id!r} cannot be read: {error}") from error
-        return found, texts
+            raise session.unreadable(error) from error
+        return start, found, texts
 
-    def _copy_tokens(self, session: Session, start: int, stop: int, into: Floats) -> None:
+    def _copy_tokens(self, session: Session, start: int, stop: int, into: Floats) -> int:
+        """Copy what the store has of tokens start .. stop-1; how many these are."""
         settings = session.settings
         num_copied = 0
         for block in self._store.read_blocks(session.sid, start, stop):
@@ -139,14 +167,19 @@ class Inspection:
             low, high = max(start, block.start), min(stop, block.start + block.num_tokens)
             into[low - start : high - start] = tokens[low - block.start : high - block.start]
             num_copied += high - low
-        if num_copied != stop - start:  # deleted meanwhile, or damaged
-            raise Unhealthy(f"session {session.id!r}: {num_copied} of the tokens {start} to {stop} could be read")
+        return num_copied
 
     def _payloads(self, session: Session, positions: list[int]) -> dict[int, bytes]:
         try:
             return self._store.read_payloads(session.sid, positions)
         except StoreError as error:
-            raise Unhealthy(f"session {session.id!r} cannot be read: {error}") from error
+            raise session.unreadable(error) from error
+
+
+def _tier(session: Session, chunk: int, page: int) -> Tier:
+    if page != NO_PAGE:
+        return "resident"
+    return "host" if chunk in session.host_pages else "cold"
 
 
 async def engine_info(
@@ -156,9 +189,13 @@ async def engine_info(
     committer: Committer,
     device_reason: str,
     models: list[ModelInfo],
+    of_sessions: Mapping[str, int],
 ) -> EngineInfo:
-    """What the engine is, may take and holds."""
-    totals = await asyncio.to_thread(store.totals)
+    """What the engine is, may take and holds. Raises Unhealthy."""
+    try:
+        totals = await asyncio.to_thread(store.totals)
+    except StoreError as error:
+        raise Unhealthy(f"what the store holds cannot be read: {error}") from error
     residency, batcher = worker.residency, worker.batcher
     return EngineInfo(
         version=__version__,
@@ -170,6 +207,7 @@ async def engine_info(
         models=models,
         limits={
             "memory_budget_bytes": config.memory_budget_bytes,
+            "host_budget_bytes": config.host_budget_bytes,
             "max_waiting": config.max_waiting,
             "max_batch_products": config.max_batch_products,
             "max_dim": limits.MAX_DIM,
@@ -184,12 +222,18 @@ async def engine_info(
             "stored_bytes": totals.num_bytes,
             "disk_bytes": totals.num_disk_bytes,
             "device_bytes": residency.budget.used_bytes,
+            "device_key_bytes": residency.key_bytes,
+            "host_bytes": residency.host.budget.used_bytes,
             "resident_sessions": residency.num_resident,
             "loads": residency.num_loads,
             "evictions": residency.num_evictions,
+            "dropped_pages": residency.num_dropped,
+            "fetched_pages": residency.num_fetched,
+            "host_reads": residency.host.num_read,
             "batches": batcher.num_batches,
             "attends": batcher.num_items,
-            "skipped": batcher.num_skipped,
+            "skipped": batcher.num_skipped + committer.batcher.num_skipped,
+            **of_sessions,
             "commits": committer.batcher.num_batches,
         },
     )

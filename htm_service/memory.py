@@ -1,6 +1,10 @@
-"""One session's chunks on the device: pages of contents, and beside them the summary keys.
+"""One session's chunks on the device: the summary keys of all of them, and the contents of some in pages.
 
 Shapes: D width, C chunk size, n tokens, M = ceil(n / C) chunks.
+Storage has every token, so the contents are a cache: a sealed chunk's page may be dropped at any time and put back
+later. The open chunk, which is still written to, keeps its page.
+Chunks keep their numbers when the first ones are let go for good: what is held are the chunks `first_chunk` .. M-1,
+and `keys`, `page_table`, `pages` and `used_at` begin with the first of them.
 A summary key is the float32 mean of a chunk's tokens, its sum accumulated slot by slot. That order does not
 depend on how the tokens arrived, so the same tokens give the same key to the last bit: appended one by one,
 at once, or read back after a restart.
@@ -9,12 +13,19 @@ Does not know queries, models or storage. One thread at a time: the device threa
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from htm_service.arena import Arena, Budget
+from htm_service.device import sent
 
 KEY_ITEMSIZE = 4
+NO_PAGE = -1
+"""In the page table: the chunk's contents are in storage only."""
 
 
 def sum_slots(tokens: Tensor, visible: Tensor | None = None) -> Tensor:
@@ -29,10 +40,16 @@ def sum_slots(tokens: Tensor, visible: Tensor | None = None) -> Tensor:
 class Memory:
     """See the head of this module. `append` is all or nothing; `release` gives everything back."""
 
-    def __init__(self, arena: Arena, budget: Budget) -> None:
+    def __init__(self, arena: Arena, budget: Budget, first_chunk: int = 0) -> None:
         self.arena = arena
-        self.length = 0
+        self.first_chunk = first_chunk
+        self.length = first_chunk * arena.chunk_size
+        self.num_missing = 0
+        """Chunks without a page."""
         self._budget = budget
+        self._num_gone = 0
+        """Rows at the beginning of the tables below, of chunks that were let go."""
+        self._used_at = np.zeros(0, dtype=np.int64)
         self._pages: list[int] = []
         self._open_sum = torch.zeros(arena.dim, dtype=torch.float32, device=arena.device)
         self._keys = torch.empty(0, arena.dim, dtype=torch.float32, device=arena.device)
@@ -47,17 +64,41 @@ class Memory:
     @property
     def num_chunks(self) -> int:
         """M."""
-        return len(self._pages)
+        return self.first_chunk + len(self._pages)
+
+    @property
+    def first_position(self) -> int:
+        """The first position that is held."""
+        return self.first_chunk * self.chunk_size
 
     @property
     def pages(self) -> list[int]:
-        """Page ids, on the host."""
+        """Page ids, on the host; NO_PAGE for a chunk whose contents are not here."""
         return self._pages
+
+    @property
+    def num_sealed(self) -> int:
+        """Full chunks."""
+        return self.length // self.chunk_size
 
     @property
     def device_bytes(self) -> int:
         """Bytes of its pages and keys, capacity included."""
-        return self.num_chunks * self.arena.page_bytes + self._keys.shape[0] * self._key_bytes
+        num_pages = len(self._pages) - self.num_missing
+        return num_pages * self.arena.page_bytes + self.device_key_bytes
+
+    @property
+    def device_key_bytes(self) -> int:
+        """Those of the keys."""
+        return self._keys.shape[0] * self._key_bytes
+
+    def num_pages_for(self, num_tokens: int) -> int:
+        """Pages that `append` takes for so many tokens."""
+        return -(-(self.length + num_tokens) // self.chunk_size) - self.num_chunks
+
+    def num_key_bytes_for(self, num_chunks: int) -> int:
+        """Bytes that keys of so many chunks more take from the budget."""
+        return (self._capacity_for(len(self._pages) + num_chunks) - self._keys.shape[0]) * self._key_bytes
 
     @property
     def _key_bytes(self) -> int:
@@ -65,16 +106,25 @@ class Memory:
 
     def _look(self) -> None:
         """Renew the views; made here, once, because every read needs them and each costs a call into torch."""
-        self.keys = self._keys[: self.num_chunks]
-        """Summary keys [M, D] float32, a view."""
-        self.page_table = self._page_table[: self.num_chunks]
-        """Page ids [M] int64, a view."""
+        held = slice(self._num_gone, self._num_gone + len(self._pages))
+        self.keys = self._keys[held]
+        """Summary keys [m, D] float32 of the m chunks held, a view."""
+        self.page_table = self._page_table[held]
+        """Page ids [m] int64, a view."""
+        self.used_at = self._used_at[held]
+        """When the contents of each were last used, by the owner's clock, a view."""
+
+    def tables(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Keys [N, D] and page ids [N] of chunks first .. last-1, views; all of them held, or none wanted."""
+        if first >= last:
+            return self.keys[:0], self.page_table[:0]
+        some = slice(first - self.first_chunk, last - self.first_chunk)
+        return self.keys[some], self.page_table[some]
 
     def append(self, tokens: Tensor) -> None:
         """Add tokens [T, D] of the arena's dtype, from any device. Raises OutOfMemory, changing nothing."""
         size = self.chunk_size
-        num_new = -(-(self.length + len(tokens)) // size) - self.num_chunks
-        if num_new:
+        if num_new := self.num_pages_for(len(tokens)):
             self._add_pages(num_new)
         tokens = tokens.to(self.arena.device)
         head = min(-self.length % size, len(tokens))
@@ -87,55 +137,166 @@ class Memory:
 
     def _add_pages(self, num_new: int) -> None:
         """Take pages for `num_new` chunks more, all or none."""
-        first = self.num_chunks
-        self._reserve_keys(first + num_new)
+        self.reserve(len(self._pages) + num_new)
         pages = self.arena.allocate(num_new)
+        first = self._row(self.num_chunks)
         self._pages += pages
-        self._page_table[first : first + num_new] = torch.tensor(pages)
+        self._page_table[first : first + num_new] = sent(torch.tensor(pages), self._page_table.device)
         self._look()
 
+    def append_keys(self, keys: Tensor) -> None:
+        """Add sealed chunks of which only the keys [m, D] are known. Raises OutOfMemory, changing nothing."""
+        assert self.length % self.chunk_size == 0, "keys follow sealed chunks only"
+        self.reserve(len(self._pages) + len(keys))
+        first = self._row(self.num_chunks)
+        self._pages += [NO_PAGE] * len(keys)
+        self._page_table[first : first + len(keys)] = NO_PAGE
+        self._keys[first : first + len(keys)] = keys.to(self.arena.device)
+        self.num_missing += len(keys)
+        self.length += len(keys) * self.chunk_size
+        self._look()
+
+    def missing(self, chunks: Sequence[int]) -> list[int]:
+        """Those of the chunks that are held and have no page."""
+        if not self.num_missing:
+            return []
+        first = self.first_chunk
+        return [chunk for chunk in chunks if chunk >= first and self._pages[chunk - first] == NO_PAGE]
+
+    def put(self, chunks: Sequence[int], contents: Tensor) -> None:
+        """Give sealed chunks without a page their contents [N, C, D] back. Raises OutOfMemory, changing nothing."""
+        pages = self.arena.allocate(len(chunks))
+        self.arena.put(pages, contents.to(self.arena.device))
+        self._set_pages(chunks, pages)
+        self.num_missing -= len(chunks)
+
+    def droppable(self) -> npt.NDArray[np.int64]:
+        """The sealed chunks that have a page."""
+        sealed = self._pages[: self.num_sealed - self.first_chunk]
+        return np.flatnonzero(np.array(sealed, dtype=np.int64) != NO_PAGE) + self.first_chunk
+
+    def page(self, chunk: int) -> Tensor:
+        """The page [C, D] of a chunk that has one, a view."""
+        return self.arena.page(self._page_of(chunk))
+
+    def drop(self, chunks: Sequence[int]) -> None:
+        """Give the pages of sealed chunks back; storage has their contents."""
+        self.arena.free([self._page_of(chunk) for chunk in chunks])
+        self._set_pages(chunks, [NO_PAGE] * len(chunks))
+        self.num_missing += len(chunks)
+
+    def let_go(self, first_chunk: int) -> None:
+        """Forget the sealed chunks before `first_chunk`, keys and all."""
+        num_chunks = min(first_chunk, self.num_sealed) - self.first_chunk
+        if num_chunks <= 0:
+            return
+        pages = [page for page in self._pages[:num_chunks] if page != NO_PAGE]
+        self.arena.free(pages)
+        self.num_missing -= num_chunks - len(pages)
+        del self._pages[:num_chunks]
+        self.first_chunk += num_chunks
+        self._num_gone += num_chunks
+        self._look()
+
+    def restart(self, first_chunk: int) -> None:
+        """Let go of everything: the next chunk is `first_chunk`."""
+        self.release()
+        self.first_chunk = first_chunk
+        self.length = first_chunk * self.chunk_size
+
+    def chunks_in(self, slab: int) -> npt.NDArray[np.int64]:
+        """The chunks whose pages lie in a slab of the arena."""
+        inside = np.array(self._pages, dtype=np.int64) // self.arena.slab_pages == slab
+        return np.flatnonzero(inside) + self.first_chunk
+
+    def ages(self, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """When the contents of these chunks were last used."""
+        return self.used_at[chunks - self.first_chunk]
+
+    def touch(self, chunks: npt.NDArray[np.int64], now: int) -> None:
+        """Count the contents of these chunks as used now; -1 stands for none."""
+        self.used_at[chunks[chunks >= 0] - self.first_chunk] = now
+
+    def move(self, chunk: int, slab: int) -> None:
+        """Move a chunk's contents out of a slab; another one must have a free page."""
+        page = self._page_of(chunk)
+        (new,) = self.arena.allocate(1, avoid=slab)
+        self.arena.page(new).copy_(self.arena.page(page))
+        self._set_pages([chunk], [new])
+        self.arena.free([page])
+
+    def _set_pages(self, chunks: Sequence[int], pages: Sequence[int]) -> None:
+        for chunk, page in zip(chunks, pages, strict=True):
+            self._pages[chunk - self.first_chunk] = page
+        where = torch.tensor(chunks, dtype=torch.int64) + self._row(0)
+        # Both without waiting for what the device does: copies of pages may be under way.
+        device = self._page_table.device
+        self._page_table[sent(where, device)] = sent(torch.tensor(pages, dtype=torch.int64), device)
+
     def contents(self, chunks: Tensor) -> Tensor:
-        """A copy of the contents of chunks [N] (int64 indexes): [N, C, D]; slots past the end are undefined."""
-        return self.arena.take(self.page_table[chunks])
+        """A copy of the contents of chunks [N] (int64 indexes) that have pages: [N, C, D].
+
+        Slots past the end are undefined.
+        """
+        return self.arena.take(self.page_table[chunks - self.first_chunk])
 
     def release(self) -> None:
         """Give pages and keys back; the memory is empty afterwards."""
-        self.arena.free(self._pages)
+        self.arena.free([page for page in self._pages if page != NO_PAGE])
         self._budget.give(self._keys.shape[0] * self._key_bytes)
         self._pages = []
         self._keys = self._keys[:0].clone()
         self._page_table = self._page_table[:0].clone()
-        self.length = 0
+        self._used_at = self._used_at[:0].copy()
+        self.length = self.first_chunk = self.num_missing = self._num_gone = 0
         self._look()
+
+    def _row(self, chunk: int) -> int:
+        """Where a chunk is in the tables."""
+        return self._num_gone + chunk - self.first_chunk
+
+    def _page_of(self, chunk: int) -> int:
+        return self._pages[chunk - self.first_chunk]
 
     def _fill_open(self, tokens: Tensor) -> None:
         """Add fewer than C tokens, none of which crosses a chunk's end."""
         if not len(tokens):
             return
         chunk, slot = divmod(self.length, self.chunk_size)
-        self.arena.page(self._pages[chunk])[slot : slot + len(tokens)] = tokens
+        self.page(chunk)[slot : slot + len(tokens)] = tokens
         if slot == 0:
             self._open_sum.zero_()
         for place in range(len(tokens)):
             self._open_sum += tokens[place]
         self.length += len(tokens)
-        torch.div(self._open_sum, slot + len(tokens), out=self._keys[chunk])
+        torch.div(self._open_sum, slot + len(tokens), out=self._keys[self._row(chunk)])
 
     def _add_sealed(self, chunks: Tensor) -> None:
         """Add whole chunks [m, C, D] at a chunk's boundary."""
-        first = self.length // self.chunk_size
+        first = self.length // self.chunk_size - self.first_chunk
         self.arena.put(self._pages[first : first + len(chunks)], chunks)
-        self._keys[first : first + len(chunks)] = sum_slots(chunks) / self.chunk_size
+        self.keys[first : first + len(chunks)] = sum_slots(chunks) / self.chunk_size
         self.length += len(chunks) * self.chunk_size
 
-    def _reserve_keys(self, num_chunks: int) -> None:
+    def _capacity_for(self, num_chunks: int) -> int:
+        """Chunks there is room for when `num_chunks` are held: grown by half, unless many were let go."""
         capacity = self._keys.shape[0]
-        if num_chunks <= capacity:
+        if self._num_gone + num_chunks <= capacity or num_chunks <= capacity * 3 // 4:
+            return capacity
+        return max(num_chunks, capacity + max(4, capacity // 2))
+
+    def reserve(self, num_chunks: int) -> None:
+        """Have room for so many chunks to be held. Raises OutOfMemory, changing nothing."""
+        capacity = self._capacity_for(num_chunks)
+        more = capacity - self._keys.shape[0]
+        if not more and self._num_gone + num_chunks <= capacity:
             return
-        capacity = max(num_chunks, capacity + max(4, capacity // 2))
-        self._budget.take((capacity - self._keys.shape[0]) * self._key_bytes)
+        self._budget.take(more * self._key_bytes)
+        held = len(self._pages)
         keys = torch.empty(capacity, self.arena.dim, dtype=torch.float32, device=self.arena.device)
-        keys[: self.num_chunks] = self._keys[: self.num_chunks]
+        keys[:held] = self.keys
         page_table = torch.zeros(capacity, dtype=torch.int64, device=self.arena.device)
-        page_table[: self.num_chunks] = self._page_table[: self.num_chunks]
-        self._keys, self._page_table = keys, page_table
+        page_table[:held] = self.page_table
+        self._used_at = np.pad(self.used_at, (0, capacity - held))
+        self._keys, self._page_table, self._num_gone = keys, page_table, 0
+        self._look()

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from htm_service.errors import InvalidArgument, ModelNotFound
-from htm_service.kernels.base import Kernel, Projections
+from htm_service.kernels.base import Attended, Kernel, Projections, View
 from htm_service.kernels.reference import ReferenceKernel
 from htm_service.model_config import MAX_TOP_K, ModelConfig, check_tensors, content_hash
 from htm_service.positions import position_table
@@ -105,6 +105,12 @@ class Model(ABC):
         `any_visible` [R] bool: rows without a visible token are zero (a block: the normed query), whatever
         `z` holds there.
         """
+
+    def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
+        """What `queries` [R, D] take of a view, and the outputs [R, D]; zero, in a block the normed query, for none."""
+        folded = self.fold(queries, kernel)
+        attended = kernel.attend(view.batch(folded.summary, folded.heads))
+        return attended, self.project(attended.z, folded, (attended.chunk_index >= 0).any(dim=-1), kernel)
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
@@ -185,9 +191,8 @@ class ProjectedModel(Model):
 
     def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
         """Fold the projections of keys into `queries` [R, D], layer-normed first in a block."""
-        residual = None
-        if self.config.block:
-            residual = queries = functional.layer_norm(queries, queries.shape[-1:], *self._norm, eps=LAYER_NORM_EPS)
+        queries = self._normed(queries)
+        residual = queries if self.config.block else None
         return FoldedQueries(residual, *(kernel or ReferenceKernel()).fold(self._projections, queries))
 
     def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
@@ -195,6 +200,18 @@ class ProjectedModel(Model):
         output = (kernel or ReferenceKernel()).project(self._projections, z)
         output = torch.where(any_visible[:, None], output, 0.0)
         return output if folded.residual is None else output + folded.residual
+
+    def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
+        """In one call of the kernel; see `Model.answer`."""
+        queries = self._normed(queries)
+        attended, output = kernel.answer(self._projections, queries, view)
+        return attended, output + queries if self.config.block else output
+
+    def _normed(self, queries: Tensor) -> Tensor:
+        """Queries [R, D], layer-normed in a block."""
+        if not self.config.block:
+            return queries
+        return functional.layer_norm(queries, queries.shape[-1:], *self._norm, eps=LAYER_NORM_EPS)
 
     def to(self, device: torch.device | str) -> Self:
         """The same model on `device`; itself when it is there already."""

@@ -10,8 +10,9 @@ in them, project. Everything else about a request is decided before
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -19,11 +20,13 @@ from einops import rearrange
 from torch import Tensor
 
 from htm_service.errors import HTMError, InvalidArgument
-from htm_service.kernels import Attended, Batch, Kernel, Search
+from htm_service.kernels import Attended, Kernel, Search, View
 from htm_service.memory import Memory
 from htm_service.models import Model
 from htm_service.records import AttendRequest, AttendResult, Floats, Ints, Recalled
-from htm_service.visibility import Visibility, partial_keys
+from htm_service.visibility import Visibility, partial_keys, seen_in_part
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +38,18 @@ class Read:
     request: AttendRequest
     visibility: Visibility
     top_k: int
+    known_keys: Mapping[int, Tensor] = field(default_factory=dict)
+    """Keys [D] of chunks seen in part that were computed elsewhere."""
+
+
+class Missing(NamedTuple):
+    """Chunks, lowest first, whose contents a read needs and that have no page.
+
+    With `in_part` it needs them for their keys, and which chunks it takes is not known before.
+    """
+
+    chunks: list[int]
+    in_part: bool
 
 
 class Reader:
@@ -44,35 +59,63 @@ class Reader:
         self.kernel = kernel
 
     def run(self, reads: Sequence[Read]) -> list[AttendResult | Exception]:
-        """One result per read, in order; a read that fails by itself gets its own error."""
+        """One result per read, in order; a read that fails by itself gets its own error.
+
+        Every chunk that a read takes or sees in part must have its page; see `missing`.
+        """
+        return self._by_group(reads, self._run_group)
+
+    def missing(self, reads: Sequence[Read]) -> list[Missing]:
+        """Per read, what must be fetched before `run`."""
+        return self._by_group(reads, self._missing_of_group)
+
+    def _by_group(self, reads: Sequence[Read], run: Callable[[list[list[Read]]], list[T]]) -> list[T]:
+        """Run groups of reads that share a model and an arena, those that see the same together; results in order."""
         groups: dict[tuple[int, int], dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
         for place, read in enumerate(reads):
             groups[id(read.model), id(read.memory.arena)][_what_is_seen(read, place)].append(place)
-        results: dict[int, AttendResult | Exception] = {}
+        results: dict[int, T] = {}
         with torch.inference_mode():
             for alike in groups.values():
                 places = [place for places in alike.values() for place in places]
                 group = [[reads[place] for place in places] for places in alike.values()]
-                results.update(zip(places, self._run_group(group), strict=True))
+                results.update(zip(places, run(group), strict=True))
         return [results[place] for place in range(len(reads))]
 
+    def _missing_of_group(self, alike: list[list[Read]]) -> list[Missing]:
+        in_part = [_missing_in_part(together[0]) for together in alike]
+        ready = [together for together, missing in zip(alike, in_part, strict=True) if not missing]
+        chosen: list[Missing] = []
+        if ready:
+            reads = [read for together in ready for read in together]
+            folded = reads[0].model.fold(_stack_queries(reads), self.kernel)
+            index = self.kernel.select(_view(ready, reads).batch(folded.summary, folded.heads)).cpu().numpy()
+            stop = 0
+            for read in reads:
+                rows = index[stop : (stop := stop + len(read.request.queries))]
+                chosen.append(Missing(read.memory.missing(np.unique(rows[rows >= 0]).tolist()), in_part=False))
+        found = iter(chosen)
+        return [
+            Missing(missing, in_part=True) if missing else next(found)
+            for together, missing in zip(alike, in_part, strict=True)
+            for _ in together
+        ]
+
     def _run_group(self, alike: list[list[Read]]) -> list[AttendResult | Exception]:
-        """Fold, attend, project: reads of one model and one arena, those that see the same together."""
         reads = [read for together in alike for read in together]
-        model, arena = reads[0].model, reads[0].memory.arena
-        folded = model.fold(_stack_queries(reads, arena.device), self.kernel)
-        attended = self.kernel.attend(
-            Batch(
-                arena,
-                folded.summary,
-                folded.heads,
-                model.positions(arena.chunk_size),
-                [_search(together) for together in alike],
-                tokens=any(read.request.tokens for read in reads),
-            )
-        )
-        output = model.project(attended.z, folded, (attended.chunk_index >= 0).any(dim=-1), self.kernel)
+        attended, output = reads[0].model.answer(_stack_queries(reads), _view(alike, reads), self.kernel)
         return _split(reads, output, attended)
+
+
+def _view(alike: list[list[Read]], reads: list[Read]) -> View:
+    """What a group looks at: the reads of `alike` in one row."""
+    model, arena = reads[0].model, reads[0].memory.arena
+    return View(
+        arena,
+        model.positions(arena.chunk_size),
+        [_search(together) for together in alike],
+        tokens=any(read.request.tokens for read in reads),
+    )
 
 
 def _what_is_seen(read: Read, place: int) -> tuple[int, ...]:
@@ -83,34 +126,40 @@ def _what_is_seen(read: Read, place: int) -> tuple[int, ...]:
     return id(read.memory), visibility.start, visibility.stop, read.top_k
 
 
+def _missing_in_part(read: Read) -> list[int]:
+    """The chunks that a read sees in part, whose keys are not known and whose contents are not here."""
+    first, last = read.visibility.chunk_range(read.memory.chunk_size)
+    in_part = seen_in_part(read.memory, read.visibility, first, last) if first < last else None
+    if in_part is None:
+        return []
+    return read.memory.missing([chunk for chunk in in_part.chunks.tolist() if chunk not in read.known_keys])
+
+
 def _search(together: list[Read]) -> Search:
     """What reads that see the same look through: the keys of the chunks they see, those seen in part recomputed."""
     read, num_queries = together[0], sum(len(read.request.queries) for read in together)
     memory, visibility = read.memory, read.visibility
     first, last = visibility.chunk_range(memory.chunk_size)
-    keys, pages = memory.keys, memory.page_table
-    if last - first < memory.num_chunks:
-        keys, pages = keys[first:last], pages[first:last]
+    keys, pages = memory.tables(first, last)
     hidden: Tensor | None = None
-    in_part = partial_keys(memory, visibility, first, last) if first < last else None
+    in_part = seen_in_part(memory, visibility, first, last) if first < last else None
     allowed = visibility.allowed(first, last, num_queries)
     if allowed is not None:
         hidden = ~torch.tensor(allowed, device=keys.device)
     if in_part is not None:
-        partial, means, unseen = in_part
         keys = keys.clone()
-        keys[partial - first] = means
-        if len(unseen):
+        keys[in_part.chunks - first] = partial_keys(memory, in_part, read.known_keys)
+        if len(in_part.hidden):
             hidden = keys.new_zeros(len(keys), dtype=torch.bool) if hidden is None else hidden
-            hidden[..., unseen - first] = True
+            hidden[..., in_part.hidden - first] = True
     token_mask = None if visibility.token_mask is None else torch.from_numpy(visibility.token_mask).to(keys.device)
     k = min(read.top_k, last - first)
     return Search(keys, pages, first, visibility.start, visibility.stop, num_queries, k, token_mask, hidden)
 
 
-def _stack_queries(reads: list[Read], device: torch.device) -> Tensor:
+def _stack_queries(reads: list[Read]) -> Tensor:
     """All queries [R, D] float32 on the device."""
-    return torch.from_numpy(np.concatenate([read.request.queries for read in reads])).to(device)
+    return torch.from_numpy(np.concatenate([read.request.queries for read in reads])).to(reads[0].memory.arena.device)
 
 
 def _split(reads: list[Read], output: Tensor, attended: Attended) -> list[AttendResult | Exception]:

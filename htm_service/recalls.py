@@ -24,16 +24,19 @@ TOKENS_KEPT = 16
 """Recalled tokens per query that the ring keeps."""
 UNCOUNTED = 1_024
 """Selected chunks that are counted together."""
+FORGOTTEN_TOGETHER = 1_024
 
 
 class RecallLog:
     """See the head of this module."""
 
-    def __init__(self, max_recalls: int) -> None:
+    def __init__(self, max_recalls: int, first_chunk: int = 0) -> None:
         self._ring: deque[Recall] = deque(maxlen=max_recalls)
         self._uncounted: list[tuple[Ints, Floats, float]] = []
         """Chunk indexes, their weights and the time of attends that the counters do not hold yet."""
         self._num_uncounted = 0
+        self._first_chunk = first_chunk
+        """Where the counters begin."""
         self._num_recalls = np.zeros(0, dtype=np.int64)
         self._mass = np.zeros(0, dtype=np.float64)
         self._last_at = np.zeros(0, dtype=np.float64)
@@ -72,9 +75,21 @@ class RecallLog:
     def of_chunk(self, index: int) -> tuple[int, float, float | None]:
         """How often chunk `index` was taken, the mass it received, and when last."""
         self._count()
-        if index >= len(self._num_recalls) or self._num_recalls[index] == 0:
+        index -= self._first_chunk
+        if not 0 <= index < len(self._num_recalls) or self._num_recalls[index] == 0:
             return 0, 0.0, None
         return int(self._num_recalls[index]), float(self._mass[index]), float(self._last_at[index])
+
+    def forget(self, first_chunk: int) -> None:
+        """Chunks before this one were evicted; many of them at a time leave the counters."""
+        num_chunks = first_chunk - self._first_chunk
+        if num_chunks < FORGOTTEN_TOGETHER:
+            return
+        self._count()
+        self._first_chunk = first_chunk
+        self._num_recalls = self._num_recalls[num_chunks:].copy()
+        self._mass = self._mass[num_chunks:].copy()
+        self._last_at = self._last_at[num_chunks:].copy()
 
     def _count(self) -> None:
         """Bring the counters up to date: for many attends at once, because numpy takes its time to begin."""
@@ -85,6 +100,7 @@ class RecallLog:
         at = np.repeat([now for _, _, now in self._uncounted], [index.size for index, _, _ in self._uncounted])
         self._uncounted.clear()
         self._num_uncounted = 0
+        index -= self._first_chunk
         taken = index >= 0
         self._grow(int(index.max(initial=-1)) + 1)
         np.add.at(self._num_recalls, index[taken], 1)

@@ -21,8 +21,10 @@ Ints = npt.NDArray[np.int64]
 DType = Literal["float32", "float16", "bfloat16"]
 OpenChunk = Literal["attend", "exclude"]
 OnFull = Literal["reject", "evict_oldest"]
+Durability = Literal["disk", "memory"]
 RankBy = Literal["weight", "score"]
 Residency = Literal["resident", "loading", "cold"]
+Tier = Literal["resident", "host", "cold"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,21 +66,32 @@ class SessionInfo:
     ttl_s: float | None
     max_tokens: int | None
     on_full: OnFull
+    first_position: int
+    """The session holds the tokens from here to `length`; those before were evicted."""
     length: int
     num_chunks: int
+    """The last chunk's number plus one, like `length` for positions."""
     num_sealed_chunks: int
     residency: Residency
     device_bytes: int
     """Bytes in the arena and of resident summary keys."""
+    device_key_bytes: int
+    """Of these, the keys'."""
+    host_bytes: int
+    """Bytes of chunks kept in host memory."""
     stored_bytes: int
     """Bytes of the tokens at rest."""
     created_at: float
     updated_at: float
     last_used_at: float
     num_appends: int
-    """Since the server started, like the two counters below."""
+    """Since the server started, like the counters below."""
     num_attends: int
     num_queries: int
+    num_lost_tokens: int
+    """Acknowledged with durability `memory`, and never written."""
+    damage: str | None
+    """What a read since the server's start found wrong with its bytes at rest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +121,7 @@ class AppendRequest:
     episode: int | None = None
     if_length: int | None = None
     idempotency_key: str | None = None
+    durability: Durability = "disk"
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,7 +208,8 @@ class ChunkInfo:
     start: int
     stop: int
     sealed: bool
-    tier: Residency
+    tier: Tier
+    """The fastest one that has its contents."""
     key_norm: float
     num_recalls: int
     mass: float

@@ -20,17 +20,24 @@ from htm_service.models import Model
 from htm_service.records import AppendRequest, AttendRequest, DType, Floats, SessionSettings
 from htm_service.session import Settings
 
-_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 
 
 def check_id(session_id: str) -> str:
     """A session id: 1 to 128 of letters, digits and `. _ ~ -`, and not a path step (`.` or `..`)."""
-    if not _ID.fullmatch(session_id) or session_id in {".", ".."}:
+    if not ID.fullmatch(session_id) or session_id in {".", ".."}:
         shown = session_id if len(session_id) <= 140 else f"{session_id[:140]}..."
         raise InvalidArgument(
             f"session id is {shown!r}, it must match [A-Za-z0-9._~-]{{1,128}}, and not be '.' or '..'"
         )
     return session_id
+
+
+def check_prefix(prefix: str) -> str:
+    """The beginning of session ids: at most 128 of their characters."""
+    if prefix and not ID.fullmatch(prefix):
+        raise InvalidArgument(f"prefix is {prefix[:140]!r}, it must match [A-Za-z0-9._~-]{{0,128}}, as session ids do")
+    return prefix
 
 
 def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
@@ -70,10 +77,12 @@ def resolve_settings(wish: SessionSettings, model_name: str, model: Model, dtype
     chunk_size = wish.chunk_size if wish.chunk_size is not None else model.config.chunk_size
     if wish.dtype is not None and wish.dtype not in TORCH_DTYPES:
         raise InvalidArgument(f"dtype is {wish.dtype!r}, it must be one of {', '.join(TORCH_DTYPES)}")
-    if wish.on_full != "reject":
-        raise InvalidArgument(f"on_full is {wish.on_full!r}, this version knows only 'reject'")
+    if wish.on_full not in {"reject", "evict_oldest"}:
+        raise InvalidArgument(f"on_full is {wish.on_full!r}, it must be 'reject' or 'evict_oldest'")
     if wish.max_tokens is not None:
-        check_range("max_tokens", wish.max_tokens, 1, 2**53)
+        check_range("max_tokens", wish.max_tokens, chunk_size if wish.on_full == "evict_oldest" else 1, 2**53)
+    elif wish.on_full == "evict_oldest":
+        raise InvalidArgument("on_full is 'evict_oldest', and max_tokens is missing")
     return Settings(
         dim=dim,
         chunk_size=check_range("chunk_size", chunk_size, 1, limits.MAX_CHUNK_SIZE),
@@ -103,7 +112,7 @@ def check_append(request: AppendRequest, dim: int) -> AppendRequest:
         check_range("episode", request.episode, -(2**53), 2**53)
     if request.if_length is not None:
         check_range("if_length", request.if_length, 0, 2**53)
-    return replace(request, embeddings=embeddings)
+    return request if embeddings is request.embeddings else replace(request, embeddings=embeddings)
 
 
 def check_attend(request: AttendRequest, dim: int) -> AttendRequest:
@@ -139,6 +148,6 @@ def _check_matrix(name: str, array: Floats, dim: int) -> Floats:
     if matrix.dtype != np.float32:
         raise InvalidArgument(f"{name} has dtype {matrix.dtype}, the engine takes float32")
     if not np.isfinite(matrix).all():
-        row, column = np.argwhere(~np.isfinite(matrix))[0]
-        raise InvalidArgument(f"{name}[{row}, {column}] is {matrix[row, column]}, it must be a finite number")
+        at = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
+        raise InvalidArgument(f"{name}{list(at)} is {array[at]}, it must be a finite float32")
     return matrix

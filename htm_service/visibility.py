@@ -6,7 +6,7 @@ Implements "Visibility of a token" of docs/attention.md. Does not know batches, 
 
 from __future__ import annotations
 
-from collections.abc import Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,11 @@ from htm_service.memory import Memory, sum_slots
 from htm_service.records import AttendRequest, Bools, OpenChunk
 
 CHUNKS_AT_ONCE = 256
-"""Chunks whose contents are copied together to recompute their keys: bounds the workspace."""
+"""Chunks whose contents are copied together to recompute their keys, or from the host tier: bounds the workspace."""
+
+
+class Evicted(InvalidArgument):
+    """Of what an attend was to see, as of then, all was evicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,15 +69,18 @@ def plan_visibility(
     request: AttendRequest,
     *,
     length: int,
+    first_position: int = 0,
     chunk_size: int,
     num_queries: int,
     open_chunk: OpenChunk,
     episodes: Sequence[EpisodeRun],
 ) -> Visibility:
-    """What `request` sees of a session of `length` tokens. Raises InvalidArgument with value and limit."""
+    """What `request` sees of a session's tokens `first_position` .. `length`-1. Raises InvalidArgument, Evicted."""
     stop = length if request.stop is None else request.stop
     if stop > length:
         raise InvalidArgument(f"stop is {stop}, the session's length is {length}")
+    if stop < first_position:
+        raise Evicted(f"stop is {stop}, the session's tokens before {first_position} were evicted")
     if request.start > stop:
         raise InvalidArgument(f"start is {request.start}, it must be at most {stop}, where the visible range stops")
     num_chunks = -(-stop // chunk_size)
@@ -90,14 +97,24 @@ def plan_visibility(
     if open_chunk == "exclude":
         stop = stop // chunk_size * chunk_size
         mask = None if mask is None else mask[:stop]
-    return Visibility(request.start, stop, mask if stop else None, chunk_mask)
+    return Visibility(max(request.start, first_position), stop, mask if stop else None, chunk_mask)
 
 
-def partial_keys(memory: Memory, visibility: Visibility, first: int, last: int) -> tuple[Tensor, Tensor, Tensor] | None:
-    """Of the chunks first .. last-1: those seen in part, their keys over what is seen, those not seen at all.
+@dataclass(frozen=True, slots=True)
+class SeenInPart:
+    """The chunks of a range that a request sees in part, `chunks` [p] int64, and which of their `slots` [p, C] bool;
+    `hidden` [h] int64, those it does not see at all. On the memory's device.
+    """
 
-    Returns indexes [p] int64, keys [p, D] float32, indexes [h] int64, all on the memory's device; None when
-    every chunk is seen as far as it is filled, which is the common case.
+    chunks: Tensor
+    slots: Tensor
+    hidden: Tensor
+
+
+def seen_in_part(memory: Memory, visibility: Visibility, first: int, last: int) -> SeenInPart | None:
+    """Of the chunks first .. last-1: those seen in part or not at all.
+
+    None when every chunk is seen as far as it is filled, which is the common case.
     """
     size = memory.chunk_size
     if visibility.token_mask is None:
@@ -111,12 +128,27 @@ def partial_keys(memory: Memory, visibility: Visibility, first: int, last: int) 
     seen = slots.sum(dim=1)
     stored = (memory.length - suspects * size).clamp(max=size)
     in_part = (seen > 0) & (seen < stored)
-    partial, slots, seen = suspects[in_part], slots[in_part], seen[in_part]
-    keys = torch.empty(len(partial), memory.keys.shape[1], device=memory.keys.device)
-    for rows in torch.arange(len(partial), device=partial.device).split(CHUNKS_AT_ONCE):
-        keys[rows] = sum_slots(memory.contents(partial[rows]), slots[rows]) / seen[rows, None]
-    hidden = suspects[visibility.slots(suspects, size).sum(dim=1) == 0]
-    return partial, keys, hidden
+    return SeenInPart(suspects[in_part], slots[in_part], suspects[seen == 0])
+
+
+def keys_of(contents: Tensor, slots: Tensor) -> Tensor:
+    """Summary keys [p, D] float32 of chunks [p, C, D] over some of their slots [p, C] bool."""
+    return sum_slots(contents, slots) / slots.sum(dim=1, keepdim=True)
+
+
+def partial_keys(memory: Memory, part: SeenInPart, known: Mapping[int, Tensor]) -> Tensor:
+    """The keys [p, D] of the chunks seen in part: those that are `known`, and the others from their contents."""
+    keys = torch.empty(len(part.chunks), memory.keys.shape[1], device=memory.keys.device)
+    rows = torch.arange(len(part.chunks), device=keys.device)
+    if known:
+        chunks = part.chunks.tolist()
+        for row, chunk in enumerate(chunks):
+            if chunk in known:
+                keys[row] = known[chunk]
+        rows = rows[torch.tensor([chunk not in known for chunk in chunks], device=keys.device)]
+    for some in rows.split(CHUNKS_AT_ONCE):
+        keys[some] = keys_of(memory.contents(part.chunks[some]), part.slots[some])
+    return keys
 
 
 def _is_cut(memory: Memory, visibility: Visibility, chunk: int) -> bool:

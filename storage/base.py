@@ -3,7 +3,10 @@
 What is promised after a crash: when `Store.write` returns, every write of the group that it reports as
 done survives the death of the process and of the machine (on a store whose `durable` is true). A group is
 one transaction: after a crash either all of its writes are there or none. An append is therefore never
-torn, and the tokens of a session are always the positions 0 .. length-1 without a gap.
+torn, and the tokens of a session are always the positions first_position .. length-1 without a gap.
+
+Data has one owner: the store that opened it last for writing, as long as its lease lasts. What another one
+began before, it cannot commit any more: `write` compares the owner's epoch within its transaction.
 
 `Store.write` is called from one thread; every read may be called from any thread at any time and sees whole
 groups only. Stores speak bytes, numbers and the records below. They do not know tensors, attention or HTTP.
@@ -12,7 +15,7 @@ groups only. Stores speak bytes, numbers and the records below. They do not know
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -27,12 +30,16 @@ class StoreUnavailable(StoreError):
     """The store cannot be opened, or is in use by another server; the message says which and why."""
 
 
+class StoreFenced(StoreError):
+    """Nothing can be written any more through this store: another server owns the data now. For good."""
+
+
 class StoreFull(StoreError):
     """There is no room left to write."""
 
 
 class StoreDamaged(StoreError):
-    """Stored bytes do not match their checksum; the message names session and position."""
+    """Stored bytes do not match their checksum, or cannot be read; the message names session and position."""
 
 
 class Refused(StoreError):
@@ -79,16 +86,21 @@ class SessionRow:
 
     id: str
     settings: Mapping[str, Any]
-    """JSON object with what the domain wants to keep (dim, chunk_size, labels, ...), except `max_tokens`."""
+    """JSON object with what the domain wants to keep (dim, chunk_size, labels, ...), except `max_tokens`.
+
+    Empty where it is damaged and cannot be read.
+    """
     created_at: float
     max_tokens: int | None = None
     sid: int = 0
     length: int = 0
-    """Number of tokens."""
+    """Number of tokens that were appended: one more than the last position."""
     num_bytes: int = 0
-    """Bytes of all tokens."""
+    """Bytes of all blocks."""
     updated_at: float = 0.0
     """Time of the last append, or of the creation."""
+    first_position: int = 0
+    """Where the tokens begin: those before were evicted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +111,15 @@ class Block:
     num_tokens: int
     data: bytes
     episode: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """What the domain keeps about the whole chunks first .. first+num_chunks-1, to the store mere bytes."""
+
+    first: int
+    num_chunks: int
+    data: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +139,7 @@ class UpdateSession:
 
 @dataclass(frozen=True, slots=True)
 class DeleteSession:
-    """Delete a session and everything in it. Refused: NoSuchSession."""
+    """Delete a session: nothing of it is found any more. See `Store.purge`. Refused: NoSuchSession."""
 
     sid: int
 
@@ -143,6 +164,8 @@ class Append:
     idempotency_key: str | None = None
     digest: bytes = b""
     """Digest of the request's content, compared when the key comes again."""
+    evict_chunk: int | None = None
+    """Where `max_tokens` would be passed, the oldest chunks of so many tokens go, whole; None: it is refused."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +177,26 @@ class Appended:
     """Length of the session after this append."""
     replayed: bool = False
     """True when nothing was written, because the idempotency key had been used before."""
+    first_position: int = 0
+    """Where the session's tokens begin after this append; 0 when it is replayed."""
 
 
-Write = CreateSession | UpdateSession | DeleteSession | Append
+@dataclass(frozen=True, slots=True)
+class Seal:
+    """Put a session's next chunks in order: keep their summary, and join the small blocks that they came in.
+
+    The summary must follow those that are there, or begin with the session; `chunk_size` is in tokens. No token,
+    episode or position changes. Refused: NoSuchSession, WrongLength (with the number of chunks that have summaries).
+    """
+
+    sid: int
+    summary: Summary
+    chunk_size: int
+
+
+Write = CreateSession | UpdateSession | DeleteSession | Append | Seal
 Outcome = SessionRow | Appended | Refused
-"""CreateSession and UpdateSession answer the SessionRow as it is now, DeleteSession the one it was."""
+"""CreateSession, UpdateSession and Seal answer the SessionRow as it is now, DeleteSession the one it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,6 +209,10 @@ class Totals:
     num_disk_bytes: int
 
 
+CheckSettings = Callable[[Mapping[str, Any]], str | None]
+"""What is wrong with a session's stored settings, as a part of a sentence; None when nothing is. The domain's."""
+
+
 @dataclass(frozen=True, slots=True)
 class Problem:
     """Something `Store.verify` found: the session's id, or None for the store itself, and a sentence."""
@@ -181,6 +223,17 @@ class Problem:
 
 IDEMPOTENCY_SECONDS = 24 * 3600
 """How long an idempotency key is remembered."""
+
+
+def first_to_keep(length: int, num_tokens: int, max_tokens: int, chunk_size: int | None) -> int | None:
+    """The first position that stays when `num_tokens` follow `length` others; None when they do not fit.
+
+    What is appended is never evicted by its own append; without `chunk_size` nothing is evicted.
+    """
+    if chunk_size is None:
+        return None
+    first = -(-(length + num_tokens - max_tokens) // chunk_size) * chunk_size
+    return first if first <= length else None
 
 
 # --- the contract ---------------------------------------------------------------------------------
@@ -201,6 +254,25 @@ class Store(ABC):
         group was written. `now` is the time, in seconds since the epoch.
         """
 
+    def watch(self, on_fenced: Callable[[str], None]) -> None:
+        """Have `on_fenced` called with the reason, once, by any thread, when every `write` will raise StoreFenced.
+
+        Never, for a store that only one process can reach.
+        """
+        return
+
+    @abstractmethod
+    def purge(self, sid: int | None = None) -> bool:
+        """A small transaction that deletes bytes a deleted session left (this one, or any); True when there are more.
+
+        Deleting takes a session away at once, but not more of its bytes than others can wait for. Called from the
+        thread that writes; what is left when the process ends is found by the next one. Raises as `write` does.
+        """
+
+    @abstractmethod
+    def give_back(self) -> bool:
+        """Return a little of the free space to the file system; True when there is more. Called as `purge` is."""
+
     @abstractmethod
     def get_session(self, session_id: str) -> SessionRow | None:
         """The session with this id, or None."""
@@ -211,6 +283,7 @@ class Store(ABC):
     ) -> list[SessionRow]:
         """Sessions in the order of their ids (by code point), from the first id greater than `after` on.
 
+        Without those whose settings cannot be read.
         Only ids that begin with `prefix`, and only sessions whose `settings["labels"]` hold all of `labels`.
         """
 
@@ -220,6 +293,22 @@ class Store(ABC):
 
         A consistent view of the moment of the first step, and never all of them in memory at once.
         Raises StoreDamaged at a block whose checksum is wrong. Of a deleted session: nothing.
+        """
+
+    @abstractmethod
+    def read_ranges(self, ranges: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Block]]:
+        """As `read_blocks` for many (sid, start, stop) in one view; with each block its range's place in the list."""
+
+    @abstractmethod
+    def read_episodes(self, sid: int, stop: int) -> list[tuple[int, int | None]]:
+        """Where, before position `stop`, the episode changes: first position and episode, from 0 on."""
+
+    @abstractmethod
+    def read_summaries(self, sid: int) -> Iterator[Summary]:
+        """The summaries that `Seal` kept, in order and without a gap, from the session's first chunk on or from a few
+        before that were evicted since; fewer when one is damaged.
+
+        Never all of them in memory at once.
         """
 
     @abstractmethod
@@ -235,7 +324,7 @@ class Store(ABC):
         """What the store holds altogether."""
 
     @abstractmethod
-    def verify(self) -> Iterator[Problem]:
+    def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Problem]:
         """Read everything and compare checksums, lengths and positions; changes nothing."""
 
     @abstractmethod

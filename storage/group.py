@@ -1,7 +1,8 @@
 """One group of writes on one connection, within its transaction: few statements however many writes.
 
 Sessions and idempotency keys of all appends are looked up first, rows are gathered and inserted together.
-Any other write flushes what was gathered before it, so that each write sees the ones before it.
+Any other write flushes what was gathered before it, so that each write sees the ones before it. What the sessions'
+rows say is known from one group to the next, because nobody else writes; each update compares it nevertheless.
 """
 
 from __future__ import annotations
@@ -24,19 +25,24 @@ from storage.base import (
     NoSuchSession,
     Outcome,
     Refused,
+    Seal,
     SessionExists,
     SessionFull,
     SessionRow,
+    StoreError,
     UpdateSession,
     Write,
     WrongLength,
+    first_to_keep,
 )
+from storage.eviction import evict
+from storage.prepared import Prepared, Values
+from storage.purging import leave
+from storage.sealing import BLOCK_BYTES, seal
 from storage.tables import blocks, idempotency, payloads, sessions
 
 T = TypeVar("T")
 
-BLOCK_BYTES = 256 << 10
-"""A longer append is stored as several blocks: bounds what a reader must hold, and what a small read costs."""
 PURGE_LIMIT = 500
 """Expired idempotency keys deleted with one group that brings new ones."""
 SIDS_AT_ONCE = 500
@@ -45,10 +51,25 @@ KEYS_AT_ONCE = 32
 """Keys looked up by one statement. It probes the index once for each pair of a session and a key of them, which
 is why it is few; a list of pairs reads better, but makes SQLite scan the whole table."""
 
-_UPDATE_LENGTH = (
+MAX_TALLIES = 16_384
+"""Sessions of which length and bytes are known from one group to the next."""
+
+_INSERT_BLOCKS = Prepared(insert(blocks), "sid", "start", "num_tokens", "episode", "checksum", "data")
+_INSERT_PAYLOADS = Prepared(insert(payloads), "sid", "position", "body")
+_INSERT_KEYS = Prepared(insert(idempotency), "sid", "key", "digest", "start", "length", "created_at")
+_UPDATE_LENGTH = Prepared(
     update(sessions)
-    .where(sessions.c.sid == bindparam("of_sid"))
-    .values(length=bindparam("to_length"), num_bytes=bindparam("to_num_bytes"), updated_at=bindparam("at"))
+    .where(sessions.c.sid == bindparam("of_sid"), sessions.c.length == bindparam("from_length"))
+    .values(
+        length=bindparam("to_length"),
+        num_bytes=bindparam("to_num_bytes"),
+        updated_at=bindparam("at"),
+        first_position=bindparam("to_first_position"),
+    ),
+    *("to_length", "to_num_bytes", "at", "to_first_position", "of_sid", "from_length"),
+)
+_DELETE_KEY = delete(idempotency).where(
+    idempotency.c.sid == bindparam("of_sid"), idempotency.c.key == bindparam("of_key")
 )
 
 
@@ -56,49 +77,55 @@ def row_of(row: Row[Any]) -> SessionRow:
     """A row of the table as the contract's record."""
     return SessionRow(
         id=row.id,
-        settings=row.settings,
+        settings=row.settings or {},
         created_at=row.created_at,
         max_tokens=row.max_tokens,
         sid=row.sid,
         length=row.length,
         num_bytes=row.num_bytes,
         updated_at=row.updated_at,
+        first_position=row.first_position,
     )
 
 
 @dataclass(slots=True)
-class _Tally:
-    """A session's length and bytes as this group leaves them."""
+class Tally:
+    """A session's length and bytes as its group leaves them, and `stored`, the length that its row has so far."""
 
     length: int
     num_bytes: int
     max_tokens: int | None
-    is_changed: bool = False
-
-
-_DELETE_KEY = delete(idempotency).where(
-    idempotency.c.sid == bindparam("of_sid"), idempotency.c.key == bindparam("of_key")
-)
+    first_position: int
+    stored: int
+    evict_chunk: int | None = None
+    """Set when `first_position` has moved and what lies before it is still there."""
 
 
 class WriteGroup:
-    """See the head of this module. `run` once."""
+    """See the head of this module. `run` once.
 
-    def __init__(self, connection: Connection, writes: Sequence[Write], now: float) -> None:
-        self.has_deleted = False
+    `tallies`, by sid, is what the groups before have found out, and is kept up to date; it is wrong when this one's
+    transaction is not committed.
+    """
+
+    def __init__(self, connection: Connection, writes: Sequence[Write], now: float, tallies: dict[int, Tally]) -> None:
         self._connection = connection
         self._writes = writes
         self._now = now
-        self._tallies: dict[int, _Tally] = {}
+        self._tallies = tallies
+        self._touched: dict[int, Tally] = {}
+        """Those with tokens that were gathered."""
         self._keys: dict[tuple[int, str], tuple[bytes, Appended]] = {}
-        self._blocks: list[dict[str, Any]] = []
-        self._payloads: list[dict[str, Any]] = []
-        self._new_keys: list[dict[str, Any]] = []
+        self._blocks: list[Values] = []
+        self._payloads: list[Values] = []
+        self._new_keys: list[Values] = []
 
     def run(self) -> list[Outcome]:
         """Do all writes; one outcome for each."""
         appends = [write for write in self._writes if isinstance(write, Append)]
-        self._look_up({write.sid for write in appends})
+        if len(self._tallies) > MAX_TALLIES:
+            self._tallies.clear()
+        self._look_up({write.sid for write in appends}.difference(self._tallies))
         self._look_up_keys({(w.sid, w.idempotency_key) for w in appends if w.idempotency_key is not None})
         outcomes = [self._apply(write) for write in self._writes]
         self._flush()
@@ -118,6 +145,9 @@ class WriteGroup:
                 update(sessions).where(sessions.c.sid == write.sid).values(settings=dict(write.settings))
             )
             row = self._connection.execute(select(sessions).where(sessions.c.sid == write.sid)).one()
+        elif isinstance(write, Seal):
+            if (refused := seal(self._connection, write, row.first_position)) is not None:
+                return refused
         else:
             self._delete(write)
         return row_of(row)
@@ -135,14 +165,13 @@ class WriteGroup:
             "updated_at": row.updated_at or row.created_at,
         }
         created = self._connection.execute(insert(sessions).values(values).returning(sessions)).one()
-        self._tallies[created.sid] = _Tally(0, 0, created.max_tokens)
+        self._tallies[created.sid] = Tally(0, 0, created.max_tokens, 0, 0)
         return row_of(created)
 
     def _delete(self, write: DeleteSession) -> None:
-        for table in (blocks, payloads, idempotency, sessions):
-            self._connection.execute(delete(table).where(table.c.sid == write.sid))
+        self._connection.execute(delete(sessions).where(sessions.c.sid == write.sid))
+        leave(self._connection, write.sid)
         self._tallies.pop(write.sid, None)
-        self.has_deleted = True
 
     def _append(self, write: Append) -> Appended | Refused:
         tally = self._tallies.get(write.sid)
@@ -156,39 +185,33 @@ class WriteGroup:
             return Appended(answer.start, answer.length, replayed=True)
         if write.if_length is not None and write.if_length != tally.length:
             return WrongLength(tally.length)
-        answer = Appended(tally.length, tally.length + write.num_tokens)
-        if tally.max_tokens is not None and answer.length > tally.max_tokens:
-            return SessionFull(tally.length, tally.max_tokens)
+        first_position, length = tally.first_position, tally.length + write.num_tokens
+        if tally.max_tokens is not None and length - first_position > tally.max_tokens:
+            to_keep = first_to_keep(tally.length, write.num_tokens, tally.max_tokens, write.evict_chunk)
+            if to_keep is None:
+                return SessionFull(tally.length, tally.max_tokens)
+            tally.first_position, tally.evict_chunk = to_keep, write.evict_chunk
+        answer = Appended(tally.length, length, first_position=tally.first_position)
         self._blocks.extend(_rows_of(write, answer.start))
         if write.payloads is not None:
             self._payloads.extend(
-                {"sid": write.sid, "position": answer.start + place, "body": body}
-                for place, body in enumerate(write.payloads)
-                if body is not None
+                (write.sid, answer.start + place, body) for place, body in enumerate(write.payloads) if body is not None
             )
         if key is not None:
             self._keys[key] = (write.digest, answer)
-            self._new_keys.append(
-                {
-                    "sid": key[0],
-                    "key": key[1],
-                    "digest": write.digest,
-                    "start": answer.start,
-                    "length": answer.length,
-                    "created_at": self._now,
-                }
-            )
+            self._new_keys.append((*key, write.digest, answer.start, answer.length, self._now))
         tally.length = answer.length
         tally.num_bytes += len(write.data)
-        tally.is_changed = True
+        self._touched[write.sid] = tally
         return answer
 
     def _look_up(self, sids: set[int]) -> None:
-        columns = (sessions.c.sid, sessions.c.length, sessions.c.num_bytes, sessions.c.max_tokens)
+        table = sessions.c
+        columns = (table.sid, table.length, table.num_bytes, table.max_tokens, table.first_position)
         for some in _lots(sids, SIDS_AT_ONCE):
             rows = self._connection.execute(select(*columns).where(sessions.c.sid.in_(some)))
-            for sid, length, num_bytes, max_tokens in rows:
-                self._tallies[sid] = _Tally(length, num_bytes, max_tokens)
+            for sid, length, num_bytes, max_tokens, first_position in rows:
+                self._tallies[sid] = Tally(length, num_bytes, max_tokens, first_position, length)
 
     def _look_up_keys(self, keys: set[tuple[int, str]]) -> None:
         if not keys:
@@ -207,23 +230,30 @@ class WriteGroup:
             self._connection.execute(_DELETE_KEY, [{"of_sid": sid, "of_key": key} for sid, key in past])
 
     def _flush(self) -> None:
-        """Write what was gathered."""
-        for table, rows in ((blocks, self._blocks), (payloads, self._payloads), (idempotency, self._new_keys)):
+        """Write what was gathered. Raises StoreError when a session's row is not what it was known to be."""
+        gathered = (_INSERT_BLOCKS, self._blocks), (_INSERT_PAYLOADS, self._payloads), (_INSERT_KEYS, self._new_keys)
+        for statement, rows in gathered:
             if rows:
-                self._connection.execute(insert(table), rows)
+                statement.run(self._connection, rows)
                 rows.clear()
+        if not self._touched:
+            return
+        for sid, tally in self._touched.items():
+            if tally.evict_chunk is not None:
+                tally.num_bytes -= evict(self._connection, sid, tally.first_position, tally.evict_chunk)
+                tally.evict_chunk = None
         changed = [
-            {"of_sid": sid, "to_length": tally.length, "to_num_bytes": tally.num_bytes, "at": self._now}
-            for sid, tally in self._tallies.items()
-            if tally.is_changed
+            (tally.length, tally.num_bytes, self._now, tally.first_position, sid, tally.stored)
+            for sid, tally in self._touched.items()
         ]
-        if changed:
-            self._connection.execute(_UPDATE_LENGTH, changed)
-            for tally in self._tallies.values():
-                tally.is_changed = False
+        if _UPDATE_LENGTH.run(self._connection, changed).rowcount != len(changed):
+            raise StoreError("a session was changed by something else than its owner; the group is refused")
+        for tally in self._touched.values():
+            tally.stored = tally.length
+        self._touched.clear()
 
 
-def _rows_of(write: Append, start: int) -> Iterator[dict[str, Any]]:
+def _rows_of(write: Append, start: int) -> Iterator[Values]:
     """An append as rows of the table, each of at most BLOCK_BYTES, or one token."""
     token_bytes = len(write.data) // write.num_tokens
     step = max(1, BLOCK_BYTES // max(1, token_bytes))
@@ -231,14 +261,7 @@ def _rows_of(write: Append, start: int) -> Iterator[dict[str, Any]]:
         stop = min(first + step, write.num_tokens)
         is_whole = stop - first == write.num_tokens
         data = write.data if is_whole else write.data[first * token_bytes : stop * token_bytes]
-        yield {
-            "sid": write.sid,
-            "start": start + first,
-            "num_tokens": stop - first,
-            "episode": write.episode,
-            "checksum": zlib.crc32(data),
-            "data": data,
-        }
+        yield write.sid, start + first, stop - first, write.episode, zlib.crc32(data), data
 
 
 def _lots(items: Iterable[T], size: int) -> Iterator[list[T]]:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import threading
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import islice, pairwise
 
 from storage.base import (
     IDEMPOTENCY_SECONDS,
     Append,
     Appended,
     Block,
+    CheckSettings,
     CreateSession,
     DeleteSession,
     KeyReused,
@@ -18,14 +21,17 @@ from storage.base import (
     Outcome,
     Problem,
     Refused,
+    Seal,
     SessionExists,
     SessionFull,
     SessionRow,
     Store,
+    Summary,
     Totals,
     UpdateSession,
     Write,
     WrongLength,
+    first_to_keep,
 )
 
 
@@ -33,8 +39,19 @@ from storage.base import (
 class _Session:
     row: SessionRow
     blocks: list[Block] = field(default_factory=list)
+    summaries: list[Summary] = field(default_factory=list)
     payloads: dict[int, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
+
+    def evict(self, first_position: int, chunk_size: int) -> SessionRow:
+        """Forget what lies before a position, a chunk's begin; as `eviction.evict`."""
+        self.blocks = [block for block in self.blocks if block.start + block.num_tokens > first_position]
+        first = first_position // chunk_size
+        self.summaries = [summary for summary in self.summaries if summary.first + summary.num_chunks > first]
+        self.payloads = {position: body for position, body in self.payloads.items() if position >= first_position}
+        num_bytes = sum(len(block.data) for block in self.blocks)
+        self.row = replace(self.row, first_position=first_position, num_bytes=num_bytes)
+        return self.row
 
 
 class MemoryStore(Store):
@@ -53,6 +70,14 @@ class MemoryStore(Store):
         """See `Store.write`; nothing here can fail half-way."""
         with self._lock:
             return [self._apply(write, now) for write in writes]
+
+    def purge(self, sid: int | None = None) -> bool:
+        """A deleted session leaves nothing."""
+        return False
+
+    def give_back(self) -> bool:
+        """Nothing at rest, nothing to give back."""
+        return False
 
     def get_session(self, session_id: str) -> SessionRow | None:
         """See `Store.get_session`."""
@@ -75,9 +100,29 @@ class MemoryStore(Store):
         with self._lock:
             session = self._by_sid.get(sid)
             blocks = list(session.blocks) if session is not None else []
-        for block in blocks:
-            if block.start + block.num_tokens > start and (stop is None or max(start, block.start) < stop):
+        first = max(0, bisect_right(blocks, start, key=lambda block: block.start) - 1)
+        for block in islice(blocks, first, None):
+            if stop is not None and max(start, block.start) >= stop:
+                return
+            if block.start + block.num_tokens > start:
                 yield block
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Block]]:
+        """See `Store.read_ranges`."""
+        for place, (sid, start, stop) in enumerate(ranges):
+            for block in self.read_blocks(sid, start, stop):
+                yield place, block
+
+    def read_episodes(self, sid: int, stop: int) -> list[tuple[int, int | None]]:
+        """See `Store.read_episodes`."""
+        found = [(block.start, block.episode) for block in self.read_blocks(sid, 0, stop)]
+        return [*found[:1], *(run for before, run in pairwise(found) if before[1] != run[1])]
+
+    def read_summaries(self, sid: int) -> Iterator[Summary]:
+        """See `Store.read_summaries`."""
+        with self._lock:
+            session = self._by_sid.get(sid)
+            return iter([] if session is None else list(session.summaries))
 
     def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
         """See `Store.read_payloads`."""
@@ -91,9 +136,11 @@ class MemoryStore(Store):
         """See `Store.totals`."""
         with self._lock:
             rows = [session.row for session in self._by_sid.values()]
-        return Totals(len(rows), sum(row.length for row in rows), sum(row.num_bytes for row in rows), 0)
+        return Totals(
+            len(rows), sum(row.length - row.first_position for row in rows), sum(row.num_bytes for row in rows), 0
+        )
 
-    def verify(self) -> Iterator[Problem]:
+    def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Problem]:
         """Nothing at rest, nothing to find."""
         return iter(())
 
@@ -109,7 +156,7 @@ class MemoryStore(Store):
             if session is None:
                 return {}
             if isinstance(positions, range):
-                positions = positions[: session.row.length]
+                positions = range(positions.start, min(positions.stop, session.row.length))
             return {position: session.payloads[position] for position in positions if position in session.payloads}
 
     def _apply(self, write: Write, now: float) -> Outcome:
@@ -122,6 +169,12 @@ class MemoryStore(Store):
             session.row = replace(session.row, settings=dict(write.settings))
         elif isinstance(write, DeleteSession):
             del self._by_sid[write.sid], self._sids[session.row.id]
+        elif isinstance(write, Seal):
+            ends = (summary.first + summary.num_chunks for summary in session.summaries[-1:])
+            end = max(*ends, session.row.first_position // write.chunk_size, 0)
+            if write.summary.first != end:
+                return WrongLength(end)
+            session.summaries.append(write.summary)
         else:
             return self._append(session, write, now)
         return session.row
@@ -143,17 +196,20 @@ class MemoryStore(Store):
         if known is not None and known[2] > now - IDEMPOTENCY_SECONDS:
             if known[0] != write.digest:
                 return KeyReused(f"idempotency key {key!r} was used with another body")
-            return replace(known[1], replayed=True)
+            return replace(known[1], replayed=True, first_position=0)
         if write.if_length is not None and write.if_length != row.length:
             return WrongLength(row.length)
         length = row.length + write.num_tokens
-        if row.max_tokens is not None and length > row.max_tokens:
-            return SessionFull(row.length, row.max_tokens)
+        if row.max_tokens is not None and length - row.first_position > row.max_tokens:
+            first = first_to_keep(row.length, write.num_tokens, row.max_tokens, write.evict_chunk)
+            if first is None or write.evict_chunk is None:
+                return SessionFull(row.length, row.max_tokens)
+            row = session.evict(first, write.evict_chunk)
         session.blocks.append(Block(row.length, write.num_tokens, write.data, write.episode))
         for place, payload in enumerate(write.payloads or ()):
             if payload is not None:
                 session.payloads[row.length + place] = payload
-        answer = Appended(row.length, length)
+        answer = Appended(row.length, length, first_position=row.first_position)
         session.row = replace(row, length=length, num_bytes=row.num_bytes + len(write.data), updated_at=now)
         if key is not None:
             session.keys = {k: v for k, v in session.keys.items() if v[2] > now - IDEMPOTENCY_SECONDS}

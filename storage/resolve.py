@@ -4,27 +4,66 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from storage import backup
 from storage.base import Store, StoreUnavailable
 from storage.memory import MemoryStore
+from storage.postgresql import open_postgresql, open_postgresql_readonly
+from storage.sql import SqlStore
 from storage.sqlite import open_sqlite, open_sqlite_readonly
 
 DATABASE_NAME = "htm.sqlite3"
 """Name of the database file within a data directory."""
 
 
-def open_store(url: str) -> Store:
-    """The store at `sqlite:///PATH` or `memory://`. Raises StoreUnavailable."""
+LEASE_SECONDS = 10.0
+"""How long an owner that says nothing is waited for, where no lock tells whether it is alive."""
+FORMS = "sqlite:///PATH, postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE or memory://"
+
+
+def open_store(url: str, *, lease_s: float = LEASE_SECONDS) -> Store:
+    """The store at `sqlite:///PATH`, `postgresql+psycopg://...` or `memory://`. Raises StoreUnavailable.
+
+    `lease_s` is for PostgreSQL, see `open_postgresql`.
+    """
     if url == "memory://":
         return MemoryStore()
     if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):
         return open_sqlite(Path(url.removeprefix("sqlite:///")))
-    scheme = url.split("://")[0]
-    raise StoreUnavailable(f"store URL begins with {scheme!r}, it must be sqlite:///PATH or memory://")
+    if _is_postgresql(url):
+        return open_postgresql(url, lease_s)
+    raise StoreUnavailable(f"store URL begins with {url.split('://')[0]!r}, it must be {FORMS}")
 
 
-def open_readonly(path: Path) -> Store:
-    """The SQLite store in a data directory (or the file itself), for reading only, beside a running server or not.
+def open_readonly(where: Path | str) -> Store:
+    """A store for reading only, beside a running server or not: a data directory, a SQLite file, or the URL of a store.
 
     Raises StoreUnavailable when there is none, or when it is of another version.
     """
-    return open_sqlite_readonly(path / DATABASE_NAME if path.is_dir() else path)
+    if isinstance(where, str) and _is_postgresql(where):
+        return open_postgresql_readonly(where)
+    return open_sqlite_readonly(_file(where))
+
+
+def open_for_repair(where: Path | str) -> SqlStore:
+    """A store that no server is using: a data directory, a SQLite file, or a URL. Raises StoreUnavailable."""
+    if isinstance(where, str) and _is_postgresql(where):
+        return open_postgresql(where, LEASE_SECONDS)
+    file = _file(where)
+    if not file.is_file():
+        raise StoreUnavailable(f"there is no database at {file}")
+    return open_sqlite(file)
+
+
+def back_up(path: Path, target: Path) -> None:
+    """Copy the database in a data directory into another one, beside a running server or not; `backup.back_up`."""
+    open_readonly(path).close()  # says what is wrong with it, if anything
+    backup.back_up(_file(path), target / DATABASE_NAME)
+
+
+def _file(where: Path | str) -> Path:
+    path = Path(str(where).removeprefix("sqlite:///"))
+    return path / DATABASE_NAME if path.is_dir() else path
+
+
+def _is_postgresql(url: str) -> bool:
+    return url.startswith(("postgresql://", "postgresql+psycopg://"))

@@ -1,6 +1,6 @@
 """The contract on a SQL database, through SQLAlchemy Core: one connection writes, a pool reads.
 
-Does not know which database it is (see `sqlite.py`), nor what the settings mean.
+Does not know which database it is (see `sqlite.py`, `postgresql.py`), nor what the settings mean.
 """
 
 from __future__ import annotations
@@ -10,52 +10,57 @@ import json
 import threading
 import time
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-from sqlalchemy import Connection, Engine, Select, and_, func, select
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Select,
+    String,
+    Table,
+    and_,
+    cast,
+    exists,
+    func,
+    or_,
+    select,
+)
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from storage import verification
+from storage import repair, verification
 from storage.base import (
     Block,
+    CheckSettings,
     Outcome,
     Problem,
     SessionRow,
     Store,
     StoreDamaged,
     StoreError,
-    StoreFull,
+    StoreFenced,
+    Summary,
     Totals,
     Write,
 )
-from storage.group import WriteGroup, row_of
-from storage.tables import blocks, payloads, sessions
+from storage.failures import translated
+from storage.group import Tally, WriteGroup, row_of
+from storage.ownership import Ownership
+from storage.purging import purge_more
+from storage.repair import Repair
+from storage.tables import blocks, payloads, sessions, summaries
+
+T = TypeVar("T")
 
 ROWS_AT_ONCE = 64
 """Blocks fetched together while streaming; each is at most `group.BLOCK_BYTES`, or one token."""
 POSITIONS_AT_ONCE = 500
-CLOSE_SECONDS = 2.0
+KEPT_FREE_BYTES = 8 << 20
+"""Free space that a running server keeps in the file, because the next appends will want it."""
+CLOSE_SECONDS = 0.5
 """How long closing may give free space back; the rest waits for the next start."""
-
-
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
-    """Raise the errors of driver and library as StoreFull, StoreDamaged or StoreError."""
-    try:
-        yield
-    except DBAPIError as error:
-        name = getattr(error.orig, "sqlite_errorname", type(error.orig).__name__)
-        if name == "SQLITE_FULL":
-            raise StoreFull(f"the disk is full: {error.orig}") from error
-        raise StoreError(f"{error.orig} ({name})") from error
-    except SQLAlchemyError as error:
-        raise StoreError(str(error)) from error
-    except json.JSONDecodeError as error:
-        raise StoreDamaged(f"the settings of a session are damaged: {error}") from error
-    except (OverflowError, UnicodeError) as error:  # from the driver: a number or a text it cannot express
-        raise StoreError(f"a value cannot be stored: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,51 +68,56 @@ class Upkeep:
     """What a kind of database needs besides SQL."""
 
     disk_bytes: Callable[[], int]
-    give_back: Callable[[Connection], bool]
-    """Return some free space to the file system, so little that nobody waits long; True when there is more.
-    Called outside of a transaction, raises StoreError.
+    give_back: Callable[[Connection, int], bool]
+    """Return some free space to the file system, so little that nobody waits long, and leave so many bytes of it;
+    True when there is more. Called outside of a transaction, raises StoreError.
     """
     finish: Callable[[Connection], None]
     """The last thing done on the connection that writes."""
     release: Callable[[], None]
     """Called when all connections are closed, maybe again."""
+    structure: Callable[[Connection], Iterable[str]]
+    """What is wrong with the database itself."""
+    has_committed: Callable[[str | None], bool]
+    """Whether the transaction of this id, whose commit was not answered, was committed. Raises StoreError."""
 
 
 class SqlStore(Store):
-    """See the head of this module. Without `writer` it is for reading only."""
+    """See the head of this module. Without `writer` and `ownership` it is for reading only."""
 
     durable = True
 
-    def __init__(self, url: str, writer: Engine | None, readers: Engine, upkeep: Upkeep) -> None:
+    def __init__(
+        self, url: str, writer: Engine | None, readers: Engine, upkeep: Upkeep, ownership: Ownership | None
+    ) -> None:
         self.url = url
         self._writer_engine = writer
+        self._ownership = ownership
         self._readers = readers
         self._upkeep = upkeep
         self._writer: Connection | None = None
+        self._tallies: dict[int, Tally] = {}
+        """What the connection that writes has found out about sessions; dropped with it."""
         self._write_lock = threading.Lock()
         self._is_closed = False
-        self._has_free_space = True
-        """Until it is known better: the last process may have died before it gave it back."""
 
     def write(self, writes: Sequence[Write], *, now: float) -> list[Outcome]:
         """See `Store.write`."""
-        with self._write_lock, translated():
-            self._check_open()
-            if self._writer_engine is None:
-                raise StoreError(f"the store {self.url} was opened for reading only")
-            if self._writer is None:
-                self._writer = self._writer_engine.connect()
-            try:
-                with self._writer.begin():
-                    group = WriteGroup(self._writer, writes, now)
-                    outcomes = group.run()
-            except BaseException:
-                # Whatever state the failure left the connection in, the next group gets a fresh one.
-                self._drop_writer()
-                raise
-            self._has_free_space |= group.has_deleted
-            self._give_back()
-            return outcomes
+        return self._transact(lambda connection: WriteGroup(connection, writes, now, self._tallies).run())
+
+    def purge(self, sid: int | None = None) -> bool:
+        """See `Store.purge`."""
+        return self._transact(lambda connection: purge_more(connection, sid))
+
+    def give_back(self) -> bool:
+        """See `Store.give_back`."""
+        with self._writing() as (connection, _):
+            return self._upkeep.give_back(connection, KEPT_FREE_BYTES)
+
+    def watch(self, on_fenced: Callable[[str], None]) -> None:
+        """See `Store.watch`."""
+        if self._ownership is not None:
+            self._ownership.watch(on_fenced)
 
     def get_session(self, session_id: str) -> SessionRow | None:
         """See `Store.get_session`."""
@@ -118,17 +128,22 @@ class SqlStore(Store):
     def list_sessions(
         self, *, prefix: str = "", labels: Mapping[str, str] | None = None, after: str = "", limit: int = 100
     ) -> list[SessionRow]:
-        """See `Store.list_sessions`. Labels are compared here: no two databases spell that alike in SQL."""
+        """See `Store.list_sessions`. SQL only leaves out what cannot have the labels: settings without their text."""
         wanted = (labels or {}).items()
         found: list[SessionRow] = []
         query = select(sessions).where(sessions.c.id > after, sessions.c.id >= prefix).order_by(sessions.c.id)
         end = _end_of(prefix)
         if end is not None:
             query = query.where(sessions.c.id < end)
+        for key, value in wanted:
+            text = f"{json.dumps(key)}: {json.dumps(value)}"
+            query = query.where(cast(sessions.c.settings, String).contains(text, autoescape=True))
         if limit <= 0:
             return found
         with self._reading() as connection, connection.execute(query, **_streamed(min(limit, 500))) as rows:
             for row in rows:
+                if row.settings is None:  # damaged
+                    continue
                 session = row_of(row)
                 if wanted <= session.settings.get("labels", {}).items():
                     found.append(session)
@@ -138,22 +153,44 @@ class SqlStore(Store):
 
     def read_blocks(self, sid: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         """See `Store.read_blocks`. Holds one of the reading connections until it ends or is closed."""
-        if stop is not None and stop <= start:
-            return
-        query = _blocks_query(sid, start, stop)
+        with self._reading() as connection:
+            yield from _read_blocks(connection, sid, start, stop)
+
+    def read_ranges(self, ranges: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Block]]:
+        """See `Store.read_ranges`."""
+        with self._reading() as connection:
+            for place, (sid, start, stop) in enumerate(ranges):
+                for block in _read_blocks(connection, sid, start, stop):
+                    yield place, block
+
+    def read_episodes(self, sid: int, stop: int) -> list[tuple[int, int | None]]:
+        """See `Store.read_episodes`."""
+        place, before = (
+            func.lag(column).over(order_by=blocks.c.start) for column in (blocks.c.start, blocks.c.episode)
+        )
+        inner = select(blocks.c.start, blocks.c.episode, place.label("place"), before.label("before"))
+        rows = inner.where(*_of(blocks, sid), blocks.c.start < stop).subquery()
+        changed = or_(rows.c.place.is_(None), rows.c.episode.is_distinct_from(rows.c.before))
+        with self._reading() as connection:
+            found = connection.execute(select(rows.c.start, rows.c.episode).where(changed).order_by(rows.c.start))
+            return [(start, episode) for start, episode in found]
+
+    def read_summaries(self, sid: int) -> Iterator[Summary]:
+        """See `Store.read_summaries`."""
+        end: int | None = None
+        columns = (summaries.c.first, summaries.c.num_chunks, summaries.c.checksum, summaries.c.data)
+        query = select(*columns).where(*_of(summaries, sid)).order_by(summaries.c.first)
         with self._reading() as connection, connection.execute(query, **_streamed(ROWS_AT_ONCE)) as rows:
-            for first, num_tokens, episode, checksum, data in rows:
-                if first + num_tokens <= start:
-                    continue
-                if zlib.crc32(data) != checksum:
-                    id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
-                    raise StoreDamaged(f"session {id_!r} is damaged at position {first}: its checksum is wrong")
-                yield Block(first, num_tokens, data, episode)
+            for first, num_chunks, checksum, data in rows:
+                if end not in (None, first) or zlib.crc32(data) != checksum:
+                    return  # nothing is lost: what follows is computed again
+                yield Summary(first, num_chunks, data)
+                end = first + num_chunks
 
     def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
         """See `Store.read_payloads`."""
         found: dict[int, bytes] = {}
-        query = select(payloads.c.position, payloads.c.body).where(payloads.c.sid == sid)
+        query = select(payloads.c.position, payloads.c.body).where(*_of(payloads, sid))
         with self._reading() as connection:
             for place in range(0, len(positions), POSITIONS_AT_ONCE):
                 some = positions[place : place + POSITIONS_AT_ONCE]
@@ -163,22 +200,37 @@ class SqlStore(Store):
 
     def read_payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
         """See `Store.read_payload_range`."""
-        inside = and_(payloads.c.sid == sid, payloads.c.position >= start, payloads.c.position < stop)
+        inside = and_(*_of(payloads, sid), payloads.c.position >= start, payloads.c.position < stop)
         with self._reading() as connection:
             rows = connection.execute(select(payloads.c.position, payloads.c.body).where(inside))
             return {row.position: row.body for row in rows}
 
     def totals(self) -> Totals:
         """See `Store.totals`."""
-        sums = select(func.count(), func.sum(sessions.c.length), func.sum(sessions.c.num_bytes)).select_from(sessions)
+        num_held = sessions.c.length - sessions.c.first_position
+        sums = select(func.count(), func.sum(num_held), func.sum(sessions.c.num_bytes)).select_from(sessions)
         with self._reading() as connection:
             num_sessions, num_tokens, num_bytes = connection.execute(sums).one()
         return Totals(num_sessions, int(num_tokens or 0), int(num_bytes or 0), self._upkeep.disk_bytes())
 
-    def verify(self) -> Iterator[Problem]:
+    def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Problem]:
         """See `Store.verify`; one snapshot."""
         with self._reading() as connection:
-            yield from verification.problems(connection)
+            yield from verification.problems(connection, self._upkeep.structure, check_settings)
+
+    def plan_repair(self, check_settings: CheckSettings = lambda settings: None) -> list[Repair]:
+        """What can be kept of each damaged session; one snapshot. Raises StoreDamaged when the file itself is."""
+        with self._reading() as connection:
+            for message in self._upkeep.structure(connection):
+                raise StoreDamaged(f"the database itself is damaged: {message}; a backup may help")
+            return repair.plan(connection, check_settings)
+
+    def carry_out_repair(self, repairs: list[Repair]) -> None:
+        """Do what was planned, in one transaction, then delete what was left. No server may use the store."""
+        self._transact(lambda connection: repair.carry_out(connection, repairs))
+        self._tallies.clear()
+        while self.purge():
+            pass
 
     def close(self) -> None:
         """Give free space back for a moment, end the connections, release the rest."""
@@ -187,14 +239,26 @@ class SqlStore(Store):
             self._readers.dispose()  # before the writer's: SQLite folds its log in when the last one closes
             if self._writer is not None:
                 deadline = time.monotonic() + CLOSE_SECONDS
-                while self._has_free_space and time.monotonic() < deadline:
-                    self._give_back()
                 with contextlib.suppress(StoreError), translated():
+                    while self._upkeep.give_back(self._writer, 0) and time.monotonic() < deadline:
+                        pass
                     self._upkeep.finish(self._writer)
                 self._drop_writer()
+            if self._ownership is not None:
+                self._ownership.release()
             if self._writer_engine is not None:
                 self._writer_engine.dispose()
             self._upkeep.release()
+
+    def _was_committed(self, transaction: str | None) -> bool:
+        """Whether a commit that raised was one. Not to know is the end: memory and store would part."""
+        try:
+            return self._upkeep.has_committed(transaction)
+        except StoreError as error:
+            assert self._ownership is not None
+            reason = f"whether the last group was written cannot be known: {error}"
+            self._ownership.fence(reason)
+            raise StoreFenced(reason) from error
 
     def _check_open(self) -> None:
         if self._is_closed:
@@ -206,18 +270,40 @@ class SqlStore(Store):
         with translated(), self._readers.connect() as connection:
             yield connection
 
-    def _give_back(self) -> None:
-        """One step of it. A failure is no failure of the group before it, which is on disk."""
-        if not self._has_free_space or self._writer is None:
-            return
-        try:
-            with translated():
-                self._has_free_space = self._upkeep.give_back(self._writer)
-        except StoreError:
-            self._has_free_space = False  # until the next deletion
-            self._drop_writer()
+    def _transact(self, work: Callable[[Connection], T]) -> T:
+        """One transaction, by the owner only; what `work` answers, once it is known to be committed."""
+        with self._writing() as (connection, ownership):
+            results: list[T] = []
+            transaction: str | None = None
+            try:
+                with connection.begin():
+                    transaction = ownership.check(connection)
+                    results.append(work(connection))
+            except DBAPIError:
+                if not results:
+                    raise
+                self._drop_writer()
+                if not self._was_committed(transaction):
+                    raise
+            return results[0]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tuple[Connection, Ownership]]:
+        """The connection that writes. Whatever state a failure left it in, the next one gets a fresh one."""
+        with self._write_lock, translated():
+            self._check_open()
+            if self._writer_engine is None or self._ownership is None:
+                raise StoreError(f"the store {self.url} was opened for reading only")
+            if self._writer is None:
+                self._writer = self._writer_engine.connect()
+            try:
+                yield self._writer, self._ownership
+            except BaseException:
+                self._drop_writer()
+                raise
 
     def _drop_writer(self) -> None:
+        self._tallies.clear()
         if self._writer is not None:
             with contextlib.suppress(SQLAlchemyError):
                 self._writer.close()
@@ -238,10 +324,30 @@ def _end_of(prefix: str) -> str | None:
     return stem[:-1] + chr(0xE000 if following == 0xD800 else following)  # UTF-8 has no surrogates
 
 
+def _of(table: Table, sid: int) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
+    """That a row is this session's, and the session is there: of a deleted one some rows may be left."""
+    return table.c.sid == sid, exists(select(sessions.c.sid).where(sessions.c.sid == sid))
+
+
+def _read_blocks(connection: Connection, sid: int, start: int, stop: int | None) -> Iterator[Block]:
+    if stop is not None and stop <= start:
+        return
+    is_small = stop is not None and stop - start <= ROWS_AT_ONCE  # no block is without a token
+    options = {} if is_small else _streamed(ROWS_AT_ONCE)
+    with connection.execute(_blocks_query(sid, start, stop), **options) as rows:
+        for first, num_tokens, episode, checksum, data in rows:
+            if first + num_tokens <= start:
+                continue
+            if zlib.crc32(data) != checksum:
+                id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
+                raise StoreDamaged(f"session {id_!r} is damaged at position {first}: its checksum is wrong")
+            yield Block(first, num_tokens, data, episode)
+
+
 def _blocks_query(sid: int, start: int, stop: int | None) -> Select[tuple[int, int, int | None, int, bytes]]:
     """The blocks from the one that holds position `start` on."""
     columns = (blocks.c.start, blocks.c.num_tokens, blocks.c.episode, blocks.c.checksum, blocks.c.data)
-    query = select(*columns).where(blocks.c.sid == sid).order_by(blocks.c.start)
+    query = select(*columns).where(*_of(blocks, sid)).order_by(blocks.c.start)
     if start > 0:
         first = select(func.max(blocks.c.start)).where(blocks.c.sid == sid, blocks.c.start <= start)
         query = query.where(blocks.c.start >= func.coalesce(first.scalar_subquery(), 0))

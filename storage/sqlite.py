@@ -1,4 +1,4 @@
-"""Opening SQLite databases: files, lock, pragmas, and the errors of the driver in the words of the contract.
+"""Opening SQLite databases: files, lock, pragmas.
 
 The pragmas and their reasons are in docs/storage.md. Does not know sessions or blocks.
 """
@@ -9,15 +9,18 @@ import contextlib
 import fcntl
 import os
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 from sqlalchemy import Connection, Engine, NullPool, QueuePool, create_engine, event
+from sqlalchemy.exc import DatabaseError
 
 from storage import schema
 from storage.base import StoreError, StoreUnavailable
-from storage.sql import SqlStore, Upkeep, translated
+from storage.failures import closed_unless_opened, json_object
+from storage.ownership import Ownership
+from storage.sql import SqlStore, Upkeep
 
 PAGE_BYTES = 16_384
 VACUUM_PAGES = 512
@@ -25,8 +28,13 @@ VACUUM_PAGES = 512
 LOG_BYTES = 64 << 20
 """The write-ahead log is cut back to this after something large went through it."""
 BUSY_SECONDS = 5.0
+READERS_MS = 500
+"""How long closing waits for readers that are still there, to fold the log in."""
+MAX_STRUCTURE_PROBLEMS = 20
 MAX_POOLED_READERS = 8
 MAX_READERS = 64
+CLOCK = "(julianday('now') - 2440587.5) * 86400.0"
+"""Seconds since the epoch, in SQL."""
 
 
 def open_sqlite(path: Path) -> SqlStore:
@@ -34,18 +42,21 @@ def open_sqlite(path: Path) -> SqlStore:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         lock = _lock(path)
+        _roll_back(path)
         is_new = not path.exists() or path.stat().st_size == 0
     except OSError as error:
         raise StoreUnavailable(f"{path.parent} cannot be used as data directory: {error}") from error
     writer = _engine(path, "rwc", "BEGIN IMMEDIATE", NullPool)
     readers = _engine(path, "ro", "BEGIN", QueuePool)
-    store = SqlStore(f"sqlite:///{path}", writer, readers, _upkeep(path, lock.close))
-    with _closed_unless_opened(store, path):
+    ownership = Ownership(writer, CLOCK)  # without a lease: who holds the lock knows that nobody else is there
+    store = SqlStore(f"sqlite:///{path}", writer, readers, _upkeep(path, lock.close), ownership)
+    with closed_unless_opened(store, path):
         if not is_new:
             with readers.begin() as connection:  # reading only: a database of something else stays as it is
                 schema.check_upgradable(connection, str(path))
         with writer.begin() as connection:
             schema.upgrade(connection, str(path))
+            ownership.take(connection)
     return store
 
 
@@ -54,35 +65,34 @@ def open_sqlite_readonly(path: Path) -> SqlStore:
     if not path.is_file():
         raise StoreUnavailable(f"there is no database at {path}")
     readers = _engine(path, "ro", "BEGIN", NullPool)
-    store = SqlStore(f"sqlite:///{path}", None, readers, _upkeep(path, lambda: None))
-    with _closed_unless_opened(store, path), readers.begin() as connection:
+    store = SqlStore(f"sqlite:///{path}", None, readers, _upkeep(path, lambda: None), None)
+    with closed_unless_opened(store, path), readers.begin() as connection:
         schema.check(connection, str(path))
     return store
 
 
-@contextlib.contextmanager
-def _closed_unless_opened(store: SqlStore, path: Path) -> Iterator[None]:
-    try:
-        with translated():
-            yield
-    except StoreUnavailable:
-        store.close()
-        raise
-    except StoreError as error:
-        store.close()
-        raise StoreUnavailable(f"{path} cannot be opened: {error}") from error
-
-
 def _upkeep(path: Path, release: Callable[[], None]) -> Upkeep:
-    def give_back(connection: Connection) -> bool:
-        _pragma(connection, f"incremental_vacuum({VACUUM_PAGES})")
-        return _pragma(connection, "freelist_count") > 0
+    def give_back(connection: Connection, keep_bytes: int) -> bool:
+        surplus = _pragma(connection, "freelist_count") - keep_bytes // PAGE_BYTES
+        if surplus > 0:
+            _pragma(connection, f"incremental_vacuum({min(surplus, VACUUM_PAGES)})")
+            # The file itself shrinks when the log is folded in; what readers still need stays, and nobody waits.
+            _pragma(connection, "wal_checkpoint(PASSIVE)")
+        return surplus > VACUUM_PAGES
 
     def finish(connection: Connection) -> None:
-        _pragma(connection, "busy_timeout=500")  # for readers that are still there
+        _pragma(connection, f"busy_timeout={READERS_MS}")
         _pragma(connection, "wal_checkpoint(TRUNCATE)")
 
-    return Upkeep(lambda: _disk_bytes(path), give_back, finish, release)
+    def structure(connection: Connection) -> list[str]:
+        try:
+            found = connection.exec_driver_sql(f"PRAGMA quick_check({MAX_STRUCTURE_PROBLEMS})").scalars().all()
+        except DatabaseError as error:  # too damaged to be looked through
+            return [str(error.orig)]
+        return [message for message in found if message != "ok"]
+
+    # A commit that raises was none, here where nothing lies between the two.
+    return Upkeep(lambda: _disk_bytes(path), give_back, finish, release, structure, lambda transaction: False)
 
 
 def _pragma(connection: Connection, pragma: str) -> int:
@@ -123,6 +133,16 @@ def _lock(path: Path) -> IO[str]:
     return file
 
 
+def _roll_back(path: Path) -> None:
+    """Undo what a crash interrupted while the database was made, which has a rollback journal until it has a log.
+
+    A connection that only reads cannot, and would be refused. What is no database is said later.
+    """
+    if path.with_name(path.name + "-journal").exists():
+        with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(path)) as connection:
+            connection.execute("SELECT count(*) FROM sqlite_master").fetchall()
+
+
 def _engine(path: Path, mode: str, begin: str, pool: type[NullPool] | type[QueuePool]) -> Engine:
     uri = f"{path.resolve().as_uri()}?mode={mode}"
 
@@ -135,7 +155,7 @@ def _engine(path: Path, mode: str, begin: str, pool: type[NullPool] | type[Queue
     options: dict[str, Any] = {}
     if pool is QueuePool:
         options = {"pool_size": MAX_POOLED_READERS, "max_overflow": MAX_READERS - MAX_POOLED_READERS}
-    engine = create_engine("sqlite://", creator=connect, poolclass=pool, **options)
+    engine = create_engine("sqlite://", creator=connect, poolclass=pool, json_deserializer=json_object, **options)
     event.listen(engine, "connect", _configure_writer if mode == "rwc" else _configure_reader)
     event.listen(engine, "begin", _begin(begin))
     return engine

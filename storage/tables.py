@@ -9,17 +9,21 @@ metadata = MetaData()
 # A BIGINT key is no rowid alias in SQLite, so the sid is an INTEGER there.
 Sid = BigInteger().with_variant(Integer, "sqlite")
 
+# By code point, whatever the database's language is.
+Id = String().with_variant(String(collation="C"), "postgresql")
+
 sessions = Table(
     "sessions",
     metadata,
     Column("sid", Sid, primary_key=True, autoincrement=True),
-    Column("id", String, nullable=False, unique=True),
+    Column("id", Id, nullable=False, unique=True),
     Column("settings", JSON, nullable=False),
     Column("max_tokens", BigInteger),
     Column("length", BigInteger, nullable=False),
     Column("num_bytes", BigInteger, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),
+    Column("first_position", BigInteger, nullable=False, server_default="0"),
     sqlite_autoincrement=True,  # a sid is never used twice
 )
 
@@ -30,6 +34,16 @@ blocks = Table(
     Column("start", BigInteger, primary_key=True, autoincrement=False),
     Column("num_tokens", BigInteger, nullable=False),
     Column("episode", BigInteger),
+    Column("checksum", BigInteger, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
+summaries = Table(
+    "summaries",
+    metadata,
+    Column("sid", Sid, primary_key=True, autoincrement=False),
+    Column("first", BigInteger, primary_key=True, autoincrement=False),
+    Column("num_chunks", BigInteger, nullable=False),
     Column("checksum", BigInteger, nullable=False),
     Column("data", LargeBinary, nullable=False),
 )
@@ -54,3 +68,16 @@ idempotency = Table(
     Column("created_at", Float, nullable=False, index=True),
     sqlite_with_rowid=False,
 )
+
+owners = Table(
+    "owners",
+    metadata,
+    Column("data_set", String, primary_key=True),
+    Column("owner", String, nullable=False),
+    Column("epoch", BigInteger, nullable=False),
+    Column("since", Float, nullable=False),
+    Column("expires_at", Float),
+)
+
+# Sessions whose row is gone and whose other rows are not, all of them.
+deleted_sessions = Table("deleted_sessions", metadata, Column("sid", Sid, primary_key=True, autoincrement=False))

@@ -19,6 +19,7 @@ import typer.main
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from sqlalchemy import make_url
 
 from api.app import create_app
 from api.cli import build
@@ -28,7 +29,9 @@ ROOT = Path(__file__).parents[1]
 DOCKERFILE = (ROOT / "Dockerfile").read_text()
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text())
-PIN = Requirement((ROOT / "constraints.txt").read_text().splitlines()[-1])
+PIN = next(
+    Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line.startswith("torch==")
+)
 
 Stage = list[tuple[str, str]]
 """Instructions with their arguments."""
@@ -105,13 +108,21 @@ def test_what_is_copied_exists_and_is_the_code() -> None:
     assert all((ROOT / source).exists() for source in sources)
 
 
+def test_a_compiler_comes_only_with_triton_and_needs_no_home() -> None:
+    (install,) = [command for command in arguments(FINAL, "RUN") if "apt-get" in command]
+    assert install.startswith("if ") and "site-packages/triton" in install.split(";")[0] and " gcc " in install
+    data = only(FINAL, "VOLUME")
+    assert all(environment()[name].startswith(f"{data}/") for name in ("TRITON_CACHE_DIR", "NUMBA_CACHE_DIR"))
+
+
 def test_user_is_not_root_and_owns_the_data() -> None:
+    (users,) = [command for command in arguments(FINAL, "RUN") if "useradd" in command]
     user, _, group = only(FINAL, "USER").partition(":")
-    created = re.search(r"useradd --uid (\d+)", only(FINAL, "RUN"))
+    created = re.search(r"useradd --uid (\d+)", users)
     assert created is not None
     assert user == group == created[1]
     assert int(user) >= 10_000
-    assert re.search(r"install -d -o htm -g htm -m 0700 (\S+)", only(FINAL, "RUN"))[1] == only(FINAL, "VOLUME")  # type: ignore[index]
+    assert re.search(r"install -d -o htm -g htm -m 0700 (\S+)", users)[1] == only(FINAL, "VOLUME")  # type: ignore[index]
 
 
 def test_environment_makes_valid_settings(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +187,7 @@ def test_stop_signal_is_the_one_that_drains() -> None:
     assert only(FINAL, "STOPSIGNAL") == "SIGTERM"
 
 
-@pytest.mark.parametrize("name", ["htm-service", "gpu"])
+@pytest.mark.parametrize("name", ["htm-service", "gpu", "postgresql"])
 def test_compose_service(name: str) -> None:
     service = COMPOSE["services"][name]
     port = only(FINAL, "EXPOSE")
@@ -194,6 +205,18 @@ def test_compose_service(name: str) -> None:
     assert set(service["build"]["args"]) <= declared
     known = {env_name(setting, field) for setting, field in Settings.model_fields.items()}
     assert set(service.get("environment", {})) <= known
+
+
+def test_compose_postgresql_service_has_its_database() -> None:
+    service, database = COMPOSE["services"]["postgresql"], COMPOSE["services"]["database"]
+    assert service["profiles"] == database["profiles"] == ["postgresql"]
+    assert service["depends_on"] == {"database": {"condition": "service_healthy"}}
+    url, account = make_url(service["environment"]["HTM_STORE_URL"]), database["environment"]
+    assert (url.drivername, url.host, url.database) == ("postgresql+psycopg", "database", account["POSTGRES_USER"])
+    assert (url.username, url.password) == (account["POSTGRES_USER"], account["POSTGRES_PASSWORD"])
+    assert "ports" not in database, "only the server reaches it"
+    assert database["volumes"][0].split(":")[0] in COMPOSE["volumes"]
+    assert '".[postgresql]"' in arguments(BUILD, "RUN")[-1]
 
 
 def test_compose_gpu_service_asks_for_one() -> None:

@@ -1,20 +1,30 @@
 """Kernels against each other: equal answers, unchanged arguments; the arena and memory beneath them."""
 
+import os
+import re
+import sys
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from htm_service import arena as arena_module
 from htm_service.arena import Arena, Budget
 from htm_service.errors import OutOfMemory
-from htm_service.kernels import Batch, Kernel, Search, resolve_kernel
+from htm_service.kernels import Batch, Kernel, Projections, Search, View, loops, resolve, resolve_kernel
+from htm_service.kernels.base import answer_in_steps
 from htm_service.kernels.compiled import CompiledKernel
+from htm_service.kernels.reference import ReferenceKernel
 from htm_service.kernels.resolve import KERNELS
 from htm_service.memory import Memory, sum_slots
 
 DIM, SIZE, HEADS = 13, 5, 3
+NAMES = [name for name in KERNELS if name != "triton" or "TRITON_INTERPRET" in os.environ]
+"""The kernels that run on a CPU."""
 
 
 def make_arena(limit: int = 1 << 24, dtype: torch.dtype = torch.float32) -> tuple[Arena, Budget]:
@@ -47,14 +57,15 @@ def make_batch(searches: list[Search], arena: Arena, *, positions: bool = False)
 
 
 def check_equal(batch: Batch) -> None:
-    """The compiled kernel answers as the reference does, and changes nothing."""
+    """The compiled kernel answers as the reference does, on one core and shared out, and changes nothing."""
     tensors = (batch.summary, batch.heads, *(search.keys for search in batch.searches), batch.arena.contents)
     before = [None if tensor is None else tensor.nan_to_num(7) for tensor in tensors]
     expected = resolve_kernel(torch.device("cpu"), "reference").attend(batch)
-    for num_threads in (1, 3):
-        kernel = CompiledKernel(num_threads)
+    for num_threads, products_per_thread in ((1, 64), (3, 64), (3, 1 << 20)):
+        kernel = CompiledKernel(num_threads, products_per_thread)
         result = kernel.attend(batch)
         assert torch.equal(result.chunk_index, expected.chunk_index)
+        assert torch.equal(kernel.select(batch), expected.chunk_index)
         for field in ("chunk_weight", "z", "token_weight", "token_score"):
             got, want = getattr(result, field), getattr(expected, field)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
@@ -90,6 +101,19 @@ def test_compiled_answers_equal_the_reference(
     check_equal(make_batch(searches, memory.arena, positions=positions))
 
 
+def test_the_softmax_is_right_over_its_whole_range() -> None:
+    logits = np.linspace(-100, 0, 10_007, dtype=np.float32)
+    exact = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
+    got = logits.copy()
+    loops._softmax(got)
+    far = logits < -80  # from there on float32 has fewer digits, and from -87 none
+    assert np.abs(got / exact - 1)[~far].max() < 3e-6
+    assert np.abs(got - exact)[far].max() < 1e-36 and not got[logits < -87].any()
+    got[5] = np.nan
+    loops._softmax(got)
+    assert np.isnan(got).all()
+
+
 @pytest.mark.parametrize("num_keys", [1, 5, 63, 64, 65, 200])
 @pytest.mark.parametrize("num_queries", [1, 3, 4, 9])
 def test_compiled_selection_equals_the_reference(num_keys: int, num_queries: int) -> None:
@@ -112,9 +136,14 @@ def logits_of(rows: list[list[float]], k: int, hidden: torch.Tensor | None = Non
     return Batch(arena, summary, torch.randn(len(rows), HEADS, DIM), None, [search])
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_selection_is_descending_and_ties_go_to_the_lower_index(name: str) -> None:
-    kernel: Kernel = resolve_kernel(torch.device("cpu"), name)
+def all_kernels() -> list[Kernel]:
+    """Each by its name, and the compiled one as it shares out rows, and the keys of the smallest batch."""
+    named = [resolve_kernel(torch.device("cpu"), name) for name in NAMES]
+    return [*named, CompiledKernel(3), CompiledKernel(3, products_per_thread=1)]
+
+
+@pytest.mark.parametrize("kernel", all_kernels(), ids=lambda kernel: kernel.name)
+def test_selection_is_descending_and_ties_go_to_the_lower_index(kernel: Kernel) -> None:
     rows = [[1.0, 3.0, 3.0, 2.0, 3.0], [5.0, 1.0, 2.0, 4.0, 3.0], [0.0, 0.0, 0.0, 0.0, 0.0]]
     found = kernel.attend(logits_of(rows, 2))
     assert found.chunk_index.tolist() == [[1, 2], [0, 3], [0, 1]]
@@ -124,15 +153,47 @@ def test_selection_is_descending_and_ties_go_to_the_lower_index(name: str) -> No
     assert found.chunk_index.tolist() == [[1, 2, 4, 3, 0], [0, 3, 4, 2, 1], [0, 1, 2, 3, 4]]
 
 
-@pytest.mark.parametrize("name", KERNELS)
-def test_no_hidden_chunk_is_taken_and_an_overflow_is_told(name: str) -> None:
-    kernel: Kernel = resolve_kernel(torch.device("cpu"), name)
-    rows = [[4.0, 3.0, 2.0], [4.0, 3.0, 2.0], [torch.inf, 0.0, 0.0]]
-    hidden = torch.tensor([[True, False, True], [True, True, True], [False, True, True]])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # as below
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", all_kernels(), ids=lambda kernel: kernel.name)
+def test_from_queries_to_answers_in_one_call(kernel: Kernel, dtype: torch.dtype) -> None:
+    """Equal to the reference's steps; nothing of what it is given changes, a row without a chunk is 0."""
+    torch.manual_seed(8)
+    memory = make_memory(7 * SIZE + 2, dtype)
+    empty = Memory(memory.arena, Budget(1 << 20))
+    all_hidden = torch.ones(8, dtype=torch.bool)
+    searches = [
+        make_search(memory, 3, 19),
+        make_search(empty, 3, 2),
+        make_search(memory, 5, 8, start=SIZE + 1),
+        make_search(memory, 2, 1, hidden=all_hidden),
+    ]
+    shapes = ((DIM, DIM), (DIM,), (HEADS * 2, DIM), (HEADS * 2,), *[(HEADS, 2, DIM)] * 2, (DIM, HEADS * 2), (DIM,))
+    projections = Projections(*map(torch.randn, shapes))
+    queries = torch.randn(30, DIM)
+    given = [tensor.clone() for tensor in (queries, *projections)]
+    for tokens in (True, False):
+        view = View(memory.arena, torch.randn(SIZE, DIM) if tokens else None, searches, tokens)
+        wanted, expected = answer_in_steps(ReferenceKernel(), projections, queries, view)
+        attended, output = kernel.answer(projections, queries, view)
+        torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-5)
+        assert output[[19, 20, 29]].eq(0).all() and output.any(dim=1).sum() == 27
+        assert torch.equal(attended.chunk_index, wanted.chunk_index)
+        for field in ("chunk_weight", "z", "token_weight", "token_score") if tokens else ("chunk_weight", "z"):
+            torch.testing.assert_close(getattr(attended, field), getattr(wanted, field), rtol=1e-4, atol=1e-5)
+        assert (attended.token_weight is None) == (attended.token_score is None) == (not tokens)
+    assert all(map(torch.equal, given, (queries, *projections)))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")  # numpy in Triton's interpreter, of inf x 0
+@pytest.mark.parametrize("kernel", all_kernels(), ids=lambda kernel: kernel.name)
+def test_no_hidden_chunk_is_taken_and_an_overflow_is_told(kernel: Kernel) -> None:
+    rows = [[4.0, 3.0, 2.0], [4.0, 3.0, 2.0], [torch.inf, 0.0, 0.0], [0.0, 0.0, torch.inf]]
+    hidden = torch.tensor([[True, False, True], [True, True, True], [False, True, True], [False, True, False]])
     found = kernel.attend(logits_of(rows, 2, hidden))
     assert found.chunk_index[:2].tolist() == [[1, -1], [-1, -1]]
     assert found.chunk_weight[:2].tolist() == [[1, 0], [0, 0]]
-    assert found.z[1].eq(0).all() and found.chunk_weight[2].isnan().all()
+    assert found.z[1].eq(0).all() and found.chunk_weight[2:].isnan().all()
 
 
 def test_pages_are_taken_and_given_back_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -188,6 +249,49 @@ def test_sum_slots_counts_only_what_is_visible() -> None:
     visible = torch.rand(3, SIZE) < 0.5
     expected = (tokens.float() * visible[..., None]).sum(dim=1)
     torch.testing.assert_close(sum_slots(tokens, visible), expected)
+
+
+@pytest.mark.parametrize(
+    ("is_there", "version", "capability", "compiler", "reason"),
+    [
+        (True, "3.7.1", (8, 0), "/usr/bin/cc", None),
+        (False, "", (9, 0), "/usr/bin/cc", "not installed"),
+        (True, "3.4.0", (9, 0), "/usr/bin/cc", "3.5 is the oldest"),
+        (True, "3.10.0", (7, 5), "/usr/bin/cc", r"capability is \(7, 5\)"),
+        (True, "3.7.1", (9, 0), None, "needs gcc or clang"),
+    ],
+)
+def test_a_gpu_gets_triton_where_that_can_run(
+    is_there: bool,
+    version: str,
+    capability: tuple[int, int],
+    compiler: str | None,
+    reason: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton" if is_there else None)
+    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr("shutil.which", lambda name: compiler)
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    device = torch.device("cuda")
+    if reason is None:
+        assert resolve.why_not_triton(device) is None
+    else:
+        assert resolve.resolve_kernel(device).name == "reference"
+        assert re.search(f"cuda gets the reference kernel.* {reason}", caplog.text)
+
+
+def test_a_gpu_s_kernel_is_triton_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resolve, "why_not_triton", lambda device: None)
+    if "triton" in NAMES:
+        assert resolve.resolve_kernel(torch.device("cuda")).name == "triton"
+    with pytest.raises(KeyError):
+        resolve.resolve_kernel(torch.device("cuda"), "tpu")
 
 
 def test_bad_devices_are_refused() -> None:

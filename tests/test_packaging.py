@@ -72,17 +72,20 @@ def test_one_version() -> None:
     assert CLIENT["project"]["version"] == __version__
 
 
-def test_torch_is_pinned_within_what_the_project_allows() -> None:
+def test_torch_and_psycopg_are_pinned_within_what_the_project_allows() -> None:
     lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
-    pins = [Requirement(line) for line in lines]
-    assert [pin.name for pin in pins] == ["torch"]
-    (pin,) = pins[0].specifier
-    assert pin.operator == "=="
-    (torch,) = (Requirement(text) for text in PROJECT["project"]["dependencies"] if text.startswith("torch"))
-    assert torch.specifier.contains(pin.version)
+    pins = {pin.name: next(iter(pin.specifier)) for pin in map(Requirement, lines)}
+    assert list(pins) == ["psycopg", "psycopg-binary", "torch", "triton"]
+    assert {pin.operator for pin in pins.values()} == {"=="}
+    assert pins["psycopg"] == pins["psycopg-binary"]
+    needed = [*PROJECT["project"]["dependencies"], *PROJECT["project"]["optional-dependencies"]["postgresql"]]
+    needed += PROJECT["project"]["optional-dependencies"]["dev"]
+    for name in ("torch", "psycopg", "triton"):
+        (requirement,) = (Requirement(text) for text in needed if text.startswith(name))
+        assert requirement.specifier.contains(pins[name].version)
 
 
-@pytest.mark.parametrize("name", ["dev", "demo"])
+@pytest.mark.parametrize("name", ["dev", "demo", "postgresql"])
 def test_make_installs_the_extra(name: str) -> None:
     extras = re.search(r'-e "\.\[(.+?)\]" -e \./client', (ROOT / "Makefile").read_text())
     assert extras is not None
@@ -93,6 +96,7 @@ def test_make_installs_the_extra(name: str) -> None:
 def test_ci_runs_what_developers_run() -> None:
     script = (ROOT / ".ci" / "run").read_text()
     assert re.findall(r"^make (\w+)$", script, re.MULTILINE) == ["check", "test"]
+    assert "export REQUIRE_POSTGRESQL=1" in script, "where tests are left out in silence, nothing is tested"
     assert (ROOT / ".ci" / "run").stat().st_mode & 0o111 == 0o111
 
 

@@ -86,9 +86,9 @@ def test_curl_example(address: str) -> None:
 
 
 def test_make_commands_exist() -> None:
-    targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
     pages = README + (ROOT / "CONTRIBUTING.md").read_text()
-    named = set(re.findall(r"(?:^|`)make (\w+)", pages, re.MULTILINE))
+    named = set(re.findall(r"(?:^|`)make ([\w-]+)", pages, re.MULTILINE))
     assert {"demo", "test"} <= named <= targets
 
 

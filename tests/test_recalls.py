@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from htm_service.recalls import QUERIES_KEPT, RecallLog
+from htm_service.recalls import FORGOTTEN_TOGETHER, QUERIES_KEPT, RecallLog
 from htm_service.records import AttendRequest, AttendResult
 
 
@@ -38,3 +38,22 @@ def test_an_account_keeps_its_rows_only() -> None:
     (recall,) = log.latest(1)
     for kept in (recall.chunk_index, recall.chunk_weight):
         assert len(kept) == QUERIES_KEPT and kept.base is None
+
+
+def test_counters_of_evicted_chunks_are_forgotten_and_the_others_keep_their_numbers() -> None:
+    log = RecallLog(1)
+    add(log, np.array([[3, 2_000], [2_000, 2_100]]))
+    log.forget(FORGOTTEN_TOGETHER - 1)
+    assert log.of_chunk(3)[0] == 1, "too few to be worth it"
+    log.forget(1_999)
+    add(log, np.array([[5, 2_000], [-1, 2_100]]))
+    assert [log.of_chunk(index)[0] for index in (3, 5, 1_998, 2_000, 2_100, 9_999)] == [0, 0, 0, 3, 2, 0]
+    assert len(log._num_recalls) < 1_000
+
+
+def test_counters_begin_with_the_first_chunk_that_is_left() -> None:
+    """After a restart those of a session that had evicted a billion chunks once took 24 GB."""
+    log = RecallLog(1, first_chunk=10**9)
+    add(log, np.array([[10**9 + 1, 10**9 + 2]]))
+    assert log.of_chunk(10**9 + 2) == (1, 1.0, 5.0)
+    assert len(log._num_recalls) < 10

@@ -19,9 +19,9 @@ from api import answers, requests
 from api.answers import Params, Tensors
 from api.body import THREAD_BYTES, read_body, wire_of
 from api.errors import request_id_of, shorten
-from api.fields import Fields
+from api.fields import Body
 from api.requests import Wire
-from api.routes.door import engine_of, settings_of
+from api.routes.door import engine_of, settings_of, unless_gone
 from htm_service.errors import InvalidArgument
 
 T = TypeVar("T")
@@ -49,8 +49,8 @@ async def attend(request: Request) -> Response:
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     request_id = request_id_of(request)
-    query, asked = await parse(request, wire, lambda fields: requests.attend(fields, request_id))
-    result = await engine_of(request).attend(request.path_params["session_id"], query)
+    query, asked = await parse(request, wire, lambda body: requests.attend(body, request_id))
+    result = await unless_gone(request, engine_of(request).attend(request.path_params["session_id"], query))
     tensors, params = answers.attend_parts(result, asked, query.payloads)
     return await answers.respond(reply, tensors, params, answers.timing_headers(result.timing))
 
@@ -60,8 +60,8 @@ async def append(request: Request) -> Response:
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     key = idempotency_key(request)
-    tokens = await parse(request, wire, lambda fields: requests.append(fields, key))
-    result = await engine_of(request).append(request.path_params["session_id"], tokens)
+    tokens = await parse(request, wire, lambda body: requests.append(body, key))
+    result = await unless_gone(request, engine_of(request).append(request.path_params["session_id"], tokens))
     headers = answers.timing_headers(result.timing)
     return await answers.respond(reply, {}, answers.append_params(result), headers)
 
@@ -71,8 +71,9 @@ async def step(request: Request) -> Response:
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     key, request_id = idempotency_key(request), request_id_of(request)
-    query, asked, tokens = await parse(request, wire, lambda fields: requests.step(fields, request_id, key))
-    attended, appended = await engine_of(request).step(request.path_params["session_id"], query, tokens)
+    query, asked, tokens = await parse(request, wire, lambda body: requests.step(body, request_id, key))
+    work = engine_of(request).step(request.path_params["session_id"], query, tokens)
+    attended, appended = await unless_gone(request, work)
     tensors, params = answers.attend_parts(attended, asked, query.payloads)
     return await answers.respond(
         reply,
@@ -90,11 +91,12 @@ async def read(request: Request) -> Response:
     engine, session_id = engine_of(request), request.path_params["session_id"]
     # The whole of a long session would not fit in memory twice, so it is read in parts.
     info = await engine.inspect(session_id)
-    num_bytes = ((info.length if stop is None else stop) - (start or 0)) * info.dim * 4
+    first, last = max(start or 0, info.first_position), info.length if stop is None else stop
+    num_bytes = (last - first) * info.dim * 4
     limit = settings_of(request).max_body_bytes
     if "embeddings" in include and num_bytes > limit:
         raise InvalidArgument(
-            f"positions {start or 0} to {info.length if stop is None else stop} have {num_bytes} bytes of embeddings, "
+            f"positions {first} to {last} have {num_bytes} bytes of embeddings, "
             f"the limit of one answer is {limit}: read at most {limit // (info.dim * 4)} tokens at once"
         )
     found = await engine.read(
@@ -107,7 +109,7 @@ async def read(request: Request) -> Response:
     return await answers.respond(reply, tensors, params)
 
 
-async def parse(request: Request, wire: Wire, build: Callable[[Fields], T]) -> T:
+async def parse(request: Request, wire: Wire, build: Callable[[Body], T]) -> T:
     """The engine's request from the body, in a thread when the body is large."""
     settings = settings_of(request)
     header_limit = settings.max_json_body_bytes
@@ -117,8 +119,8 @@ async def parse(request: Request, wire: Wire, build: Callable[[Fields], T]) -> T
     else:
         body = await read_body(request, settings.max_body_bytes)
     if len(body) <= THREAD_BYTES:
-        return build(requests.read_fields(body, wire, header_limit))
-    return await asyncio.to_thread(lambda: build(requests.read_fields(body, wire, header_limit)))
+        return build(requests.read_body(body, wire, header_limit))
+    return await asyncio.to_thread(lambda: build(requests.read_body(body, wire, header_limit)))
 
 
 def idempotency_key(request: Request) -> str | None:

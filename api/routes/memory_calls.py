@@ -26,7 +26,14 @@ _READ = {
     "payloads": [{"text": "the key is under the mat"}],
 }
 
-_ATTEND_CODES = (*BODY_CODES, *SESSION_CODES, "model_not_found", "deadline_exceeded", "out_of_memory")
+_ATTEND_CODES = (
+    *BODY_CODES,
+    *SESSION_CODES,
+    "model_not_found",
+    "length_conflict",
+    "deadline_exceeded",
+    "out_of_memory",
+)
 _APPEND_CODES = (*BODY_CODES, *SESSION_CODES, *WRITE_CODES, "length_conflict", "idempotency_mismatch")
 
 
@@ -56,7 +63,9 @@ def calls() -> list[HotCall]:
             example=_READ,
             tensors="Binary (by `Accept`): tensor `embeddings`.",
             parameters=(
-                _query("start", "First position; 0 if left out.", "integer"),
+                _query(
+                    "start", "First position; where the tokens begin if left out, or if they begin later.", "integer"
+                ),
                 _query("stop", "End of the positions; the length if left out.", "integer"),
                 _query("include", "`embeddings`, `payloads`, or both with a comma; both if left out.", "string"),
             ),

@@ -47,7 +47,7 @@ def router() -> APIRouter:
         list_sessions,
         methods=["GET"],
         operation_id="list_sessions",
-        responses=problems(("invalid_argument", "unhealthy", "internal_error")),
+        responses=problems(("invalid_argument", "unhealthy", "draining", "internal_error")),
     )
     routes.add_api_route(
         "/{session_id}",
@@ -57,7 +57,7 @@ def router() -> APIRouter:
         response_model=Session,
         responses={
             201: {"model": Session, "description": "Created."},
-            **problems((*_CREATE_CODES, "session_conflict")),
+            **problems((*_CREATE_CODES, "session_conflict", "session_damaged")),
         },
         response_description="There with the same settings.",
     )

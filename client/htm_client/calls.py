@@ -19,6 +19,7 @@ import numpy.typing as npt
 from htm_client import safetensors
 from htm_client.errors import UnreadableAnswer, from_answer
 from htm_client.json_text import dumps
+from htm_client.options import AppendConditions, AppendOptions
 from htm_client.results import Appended, Attended, ChunkDetail, Floats, Memories, Recalled, Stepped
 from htm_client.results import Chunk as ChunkResult
 
@@ -99,34 +100,30 @@ class Codec:
         embeddings: Any,
         payloads: Iterable[Mapping[str, Any] | None] | None,
         *,
-        episode: int | None,
-        if_length: int | None,
-        idempotency_key: str | None,
+        conditions: AppendConditions,
     ) -> Call:
         """An append; without a key of the caller's it gets one, so that it can be sent again."""
-        params = append_params(payloads, episode, if_length)
-        return self._post(
-            session, "memories", {"embeddings": floats(embeddings)}, params, idempotency_key or _new_key()
-        )
+        params = append_params(payloads, conditions)
+        key = _key_of(conditions)
+        return self._post(session, "memories", {"embeddings": floats(embeddings)}, params, key, idempotent=bool(key))
 
     def attend(self, session: str, tensors: Tensors, params: Params) -> Call:
         """An attend, of `attend_parts`."""
         return self._post(session, "attend", tensors, params, None)
 
-    def step(
-        self, session: str, attend: tuple[Tensors, Params], embeddings: Any, append: Params, idempotency_key: str | None
-    ) -> Call:
-        """A step: an attend of `attend_parts`, then an append of `append_params`."""
+    def step(self, session: str, attend: tuple[Tensors, Params], embeddings: Any, options: AppendOptions) -> Call:
+        """A step: an attend of `attend_parts`, then an append."""
         tensors, params = attend
-        key = idempotency_key or _new_key()
+        append = append_params(options.get("payloads"), options)
+        key = _key_of(options)
         if self.binary:
             tensors = {**tensors, "embeddings": floats(embeddings)}
-            return self._post(session, "step", tensors, {"attend": params, "append": append}, key)
+            return self._post(session, "step", tensors, {"attend": params, "append": append}, key, idempotent=bool(key))
         body = {
             "attend": params | {name: _base64(array) for name, array in tensors.items()},
             "append": append | {"embeddings": _base64(floats(embeddings))},
         }
-        return self._post(session, "step", {}, body, key)
+        return self._post(session, "step", {}, body, key, idempotent=bool(key))
 
     def read(self, session: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool) -> Call:
         """A read back."""
@@ -134,7 +131,9 @@ class Codec:
         query = given(start=start, stop=stop, include=",".join(include)) | self._encoding()
         return Call("GET", session_path(session, "memories"), None, {"Accept": self._accept()}, query)
 
-    def _post(self, session: str, name: str, tensors: Tensors, params: Params, key: str | None) -> Call:
+    def _post(
+        self, session: str, name: str, tensors: Tensors, params: Params, key: str | None, *, idempotent: bool = True
+    ) -> Call:
         if self.binary:
             content, media_type = safetensors.dump(tensors, params), safetensors.MEDIA_TYPE
         else:
@@ -143,7 +142,7 @@ class Codec:
         headers = {"Content-Type": media_type, "Accept": self._accept()}
         if key is not None:
             headers["Idempotency-Key"] = key
-        return Call("POST", session_path(session, name), content, headers, self._encoding())
+        return Call("POST", session_path(session, name), content, headers, self._encoding(), idempotent)
 
     def _accept(self) -> str:
         return safetensors.MEDIA_TYPE if self.binary else JSON
@@ -169,12 +168,10 @@ def attend_parts(
     return tensors, {"return": list(returns)} | given(**fields)
 
 
-def append_params(
-    payloads: Iterable[Mapping[str, Any] | None] | None, episode: int | None, if_length: int | None
-) -> Params:
+def append_params(payloads: Iterable[Mapping[str, Any] | None] | None, conditions: AppendConditions) -> Params:
     """Parameters of an append."""
-    listed = None if payloads is None else list(payloads)
-    return given(payloads=listed, episode=episode, if_length=if_length)
+    fields = {name: conditions.get(name) for name in ("episode", "if_length", "durability")}
+    return given(payloads=None if payloads is None else list(payloads), **fields)
 
 
 def parse(status: int, headers: Mapping[str, str], content: bytes) -> Answer:
@@ -235,6 +232,12 @@ def chunk_detail(answer: Answer) -> ChunkDetail:
     if embeddings is not None:
         found = floats(embeddings)
     return ChunkDetail(ChunkResult.of(answer.params["chunk"]), answer.params["payloads"], found)
+
+
+def _key_of(conditions: AppendConditions) -> str | None:
+    """What makes it safe to send an append again; a key would make the server wait for the disk."""
+    key = conditions.get("idempotency_key")
+    return key or (None if conditions.get("durability") == "memory" else _new_key())
 
 
 def _new_key() -> str:

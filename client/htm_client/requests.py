@@ -79,14 +79,7 @@ class Requests:
         self, session: str, embeddings: Any, payloads: Payloads | None, options: AppendConditions
     ) -> Request[Appended]:
         """Add tokens."""
-        call = self._codec.append(
-            session,
-            embeddings,
-            payloads,
-            episode=options.get("episode"),
-            if_length=options.get("if_length"),
-            idempotency_key=options.get("idempotency_key"),
-        )
+        call = self._codec.append(session, embeddings, payloads, conditions=options)
         return Request(call, lambda answer: Appended.of(answer.params))
 
     def attend(self, session: str, queries: Any, options: AttendOptions) -> Request[Attended]:
@@ -97,11 +90,8 @@ class Requests:
         self, session: str, queries: Any, embeddings: Any, attend: AttendOptions, append: AppendOptions
     ) -> Request[Stepped]:
         """Ask, then add."""
-        params = calls.append_params(append.get("payloads"), append.get("episode"), append.get("if_length"))
         parts = attend_parts(queries, **attend)
-        return Request(
-            self._codec.step(session, parts, embeddings, params, append.get("idempotency_key")), calls.stepped
-        )
+        return Request(self._codec.step(session, parts, embeddings, append), calls.stepped)
 
     def read(
         self, session: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool

@@ -25,7 +25,7 @@ from htm_client.retry import MAX_DELAY_S, Retry
 SESSION = {
     "id": "s", "dim": 3, "chunk_size": 2, "model": "retrieval", "dtype": "float32", "open_chunk": "attend",
     "labels": {}, "ttl_s": None, "max_tokens": None, "on_full": "reject", "length": 0, "num_chunks": 0,
-    "num_sealed_chunks": 0, "residency": "resident", "bytes": {"device": 0, "stored": 0}, "created_at": "",
+    "num_sealed_chunks": 0, "residency": "resident", "bytes": {"device": 0, "host": 0, "stored": 0}, "created_at": "",
     "updated_at": "", "last_used_at": "", "num_appends": 0, "num_attends": 0, "num_queries": 0,
 }  # fmt: skip
 APPENDED = {"start": 0, "length": 1, "num_chunks": 1}

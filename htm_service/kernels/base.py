@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from htm_service.arena import Arena
@@ -38,7 +39,8 @@ class Projections(NamedTuple):
 class Search:
     """Q rows of the batch, next to each other, that look at the same m chunks of one session; m may be 0.
 
-    `keys` [m, D] float32 summary keys; `pages` [m] int64, where the contents are; both of the chunks from `first` on.
+    `keys` [m, D] float32 summary keys; `pages` [m] int64, where the contents are, -1 where they are not here and the
+    chunk is known not to be taken; both of the chunks from `first` on.
     Of the tokens those at positions `start` .. `stop`-1 are visible, and of them, with `token_mask` [n] bool, those
     that it marks. `k` at most m; `hidden` [m] or [Q, m] bool, the chunks that must not be taken, or None.
     """
@@ -52,6 +54,17 @@ class Search:
     k: int
     token_mask: Tensor | None = None
     hidden: Tensor | None = None
+
+    def numbers(self) -> tuple[int, ...]:
+        """As loops take it: where `keys`, `pages`, `token_mask` and `hidden` are, 0 for none; the step from a row of
+        `hidden` to the next; m; `first`, `start`, `stop`, `num_queries`, `k`.
+        """
+        num_keys, hidden = len(self.keys), self.hidden
+        return (
+            *map(_address, (self.keys, self.pages, self.token_mask, hidden)),
+            num_keys if hidden is not None and hidden.ndim == 2 else 0,
+            *(num_keys, self.first, self.start, self.stop, self.num_queries, self.k),
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +86,20 @@ class Batch:
     def width(self) -> int:
         """K, the greatest k of the searches."""
         return max(search.k for search in self.searches)
+
+
+@dataclass(frozen=True, slots=True)
+class View:
+    """What a `Batch` looks at: all of it but the folded queries."""
+
+    arena: Arena
+    positions: Tensor | None
+    searches: Sequence[Search]
+    tokens: bool = False
+
+    def batch(self, summary: Tensor, heads: Tensor) -> Batch:
+        """With the folded queries."""
+        return Batch(self.arena, summary, heads, self.positions, self.searches, self.tokens)
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,6 +132,10 @@ class Kernel(Protocol):
         """Queries [R, D] as `Batch.summary` [R, D] and `Batch.heads` [R, H, D]."""
         ...
 
+    def select(self, batch: Batch) -> Tensor:
+        """The chunks that `attend` would take: `Attended.chunk_index`. Reads keys only, no contents."""
+        ...
+
     def attend(self, batch: Batch) -> Attended:
         """Score the keys, take the top-k chunks of each row, attend in them, sum them up."""
         ...
@@ -112,3 +143,20 @@ class Kernel(Protocol):
     def project(self, projections: Projections, z: Tensor) -> Tensor:
         """`Attended.z` [R, H, D] as answers [R, D]."""
         ...
+
+    def answer(self, projections: Projections, queries: Tensor, view: View) -> tuple[Attended, Tensor]:
+        """Queries [R, D] to answers [R, D], 0 where no chunk was taken: `fold`, `attend` and `project` at once."""
+        ...
+
+
+def answer_in_steps(kernel: Kernel, projections: Projections, queries: Tensor, view: View) -> tuple[Attended, Tensor]:
+    """`Kernel.answer`, one method after the other."""
+    attended = kernel.attend(view.batch(*kernel.fold(projections, queries)))
+    taken = (attended.chunk_index >= 0).any(dim=-1)
+    return attended, torch.where(taken[:, None], kernel.project(projections, attended.z), 0.0)
+
+
+def _address(tensor: Tensor | None) -> int:
+    """Where a tensor's numbers are on its device, 0 for none."""
+    assert tensor is None or tensor.is_contiguous()
+    return 0 if tensor is None else tensor.data_ptr()

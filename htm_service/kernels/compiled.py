@@ -1,4 +1,4 @@
-"""The read path on a CPU, compiled: a whole batch in three calls that hold no interpreter lock.
+"""The read path on a CPU, compiled: a whole batch in one call per core, which holds no interpreter lock.
 
 In torch a batch is dozens of calls, and after every one the device's thread has to take the interpreter's lock back
 from the event loop, which meanwhile has work of its own. Here numba compiles the loops, and nothing is handed over
@@ -12,7 +12,6 @@ import logging
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -21,7 +20,8 @@ from torch import Tensor
 
 from htm_service.arena import Arena, Budget
 from htm_service.kernels import loops
-from htm_service.kernels.base import Attended, Batch, Projections, Search
+from htm_service.kernels.base import Attended, Batch, Projections, Search, View, answer_in_steps
+from htm_service.kernels.loops import Array
 
 _ENCODINGS = {
     torch.float32: loops.FLOAT32,
@@ -30,29 +30,35 @@ _ENCODINGS = {
 }
 
 
-ROWS_PER_THREAD = 8
+ROWS_PER_THREAD = 2
 """A batch is shared out in parts of at least this many rows: fewer are not worth waking another thread for."""
+PRODUCTS_PER_THREAD = 1 << 21
+"""Of keys with queries; as many multiply-adds as one query does with 8 MiB of keys."""
 
 
 class CompiledKernel:
-    """See the head of this module. `num_threads` share a large batch, the caller's thread being one of them."""
+    """See the head of this module. `num_threads` share a large batch, the caller's thread being one of them.
+
+    Keys are shared out in parts of at least `products_per_thread` multiply-adds with queries.
+    """
 
     name = "compiled"
 
-    def __init__(self, num_threads: int | None = None) -> None:
+    def __init__(self, num_threads: int | None = None, products_per_thread: int = PRODUCTS_PER_THREAD) -> None:
         self.num_threads = num_threads or _num_cores()
+        self.products_per_thread = products_per_thread
         self._helpers = ThreadPoolExecutor(max(1, self.num_threads - 1), "htm-kernel")
 
     def warm_up(self) -> None:
         """Compile now rather than with the first batch; from numba's cache on disk, where it can write one."""
         log = logging.getLogger(__name__)
-        log.info("the kernel is made ready; the first time it is compiled, which takes about 15 s")
-        arena = Arena(1, 1, torch.float32, torch.device("cpu"), Budget(64))
-        search = Search(torch.zeros(1, 1), torch.tensor(arena.allocate(1)), 0, 0, 0, 1, 1)
-        one, cube = torch.ones(1, 1), torch.ones(1, 1, 1)
+        log.info("the kernel is made ready; the first time it is compiled, which takes about 20 s")
+        arena = Arena(2, 1, torch.float32, torch.device("cpu"), Budget(64))
+        search = Search(torch.zeros(1, 2), torch.tensor(arena.allocate(1)), 0, 0, 0, 1, 1)
+        one, cube = torch.ones(2, 2), torch.ones(1, 2, 2)
         projections = Projections(one, one[0], one, one[0], cube, cube, one, one[0])
-        summary, heads = self.fold(projections, one)
-        self.project(projections, self.attend(Batch(arena, summary, heads, None, [search])).z)
+        for kernel in (self, CompiledKernel(2, products_per_thread=1)):  # to which one key is many
+            kernel.answer(projections, one[:1], View(arena, None, [search]))
 
     def fold(self, projections: Projections, queries: Tensor) -> tuple[Tensor, Tensor]:
         """In one call; see `Kernel`."""
@@ -63,7 +69,7 @@ class CompiledKernel:
         self._together(
             [
                 partial(loops.fold, rows[part], *weights, summary[part], heads[part])
-                for part in self._row_parts(len(queries))
+                for part in _row_parts(len(queries), self._num_parts(len(queries)))
             ]
         )
         return torch.from_numpy(summary), torch.from_numpy(heads)
@@ -72,52 +78,85 @@ class CompiledKernel:
         """In one call; see `Kernel`."""
         output = np.empty((len(z), z.shape[2]), np.float32)
         rows, weights = z.numpy(), [tensor.numpy() for tensor in projections[5:]]
-        self._together([partial(loops.project, rows[part], *weights, output[part]) for part in self._row_parts(len(z))])
+        self._together(
+            [
+                partial(loops.project, rows[part], *weights, output[part])
+                for part in _row_parts(len(z), self._num_parts(len(z)))
+            ]
+        )
         return torch.from_numpy(output)
 
+    def select(self, batch: Batch) -> Tensor:
+        """In two calls; see `Kernel`."""
+        table = _table(batch.searches)
+        index, logit = self._score(batch, table)
+        chosen = np.full((len(batch.summary), batch.width), -1)
+        loops.choose(table, index, logit, chosen, np.zeros(chosen.shape, np.float32))
+        return torch.from_numpy(chosen)
+
     def attend(self, batch: Batch) -> Attended:
-        """All rows in one call; see `Attended`."""
-        contents = batch.arena.contents
-        assert contents is not None, "this kernel runs on a CPU"
-        # Arrays, not tensors, because each of torch's calls gives the interpreter's lock away.
-        num_rows, size = len(batch.heads), batch.arena.chunk_size
-        wide, narrow = contents, torch.empty(0, size, batch.arena.dim, dtype=torch.uint16)
-        if contents.dtype != torch.float32:
-            wide, narrow = torch.empty(0, size, batch.arena.dim), contents.view(torch.uint16)
-        listed = (num_rows, batch.width, size) if batch.tokens else (0, size, size)
-        index = np.full((num_rows, batch.width), -1)
-        weight = np.zeros(index.shape, np.float32)
-        z = np.zeros(batch.heads.shape, np.float32)
-        token_weight = np.zeros(listed, np.float32)
-        token_score = np.full(listed, -np.inf, np.float32)
-        positions = np.empty((0, batch.arena.dim), np.float32) if batch.positions is None else batch.positions.numpy()
-        rows = (batch.summary.numpy(), batch.heads.numpy(), index, weight, z, token_weight, token_score)
-
-        def attend_part(first: int, searches: list[Search]) -> None:
-            table = np.array([_addresses(search) for search in searches], loops.SEARCH)
-            stop = first + sum(search.num_queries for search in searches)
-            summary, heads, *written = (array[first:stop] for array in rows)
-            loops.attend(
-                wide.numpy(), narrow.numpy(), _ENCODINGS[contents.dtype], table, summary, heads, positions, *written
+        """In one call, or two where a session is long: first its keys, shared out, then the rows; see `Attended`."""
+        table = _table(batch.searches)
+        view = _ViewArrays(batch, len(batch.summary), batch.heads.shape[1])
+        summary, heads = batch.summary.numpy(), batch.heads.numpy()
+        if self._is_long(table, batch.arena):
+            found, logit = self._score(batch, table)
+            self._by_rows(
+                table,
+                lambda rows, searches: loops.attend(
+                    *view.pages, searches, found[rows], logit[rows], heads[rows], view.positions, *view.written(rows)
+                ),
             )
+        else:
+            self._by_rows(
+                table,
+                lambda rows, searches: loops.read(
+                    *view.pages, searches, summary[rows], heads[rows], view.positions, *view.written(rows)
+                ),
+            )
+        return view.attended()
 
-        parts = _share_out(batch.searches, num_rows, self._num_parts(num_rows))
-        self._together([partial(attend_part, *part) for part in parts])
-        return Attended(
-            torch.from_numpy(index),
-            torch.from_numpy(weight),
-            torch.from_numpy(z),
-            torch.from_numpy(token_weight) if batch.tokens else None,
-            torch.from_numpy(token_score) if batch.tokens else None,
+    def answer(self, projections: Projections, queries: Tensor, view: View) -> tuple[Attended, Tensor]:
+        """In one call, or in steps where a session is long; see `Kernel`."""
+        table = _table(view.searches)
+        if self._is_long(table, view.arena):
+            return answer_in_steps(self, projections, queries, view)
+        arrays = _ViewArrays(view, len(queries), len(projections.key))
+        questions, weights = queries.contiguous().numpy(), [tensor.numpy() for tensor in projections]
+        output = np.zeros(queries.shape, np.float32)
+        self._by_rows(
+            table,
+            lambda rows, searches: loops.answer(
+                *(questions[rows], *weights, *arrays.pages, searches, arrays.positions),
+                *(*arrays.written(rows), output[rows]),
+            ),
         )
+        return arrays.attended(), torch.from_numpy(output)
+
+    def _is_long(self, table: Array, arena: Arena) -> bool:
+        """Whether a search has so many keys that two cores should share them."""
+        return self.num_threads > 1 and int(table["num_keys"].max()) * arena.dim >= 2 * self.products_per_thread
+
+    def _score(self, batch: Batch, table: Array) -> tuple[Array, Array]:
+        """The best keys and their logits, [R, P, K] each, of P parts of every search's keys.
+
+        Many keys are scored on several cores, whether they are of one long session or of many.
+        """
+        num_products = int(table["num_keys"] @ table["num_queries"]) * batch.arena.dim
+        num_parts = max(1, min(self.num_threads, num_products // self.products_per_thread))
+        index = np.full((len(batch.summary), num_parts, batch.width), -1)
+        logit = np.full(index.shape, -np.inf, np.float32)
+        summary = batch.summary.numpy()
+        self._together([partial(loops.score, table, summary, part, index, logit) for part in range(num_parts)])
+        return index, logit
+
+    def _by_rows(self, table: Array, call: Callable[[slice, Array], None]) -> None:
+        """Call for parts of the rows, with the searches [s] SEARCH of these, on several cores when they are many."""
+        num_rows = int(table["num_queries"].sum())
+        self._together([partial(call, *part) for part in _share_out(table, num_rows, self._num_parts(num_rows))])
 
     def _num_parts(self, num_rows: int) -> int:
         return max(1, min(self.num_threads, num_rows // ROWS_PER_THREAD))
-
-    def _row_parts(self, num_rows: int) -> list[slice]:
-        """All rows in parts of about the same size."""
-        num_parts = self._num_parts(num_rows)
-        return [slice(num_rows * part // num_parts, num_rows * (part + 1) // num_parts) for part in range(num_parts)]
 
     def _together(self, calls: Sequence[Callable[[], None]]) -> None:
         """Make all the calls at once, the first on this thread."""
@@ -127,47 +166,70 @@ class CompiledKernel:
             call.result()
 
 
+class _ViewArrays:
+    """A view as the loops take it, and what they write for R rows with H heads.
+
+    Arrays, not tensors, because each of torch's calls gives the interpreter's lock away.
+    """
+
+    def __init__(self, view: View | Batch, num_rows: int, num_heads: int) -> None:
+        arena, contents = view.arena, view.arena.contents
+        assert contents is not None, "this kernel runs on a CPU"
+        size, dim, width = arena.chunk_size, arena.dim, max(search.k for search in view.searches)
+        no_pages = (0, size, dim)
+        is_wide = contents.dtype == torch.float32
+        self.pages = (
+            contents.numpy() if is_wide else np.empty(no_pages, np.float32),
+            np.empty(no_pages, np.uint16) if is_wide else contents.view(torch.uint16).numpy(),
+            _ENCODINGS[contents.dtype],
+        )
+        self.positions = np.empty((0, dim), np.float32) if view.positions is None else view.positions.numpy()
+        self._has_tokens = view.tokens
+        listed = (num_rows, width, size) if view.tokens else (0, size, size)
+        index = np.full((num_rows, width), -1)
+        self._written = (
+            index,
+            np.zeros(index.shape, np.float32),
+            np.zeros((num_rows, num_heads, dim), np.float32),
+            np.zeros(listed, np.float32),
+            np.full(listed, -np.inf, np.float32),
+        )
+
+    def written(self, rows: slice) -> list[Array]:
+        """Where the loops write what these rows took."""
+        return [array[rows] for array in self._written]
+
+    def attended(self) -> Attended:
+        """What they wrote."""
+        *taken, token_weight, token_score = map(torch.from_numpy, self._written)
+        return Attended(*taken, *((token_weight, token_score) if self._has_tokens else (None, None)))
+
+
 def _num_cores() -> int:
     """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _share_out(searches: Sequence[Search], num_rows: int, num_parts: int) -> list[tuple[int, list[Search]]]:
-    """Parts of about equally many rows, each with its first row; a search may be cut in two."""
-    parts: list[tuple[int, list[Search]]] = [(0, [])]
-    row = 0
-    for search in searches:
-        done = 0
-        while done < search.num_queries:
-            if row >= num_rows * len(parts) // num_parts:
-                parts.append((row, []))
-            taken = min(search.num_queries - done, num_rows * len(parts) // num_parts - row)
-            hidden = search.hidden
-            if hidden is not None and hidden.ndim == 2:
-                hidden = hidden[done : done + taken]
-            parts[-1][1].append(replace(search, num_queries=taken, hidden=hidden) if num_parts > 1 else search)
-            done, row = done + taken, row + taken
+def _share_out(table: Array, num_rows: int, num_parts: int) -> list[tuple[slice, Array]]:
+    """Parts of about equally many rows, each with the searches [s] SEARCH of its rows; a search may be cut in two."""
+    stops = np.cumsum(table["num_queries"])
+    starts = stops - table["num_queries"]
+    parts = []
+    for rows in _row_parts(num_rows, num_parts):
+        inside = (starts < rows.stop) & (stops > rows.start)
+        start, stop = np.maximum(starts[inside], rows.start), np.minimum(stops[inside], rows.stop)
+        searches = table[inside]  # a copy
+        searches["hidden"] += (start - starts[inside]) * searches["hidden_stride"]
+        searches["num_queries"] = stop - start
+        parts.append((rows, searches))
     return parts
 
 
-def _addresses(search: Search) -> tuple[int, ...]:
-    """A search as the loops take it."""
-    return (
-        _address(search.keys),
-        _address(search.pages),
-        _address(search.token_mask),
-        _address(search.hidden),
-        int(search.hidden is not None and search.hidden.ndim == 2),
-        len(search.keys),
-        search.first,
-        search.start,
-        search.stop,
-        search.num_queries,
-        search.k,
-    )
+def _row_parts(num_rows: int, num_parts: int) -> list[slice]:
+    """All rows in parts of about the same size."""
+    return [slice(num_rows * part // num_parts, num_rows * (part + 1) // num_parts) for part in range(num_parts)]
 
 
-def _address(tensor: Tensor | None) -> int:
-    """Where a tensor's numbers are, 0 for none."""
-    assert tensor is None or tensor.is_contiguous()
-    return 0 if tensor is None else tensor.data_ptr()
+def _table(searches: Sequence[Search]) -> Array:
+    """Searches as the loops take them: [S] SEARCH."""
+    return np.array([search.numbers() for search in searches], loops.SEARCH)

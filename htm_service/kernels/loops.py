@@ -25,12 +25,12 @@ SEARCH = np.dtype(
     [
         (name, np.int64)
         for name in (
-            *("keys", "pages", "token_mask", "hidden", "hides_by_row"),
+            *("keys", "pages", "token_mask", "hidden", "hidden_stride"),
             *("num_keys", "first", "start", "stop", "num_queries", "k"),
         )
     ]
 )
-"""A `kernels.base.Search`, its tensors as addresses, 0 for none."""
+"""`kernels.base.Search.numbers`."""
 TWO_112 = 2.0**112
 """What a float16's exponent and fraction, moved to where float32 has them, are too small by."""
 
@@ -65,6 +65,64 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
 def _array_at(address: int, like: Array, shape: Any) -> Array:
     """The array of this shape and the type of `like` that begins at an address; nothing of it is read here."""
     return numba.carray(_pointer(address, like), shape)  # type: ignore[attr-defined, call-arg]
+
+
+@compile_loop
+def answer(
+    queries: Array,  # [R, D]
+    summary_weight: Array,  # a `kernels.base.Projections`, from here
+    summary_bias: Array,
+    query_weight: Array,
+    query_bias: Array,
+    key_weight: Array,
+    value_weight: Array,
+    output_weight: Array,
+    output_bias: Array,  # to here
+    wide: Array,  # as in `attend`, from here
+    narrow: Array,
+    encoding: int,
+    searches: Array,
+    positions: Array,
+    chunk_index: Array,
+    chunk_weight: Array,
+    z: Array,
+    token_weight: Array,
+    token_score: Array,  # to here
+    output: Array,  # [R, D], 0; written
+) -> None:
+    """All of it for some rows: fold, score, attend, project. A row that took no chunk is left as it is."""
+    summary, heads = np.empty(queries.shape, np.float32), np.empty(z.shape, np.float32)
+    fold(queries, summary_weight, summary_bias, query_weight, query_bias, key_weight, summary, heads)
+    written = (chunk_index, chunk_weight, z, token_weight, token_score)
+    read(wide, narrow, encoding, searches, summary, heads, positions, *written)
+    projected = np.empty(queries.shape, np.float32)
+    project(z, value_weight, output_weight, output_bias, projected)
+    for row in range(len(output)):
+        if np.any(chunk_index[row] >= 0):
+            output[row] = projected[row]
+
+
+@compile_loop
+def read(
+    wide: Array,  # as in `attend`, but for `summary`
+    narrow: Array,
+    encoding: int,
+    searches: Array,
+    summary: Array,  # [R, D]
+    heads: Array,
+    positions: Array,
+    chunk_index: Array,
+    chunk_weight: Array,
+    z: Array,
+    token_weight: Array,
+    token_score: Array,
+) -> None:
+    """Score all keys, then attend."""
+    index = np.full((len(heads), 1, chunk_index.shape[1]), -1, np.int64)
+    logit = np.full(index.shape, -np.inf, np.float32)
+    score(searches, summary, 0, index, logit)
+    written = (chunk_index, chunk_weight, z, token_weight, token_score)
+    attend(wide, narrow, encoding, searches, index, logit, heads, positions, *written)
 
 
 @compile_loop
@@ -117,7 +175,8 @@ def attend(
     narrow: Array,  # [P, C, D] uint16: the bits of bfloat16 or float16 contents, or empty
     encoding: int,  # FLOAT32, BFLOAT16 or FLOAT16
     searches: Array,  # [S] SEARCH
-    summary: Array,  # [R, D]
+    index: Array,  # [R, P, K] int64, and `logit` [R, P, K]: what `score` found; overwritten
+    logit: Array,
     heads: Array,  # [R, H, D]
     positions: Array,  # [C, D], or [0, D]
     chunk_index: Array,  # [R, K] int64, -1; written
@@ -126,11 +185,11 @@ def attend(
     token_weight: Array,  # [R, K, C] or empty, 0; written
     token_score: Array,  # [R, K, C] or empty, -inf; written
 ) -> None:
-    """The whole read path of a batch: each search's keys, then the chunks that its rows took."""
+    """The chunks that each row takes, attended in and summed up."""
+    choose(searches, index, logit, chunk_index, chunk_weight)
     num_heads, dim, size = heads.shape[1], heads.shape[2], max(wide.shape[1], narrow.shape[1])
     no_flags = np.empty(0, np.bool_)
     workspace = np.empty((size, dim), np.float32)
-    slots = np.empty(size, np.int64)
     share = np.empty((num_heads, size), np.float32)
     by_slot = np.empty((num_heads, size), np.float32)
     position_logits = np.zeros((num_heads, size), np.float32)
@@ -138,7 +197,6 @@ def attend(
     for s in range(len(searches)):
         search = searches[s]
         rows = slice(row, row + search.num_queries)
-        _select(search, summary[rows], chunk_index[rows], chunk_weight[rows])
         page_table = _array_at(search.pages, chunk_index, (search.num_keys,))
         marked = _array_at(search.token_mask, no_flags, (search.stop,))
         for row in range(rows.start, rows.stop):
@@ -149,33 +207,31 @@ def attend(
                 chunk = chunk_index[row, place]
                 if chunk < 0:
                     continue
-                begin = (search.first + chunk) * size
-                seen = 0
-                for slot in range(max(0, search.start - begin), min(size, search.stop - begin)):
-                    if search.token_mask == 0 or marked[begin + slot]:
-                        slots[seen] = slot
-                        seen += 1
-                chunk_index[row, place] = search.first + chunk
-                if seen == 0:
+                begin, end = max(0, search.start - chunk * size), min(size, search.stop - chunk * size)
+                seen = marked[chunk * size + begin : chunk * size + end]
+                if begin >= end or (search.token_mask != 0 and not seen.any()):
                     continue
-                tokens = _tokens(wide, narrow, encoding, page_table[chunk], slots[:seen], workspace)
+                tokens = _tokens(wide, narrow, encoding, page_table[chunk - search.first], begin, end, workspace)
                 _dots(heads[row], tokens, share)
                 for h in range(num_heads):
-                    logits = share[h, :seen]
-                    for i in range(seen):
-                        logits[i] += position_logits[h, slots[i]]
+                    logits, spread = share[h, : end - begin], by_slot[h, begin:end]
+                    logits += position_logits[h, begin:end]
+                    if search.token_mask != 0:
+                        for i in range(len(logits)):
+                            if not seen[i]:
+                                logits[i] = -np.inf
                     if len(token_score):
-                        for i in range(seen):
+                        for i in range(len(logits)):
                             score = logits[i] / np.float32(num_heads)
-                            at = slots[i]
-                            token_score[row, place, at] = score + (token_score[row, place, at] if h else 0)
+                            token_score[row, place, begin + i] = score + (
+                                token_score[row, place, begin + i] if h else 0
+                            )
                     _softmax(logits)
                     if len(token_weight):
-                        for i in range(seen):
-                            token_weight[row, place, slots[i]] += logits[i] / np.float32(num_heads)
-                    for i in range(seen):
-                        logits[i] *= chunk_weight[row, place]
-                        by_slot[h, slots[i]] += logits[i]
+                        for i in range(len(logits)):
+                            token_weight[row, place, begin + i] += logits[i] / np.float32(num_heads)
+                    logits *= chunk_weight[row, place]
+                    spread += logits
                 _add_weighted(share, tokens, z[row])
             if len(positions):
                 _add_weighted(by_slot, positions, z[row])
@@ -183,40 +239,84 @@ def attend(
 
 
 @compile_loop
-def _select(search: Any, summary: Array, index: Array, weight: Array) -> None:
-    """The k chunks of each row [Q, D] with the greatest logits, and the softmax of these, in one pass over the keys."""
-    num_rows, k, num_keys = len(summary), search.k, search.num_keys
+def score(searches: Array, summary: Array, part: int, index: Array, logit: Array) -> None:
+    """Each row's [R, D] best keys in one of P equal parts of its search's keys, in one pass over them.
+
+    Into index and logit [R, P, K], at `part`, which hold -1 and -inf; a row with an overflow gets NaN in front.
+    """
+    num_parts, row = index.shape[1], 0
+    for s in range(len(searches)):
+        search = searches[s]
+        rows = slice(row, row + search.num_queries)
+        begin, end = search.num_keys * part // num_parts, search.num_keys * (part + 1) // num_parts
+        _score(search, begin, end, summary[rows], index[rows, part], logit[rows, part])
+        row = rows.stop
+
+
+@compile_loop
+def _score(search: Any, begin: int, end: int, summary: Array, index: Array, logit: Array) -> None:
+    """The best of the keys begin .. end-1 of one search."""
+    num_rows, num_keys = len(summary), search.num_keys
     keys = _array_at(search.keys, summary, (num_keys, summary.shape[1]))
     hidden = _array_at(search.hidden, np.empty(0, np.bool_), (num_rows, num_keys))
     scores = np.empty((KEYS_AT_ONCE, num_rows), np.float32)
-    best = np.full((num_rows, max(k, 1)), -np.inf, np.float32)
     overflowed = np.zeros(num_rows, np.bool_)
-    for start in range(0, num_keys, KEYS_AT_ONCE):
-        block = keys[start : min(start + KEYS_AT_ONCE, num_keys)]
+    for start in range(begin, end, KEYS_AT_ONCE):
+        block = keys[start : min(start + KEYS_AT_ONCE, end)]
         _dots(block, summary, scores)
         for q in range(num_rows):
             for i in range(len(block)):
-                if search.hidden != 0 and hidden[q if search.hides_by_row else 0, start + i]:
+                if search.hidden != 0 and hidden[q if search.hidden_stride else 0, start + i]:
                     continue
-                score = scores[i, q]
-                if not np.isfinite(score):
+                if not np.isfinite(scores[i, q]):
                     overflowed[q] = True
-                elif score > best[q, k - 1]:
-                    place = k - 1
-                    while place > 0 and best[q, place - 1] < score:
-                        best[q, place] = best[q, place - 1]
-                        index[q, place] = index[q, place - 1]
-                        place -= 1
-                    best[q, place] = score
-                    index[q, place] = start + i
+                elif scores[i, q] > logit[q, search.k - 1]:
+                    _put(scores[i, q], start + i, logit[q, : search.k], index[q])
     for q in range(num_rows):
-        taken = 0
-        while taken < k and index[q, taken] >= 0:
-            taken += 1
-        _softmax(best[q, :taken])
-        weight[q, :taken] = best[q, :taken]
         if overflowed[q]:
-            weight[q] = np.nan
+            logit[q, 0] = np.nan
+
+
+@compile_loop
+def _put(score: float, key: int, best: Array, index: Array) -> None:
+    """Put a key whose score beats the last of the best [k] where it belongs, after those of the same score."""
+    place = len(best) - 1
+    while place > 0 and best[place - 1] < score:
+        best[place] = best[place - 1]
+        index[place] = index[place - 1]
+        place -= 1
+    best[place] = score
+    index[place] = key
+
+
+@compile_loop
+def choose(searches: Array, index: Array, logit: Array, chunk_index: Array, chunk_weight: Array) -> None:
+    """The chunks [R, K] taken of the best of all parts [R, P, K], and the softmax of their logits.
+
+    A row with an overflow takes none and has NaN as its weights.
+    """
+    row = 0
+    for s in range(len(searches)):
+        k = searches[s].k
+        for _ in range(searches[s].num_queries):
+            best = logit[row, 0, :k]
+            chunk_index[row] = index[row, 0]
+            overflowed = False
+            for part in range(logit.shape[1]):
+                overflowed |= k > 0 and np.isnan(logit[row, part, 0])
+                for place in range(k if part else 0):
+                    if logit[row, part, place] > best[k - 1]:
+                        _put(logit[row, part, place], index[row, part, place], best, chunk_index[row])
+            taken = 0
+            while taken < k and chunk_index[row, taken] >= 0:
+                chunk_index[row, taken] += searches[s].first
+                taken += 1
+            _softmax(best[:taken])
+            chunk_weight[row, :taken] = best[:taken]
+            if overflowed:
+                chunk_index[row] = -1
+                chunk_weight[row] = np.nan
+            row += 1
 
 
 @compile_loop
@@ -226,25 +326,42 @@ def _softmax(logits: Array) -> None:
     for i in range(len(logits)):
         if not logits[i] <= greatest:  # a NaN becomes the greatest, and stays
             greatest = logits[i]
+    for i in range(len(logits)):
+        logits[i] = _exp(logits[i] - greatest)
     total = np.float32(0)
     for i in range(len(logits)):
-        logits[i] = np.exp(logits[i] - greatest)
         total += logits[i]
     for i in range(len(logits)):
         logits[i] /= total
 
 
 @compile_loop
-def _tokens(wide: Array, narrow: Array, encoding: int, page: int, slots: Array, workspace: Array) -> Array:
-    """The tokens [n, D] in the n `slots` of a page; in place where they are float32 and the page's first n."""
+def _exp(x: np.float32) -> np.float32:
+    """e to the power of x <= 0, to some units in the last place, 0 below -87, NaN of NaN.
+
+    Of plain arithmetic, so that a loop of it is vectorised, which one of `np.exp` is not. The polynomial is Cephes'.
+    """
+    least, half = np.float32(-87), np.float32(0.5)
+    whole = np.floor((x if x > least else least) * np.float32(1.44269504) + half)
+    rest = np.float32(x - whole * np.float32(0.693147181))
+    value = np.float32(1.9875691500e-4)
+    value = value * rest + np.float32(1.3981999507e-3)
+    value = value * rest + np.float32(8.3334519073e-3)
+    value = value * rest + np.float32(4.1665795894e-2)
+    value = value * rest + np.float32(1.6666665459e-1)
+    value = value * rest + half
+    value = value * rest * rest + rest + np.float32(1)
+    power = np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)).view(np.float32)
+    return np.float32(0) if x < least else np.float32(value * power)
+
+
+@compile_loop
+def _tokens(wide: Array, narrow: Array, encoding: int, page: int, begin: int, end: int, workspace: Array) -> Array:
+    """The tokens [n, D] in a page's slots begin .. end-1; in place where they are float32."""
     if encoding == FLOAT32:
-        if slots[-1] == len(slots) - 1:
-            return wide[page, : len(slots)]
-        for i in range(len(slots)):
-            workspace[i] = wide[page, slots[i]]
-        return workspace[: len(slots)]
-    for i in range(len(slots)):
-        bits, token, token_bits = narrow[page, slots[i]], workspace[i], workspace[i].view(np.uint32)
+        return wide[page, begin:end]
+    for i in range(end - begin):
+        bits, token, token_bits = narrow[page, begin + i], workspace[i], workspace[i].view(np.uint32)
         if encoding == BFLOAT16:
             for d in range(len(bits)):
                 token_bits[d] = np.uint32(bits[d]) << np.uint32(16)
@@ -255,7 +372,7 @@ def _tokens(wide: Array, narrow: Array, encoding: int, page: int, slots: Array, 
                 token[d] *= np.float32(TWO_112)
             for d in range(len(bits)):
                 token_bits[d] |= np.uint32(bits[d] & 0x8000) << np.uint32(16)
-    return workspace[: len(slots)]
+    return workspace[: end - begin]
 
 
 @compile_loop
@@ -270,39 +387,48 @@ def _linear(x: Array, weight: Array, bias: Array, out: Array) -> None:
 
 @compile_loop
 def _dots(a: Array, b: Array, out: Array) -> None:
-    """All dot products of a [n, D] with b [m, D] into out[:n, :m]; four by four, so that a load serves four."""
+    """All dot products of a [n, D] with b [m, D] into out[:n, :m]; four by three, so that a load serves several.
+
+    Twelve sums are what fits in the registers of most machines; sixteen were written to memory and back.
+    """
     dim = a.shape[1]
-    whole_a, whole_b = len(a) // 4 * 4, len(b) // 4 * 4
+    # For fewer than three, what counts is memory, which is read faster in one stream than in four.
+    whole_a, whole_b = len(a) // 4 * 4 if len(b) >= 3 else 0, len(b) // 3 * 3
     zero = np.float32(0)
     for i in range(0, whole_a, 4):
         a0, a1, a2, a3 = a[i], a[i + 1], a[i + 2], a[i + 3]
-        for j in range(0, whole_b, 4):
-            b0, b1, b2, b3 = b[j], b[j + 1], b[j + 2], b[j + 3]
-            s00 = s01 = s02 = s03 = s10 = s11 = s12 = s13 = zero
-            s20 = s21 = s22 = s23 = s30 = s31 = s32 = s33 = zero
+        for j in range(0, whole_b, 3):
+            b0, b1, b2 = b[j], b[j + 1], b[j + 2]
+            s00 = s01 = s02 = s10 = s11 = s12 = zero
+            s20 = s21 = s22 = s30 = s31 = s32 = zero
             for d in range(dim):
                 s00 += a0[d] * b0[d]
                 s01 += a0[d] * b1[d]
                 s02 += a0[d] * b2[d]
-                s03 += a0[d] * b3[d]
                 s10 += a1[d] * b0[d]
                 s11 += a1[d] * b1[d]
                 s12 += a1[d] * b2[d]
-                s13 += a1[d] * b3[d]
                 s20 += a2[d] * b0[d]
                 s21 += a2[d] * b1[d]
                 s22 += a2[d] * b2[d]
-                s23 += a2[d] * b3[d]
                 s30 += a3[d] * b0[d]
                 s31 += a3[d] * b1[d]
                 s32 += a3[d] * b2[d]
-                s33 += a3[d] * b3[d]
-            out[i, j], out[i, j + 1], out[i, j + 2], out[i, j + 3] = s00, s01, s02, s03
-            out[i + 1, j], out[i + 1, j + 1], out[i + 1, j + 2], out[i + 1, j + 3] = s10, s11, s12, s13
-            out[i + 2, j], out[i + 2, j + 1], out[i + 2, j + 2], out[i + 2, j + 3] = s20, s21, s22, s23
-            out[i + 3, j], out[i + 3, j + 1], out[i + 3, j + 2], out[i + 3, j + 3] = s30, s31, s32, s33
-    for i in range(len(a)):
-        for j in range(whole_b if i < whole_a else 0, len(b)):
+            out[i, j], out[i, j + 1], out[i, j + 2] = s00, s01, s02
+            out[i + 1, j], out[i + 1, j + 1], out[i + 1, j + 2] = s10, s11, s12
+            out[i + 2, j], out[i + 2, j + 1], out[i + 2, j + 2] = s20, s21, s22
+            out[i + 3, j], out[i + 3, j + 1], out[i + 3, j + 2] = s30, s31, s32
+        for j in range(whole_b, len(b)):
+            b0 = b[j]
+            s00 = s10 = s20 = s30 = zero
+            for d in range(dim):
+                s00 += a0[d] * b0[d]
+                s10 += a1[d] * b0[d]
+                s20 += a2[d] * b0[d]
+                s30 += a3[d] * b0[d]
+            out[i, j], out[i + 1, j], out[i + 2, j], out[i + 3, j] = s00, s10, s20, s30
+    for i in range(whole_a, len(a)):
+        for j in range(len(b)):
             total = zero
             for d in range(dim):
                 total += a[i, d] * b[j, d]

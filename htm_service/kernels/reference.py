@@ -7,7 +7,7 @@ from einops import einsum, rearrange
 from torch import Tensor
 from torch.nn import functional
 
-from htm_service.kernels.base import Attended, Batch, Projections, Search
+from htm_service.kernels.base import Attended, Batch, Projections, Search, View, answer_in_steps
 
 ROWS_AT_ONCE = 16
 """Rows whose contents [rows, K, C, D] are gathered together: bounds the workspace."""
@@ -27,6 +27,17 @@ class ReferenceKernel:
         head_queries = functional.linear(queries, projections.query, projections.query_bias)
         head_queries = rearrange(head_queries, "r (h e) -> r h e", h=len(projections.key))
         return summary, einsum(head_queries, projections.key, "r h e, h e d -> r h d")
+
+    def select(self, batch: Batch) -> Tensor:
+        """Search by search; see `Kernel`."""
+        chosen = batch.summary.new_full((len(batch.summary), batch.width), -1, dtype=torch.int64)
+        first = 0
+        for search in batch.searches:
+            rows = torch.arange(search.num_queries)
+            index, _ = _select(search, batch.summary[first + rows], rows)
+            chosen[first : first + search.num_queries, : search.k] = torch.where(index >= 0, index + search.first, -1)
+            first += search.num_queries
+        return chosen
 
     def attend(self, batch: Batch) -> Attended:
         """Search by search: select and attend; see `Attended`."""
@@ -48,6 +59,10 @@ class ReferenceKernel:
         values = einsum(z, projections.value, "r h d, h e d -> r h e")
         return functional.linear(values.flatten(1), projections.output, projections.output_bias)
 
+    def answer(self, projections: Projections, queries: Tensor, view: View) -> tuple[Attended, Tensor]:
+        """Step by step."""
+        return answer_in_steps(self, projections, queries, view)
+
 
 def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Attended:
     """Rows of one search: their numbers in the search and in the batch."""
@@ -57,7 +72,7 @@ def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Atte
     weight = logits.softmax(dim=-1).masked_fill(logits == -torch.inf, 0.0)
     visible = _visible(search, index, batch.arena.chunk_size)  # [Q, k, C]
     if len(search.pages):
-        pages = search.pages[index.clamp(min=0)]
+        pages = search.pages[index.clamp(min=0)].clamp(min=0)
         x = rearrange(batch.arena.take(pages.flatten()).float(), "(q k) c d -> q k c d", k=search.k)
     else:
         x = weight.new_zeros(*visible.shape, batch.arena.dim)

@@ -30,7 +30,7 @@ def serve() -> Serve:
 
     @asynccontextmanager
     async def start(*, clock: Callable[[], float] | None = None, **settings: Any) -> AsyncIterator[httpx.AsyncClient]:
-        own = Settings(store_url="memory://", device="cpu", memory_budget_bytes=64 << 20, **settings)
+        own = Settings(**{"store_url": "memory://", "device": "cpu", "memory_budget_bytes": 64 << 20, **settings})
         app = create_app(own, clock=clock) if clock is not None else create_app(own)
         async with app.router.lifespan_context(app), talk_to(app) as client:
             yield client

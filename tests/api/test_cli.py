@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,6 +21,7 @@ from typer.testing import CliRunner, Result
 from api.cli import build
 from api.settings import Settings, flag_name
 from htm_service.version import __version__
+from storage.resolve import open_store
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -87,6 +90,50 @@ def test_a_life_in_one_directory(start: Start, tmp_path: Path) -> None:
     assert again.returncode == 0
 
 
+def test_a_store_on_postgresql_is_verified_by_its_url(postgresql_url: str) -> None:
+    empty = run("verify", postgresql_url)
+    assert (empty.exit_code, empty.stdout) == (1, "")
+    assert "is an empty database; start the server once to set it up" in empty.stderr
+    open_store(postgresql_url).close()
+    checked = run("verify", postgresql_url)
+    assert (checked.exit_code, checked.stdout) == (0, "0 sessions, 0 tokens, 0 problems\n"), checked.stderr
+
+
+def test_back_up_a_running_server_then_repair(start: Start, tmp_path: Path) -> None:
+    data, copy = tmp_path / "data", tmp_path / "copy"
+    (data / "models").mkdir(parents=True)
+    (data / "models" / "none.txt").write_text("kept")
+    server = start("--data", str(data), "--port", "0")
+    address = ready(server)
+    httpx.put(f"{address}/v1/sessions/s", json={"dim": 3}).raise_for_status()
+    for _ in range(3):
+        httpx.post(f"{address}/v1/sessions/s/memories", json={"embeddings": [1, 2, 3]}).raise_for_status()
+    copied = run("backup", str(data), str(copy))
+    assert (copied.exit_code, copied.stdout) == (0, "1 sessions, 3 tokens, 0 problems\n"), copied.stderr
+    assert (copy / "models" / "none.txt").read_text() == "kept"
+    refused = run("repair", str(data))
+    assert refused.exit_code == 1 and "in use by another server" in refused.stderr
+    server.send_signal(signal.SIGTERM)
+    server.communicate(timeout=30)
+
+    with contextlib.closing(sqlite3.connect(copy / "htm.sqlite3")) as connection, connection:
+        connection.execute("UPDATE blocks SET checksum = 0 WHERE start = 2")
+        connection.execute("UPDATE sessions SET id = 'é'")
+    again = run("backup", str(copy), str(tmp_path / "second"))
+    assert again.exit_code == 1 and "é: the block at position 2 does not match" in again.stdout
+    lost = "session é loses the tokens 2 to 2, 1 of 3, because the block at position 2 does not match its checksum\n"
+    asked = run("repair", str(copy))  # there is nobody to say yes
+    assert asked.exit_code == 1 and asked.stdout.startswith(lost)
+    assert run("verify", str(copy)).exit_code == 1
+    for said in (lost, ""):
+        done = run("repair", str(copy), "--yes")
+        assert (done.exit_code, done.stdout) == (0, said + "1 sessions, 2 tokens, 0 problems\n")
+    restored = start("--data", str(copy), "--port", "0")
+    assert httpx.get(f"{ready(restored)}/v1/sessions/%C3%A9").status_code == 422
+    restored.send_signal(signal.SIGTERM)
+    restored.communicate(timeout=30)
+
+
 def test_a_socket_does_not_answer_before_the_server_is_ready() -> None:
     from api.serving import address_of, listen_socket
 
@@ -104,6 +151,8 @@ def test_a_socket_does_not_answer_before_the_server_is_ready() -> None:
         (["serve", "--store-url", "ftp://x", "--port", "0"], "store URL"),
         (["serve", "--store-url", "memory://", "--port", "0", "--models-dir", "/nonexistent"], "/nonexistent"),
         (["verify", "/nonexistent"], "/nonexistent does not exist"),
+        (["backup", "/nonexistent", "x"], "/nonexistent does not exist"),
+        (["repair", "/nonexistent"], "/nonexistent does not exist"),
         (["models", "convert", "/nonexistent", "x", "--from", "haiku", "--heads", "1"], "is not a file"),
     ],
 )

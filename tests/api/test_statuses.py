@@ -6,10 +6,11 @@ import logging
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from api import schemas, views
+from api import codec, schemas, views
 from api.app import create_app
 from api.settings import Settings
 from tests.api.conftest import Serve, fill, talk_to
@@ -25,8 +26,10 @@ INJECTED = {
     "disk_full",
     "internal_error",
     "session_expired",
+    "session_damaged",
     "idempotency_mismatch",
     "chunk_not_found",
+    "length_conflict",
 }
 """Codes that are raised by an engine made for it; the others come from the real one."""
 
@@ -163,6 +166,47 @@ async def test_injected_failures(code: str, caplog: pytest.LogCaptureFixture) ->
             problem = check_problem(answer, status, code)
             assert ("retry-after" in answer.headers) is (status in (503, 507)), name
             assert "secret" not in problem["detail"]
+
+
+async def test_beyond_the_budget_with_nothing_to_evict(serve: Serve) -> None:
+    """Its keys alone need more than there is; the others go on, and the bytes are told tier by tier."""
+    rows = np.ones((150, 1_024), np.float32)
+    async with serve(memory_budget_bytes=1 << 20) as client:
+        for name, chunk_size in (("large", 1), ("small", 10)):
+            await client.put(f"/v1/sessions/{name}", json={"dim": 1_024, "chunk_size": chunk_size})
+            for _ in range(2 if name == "large" else 1):
+                body = {"embeddings": codec.to_base64(rows)}
+                assert (await client.post(f"/v1/sessions/{name}/memories", json=body)).status_code == 200
+        query = {"queries": [[1.0] * 1_024], "top_k": 1}
+        refused = await client.post("/v1/sessions/large/attend", json=query)
+        problem = check_problem(refused, 507, "out_of_memory")
+        assert int(refused.headers["retry-after"]) > 0 and "of 1048576 bytes are in use" in problem["detail"]
+        assert (await client.post("/v1/sessions/small/attend", json=query)).status_code == 200
+        large, small = [(await client.get(f"/v1/sessions/{name}")).json()["bytes"] for name in ("large", "small")]
+        assert large == {"device": 0, "device_keys": 0, "host": 0, "stored": 2 * rows.nbytes}
+        assert small["stored"] == rows.nbytes and 15 * 4_096 <= small["device_keys"] < small["device"]
+        totals = (await client.get("/v1/info")).json()["totals"]
+        assert totals["stored_bytes"] == large["stored"] + small["stored"]
+        assert totals["device_key_bytes"] == small["device_keys"] < totals["device_bytes"] <= 1 << 20
+        assert totals["host_bytes"] == small["host"] == 0
+
+
+async def test_what_leaves_the_device_is_in_host_memory(serve: Serve) -> None:
+    rows = np.random.default_rng(1).standard_normal((3_000, 128)).astype(np.float32)
+    async with serve(memory_budget_bytes=1 << 20, host_budget_bytes="2MiB") as client:
+        await client.put("/v1/sessions/s", json={"dim": 128})
+        body = {"embeddings": codec.to_base64(rows)}
+        assert (await client.post("/v1/sessions/s/memories", json=body)).status_code == 200
+        query = {"queries": rows[:64].tolist(), "top_k": 2}
+        assert (await client.post("/v1/sessions/s/attend", json=query)).status_code == 200
+        held = (await client.get("/v1/sessions/s")).json()["bytes"]
+        info = (await client.get("/v1/info")).json()
+        chunks = (await client.get("/v1/sessions/s/chunks")).json()["chunks"]
+    assert info["limits"]["host_budget_bytes"] == 2 << 20
+    assert 0 < held["host"] <= info["totals"]["host_bytes"] <= 2 << 20
+    assert info["totals"]["host_reads"] > 0
+    assert held["host"] + held["device"] >= held["stored"] == rows.nbytes
+    assert {chunk["tier"] for chunk in chunks} == {"resident", "host"}
 
 
 async def test_an_expired_session_is_gone(serve: Serve) -> None:

@@ -86,13 +86,13 @@ def test_every_kind_of_request_equals_the_definition(
     asyncio.run(run())
 
 
-def random_request(draw: np.random.Generator, length: int) -> AttendRequest:
+def random_request(draw: np.random.Generator, length: int, size: int = SIZE) -> AttendRequest:
     num_queries = int(draw.integers(1, 4))
     stop = int(draw.integers(0, length + 1)) if draw.random() < 0.4 else None
     seen = length if stop is None else stop
     start = int(draw.integers(0, seen + 1)) if draw.random() < 0.3 else 0
     mask = draw.random(seen) < draw.choice([0.0, 0.3, 0.9]) if draw.random() < 0.4 else None
-    num_chunks = -(-seen // SIZE)
+    num_chunks = -(-seen // size)
     shape = (num_queries, num_chunks) if draw.random() < 0.5 else (num_chunks,)
     chunk_mask = draw.random(shape) < 0.6 if draw.random() < 0.4 else None
     return AttendRequest(
@@ -107,7 +107,11 @@ def random_request(draw: np.random.Generator, length: int) -> AttendRequest:
 
 
 def expect(
-    tokens: Any, request: AttendRequest, open_chunk: str, models: Mapping[str, tuple[ModelConfig, Weights | None]]
+    tokens: Any,
+    request: AttendRequest,
+    open_chunk: str,
+    models: Mapping[str, tuple[ModelConfig, Weights | None]],
+    size: int = SIZE,
 ) -> Reference:
     config, weights = models[request.model or "retrieval"]
     seen = len(tokens) if request.stop is None else request.stop
@@ -115,14 +119,14 @@ def expect(
     if request.mask is not None:
         visible &= request.mask
     if open_chunk == "exclude":
-        visible[seen // SIZE * SIZE :] = False
+        visible[seen // size * size :] = False
     return htm_reference(
         request.queries,
         tokens[:seen],
         config,
         weights,
         top_k=request.top_k,
-        chunk_size=SIZE,
+        chunk_size=size,
         visible=visible,
         chunk_mask=request.chunk_mask,
     )

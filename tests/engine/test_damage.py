@@ -1,15 +1,22 @@
 """A store that fails under the engine: the session it concerns says so, the others go on."""
 
+import asyncio
+import contextlib
+import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from htm_service.errors import Unhealthy
-from htm_service.records import AttendRequest
+from htm_service.engine import Engine
+from htm_service.errors import SessionDamaged, SessionNotFound, Unhealthy
+from htm_service.records import AppendRequest, AttendRequest, SessionSettings
+from htm_service.session import wrong_with
 from storage.base import StoreDamaged, StoreError
 from storage.memory import MemoryStore
+from storage.resolve import open_for_repair, open_store
+from storage.sql import SqlStore
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, fill, vectors
 
@@ -33,15 +40,24 @@ async def test_a_damaged_session_fails_alone(make_engine: MakeEngine, monkeypatc
 
     monkeypatch.setattr(store, "read_blocks", damaged)
     for _ in range(2):
-        with pytest.raises(Unhealthy, match=r"'bad' cannot be read: .* damaged at position 0"):
+        with pytest.raises(SessionDamaged, match=r"'bad' is damaged at position 0"):
             await engine.attend("bad", QUERY)
-    with pytest.raises(Unhealthy, match="cannot be read"):
+    with pytest.raises(SessionDamaged, match="'bad' is damaged at position 0"):
         await engine.read("bad", 0, None, embeddings=True, payloads=False)
-    assert (await engine.attend("good", QUERY)).length == 9
+    with pytest.raises(SessionDamaged, match="takes no more appends"):
+        await engine.append("bad", AppendRequest(embeddings=vectors(3, 1, DIM)))
+    with pytest.raises(SessionDamaged, match="takes no more appends"):
+        await engine.step("bad", QUERY, AppendRequest(embeddings=vectors(3, 1, DIM)))
+    infos = {info.id: info.damage for info in (await engine.list_sessions()).sessions}
+    assert infos == {"bad": "session 'bad' is damaged at position 0", "good": None}
+    assert (await engine.info()).totals["damaged_sessions"] == 1
+    await engine.append("good", AppendRequest(embeddings=vectors(3, 1, DIM)))
+    assert (await engine.attend("good", QUERY)).length == 10
+    await engine.delete("bad")
     assert engine.unhealthy_reason() is None
 
 
-@pytest.mark.parametrize("method", ["get_session", "list_sessions", "read_payloads", "read_payload_range"])
+@pytest.mark.parametrize("method", ["get_session", "list_sessions", "read_payloads", "read_payload_range", "totals"])
 async def test_errors_of_the_store_are_the_domains(make_engine: MakeEngine, monkeypatch: Any, method: str) -> None:
     store = MemoryStore()
     engine = await make_engine(store)
@@ -56,6 +72,7 @@ async def test_errors_of_the_store_are_the_domains(make_engine: MakeEngine, monk
         "list_sessions": lambda: engine.list_sessions(),
         "read_payloads": lambda: engine.attend("s", QUERY),
         "read_payload_range": lambda: engine.chunk("s", 0),
+        "totals": engine.info,
     }
     with pytest.raises(Unhealthy, match="the database is locked"):
         await calls[method]()
@@ -78,3 +95,78 @@ async def test_gaps_and_missing_tokens_are_found_when_loading(make_engine: MakeE
         await engine.attend("s", QUERY)
     monkeypatch.undo()
     assert (await engine.attend("s", QUERY)).length == 9
+
+
+SETTINGS = [
+    ("'[1'", "they are no JSON object"),
+    ("replace(settings, 'labels', 'lacels')", "they lack labels"),
+    ('replace(settings, \'{"dim"\', \'{"x": 1, "dim"\')', "they have the unknown 'x'"),
+    ("replace(settings, 'float32', 'float72')", "their dtype is 'float72'"),
+    ("replace(settings, '\"float32\"', '[]')", "their dtype is []"),
+]
+"""What is done to settings in the store, and what `verify` says of it."""
+
+
+async def with_damage(make_engine: MakeEngine, url: str, damage: str) -> tuple[SqlStore, Engine]:
+    """Sessions `bad`, with these settings, and `good`."""
+    with contextlib.closing(open_store(url)) as store:
+        first = await make_engine(store)
+        for name in ("bad", "good"):
+            await fill(first, name, vectors(1, 9, DIM), ttl_s=1e6)
+        await first.close()
+    with contextlib.closing(sqlite3.connect(url.removeprefix("sqlite:///"))) as connection, connection:
+        connection.execute(f"UPDATE sessions SET settings = {damage} WHERE id = 'bad'")
+    again = open_store(url)
+    assert isinstance(again, SqlStore)
+    return again, await make_engine(again)
+
+
+@pytest.mark.parametrize("damage", [damage for damage, _ in SETTINGS])
+async def test_damaged_settings_are_one_sessions_trouble(make_engine: MakeEngine, sqlite_url: str, damage: str) -> None:
+    """They once made every list, and with it the sweep of expired sessions, fail."""
+    _, engine = await with_damage(make_engine, sqlite_url, damage)
+    with pytest.raises(SessionDamaged, match="'bad' is damaged: its settings cannot be read"):
+        await engine.attend("bad", QUERY)
+    assert [info.id for info in (await engine.list_sessions()).sessions] == ["good"]
+    await engine._sweeper.sweep()
+    assert (await engine.attend("good", QUERY)).length == 9
+
+
+@pytest.mark.parametrize("damage", [damage for damage, _ in SETTINGS])
+async def test_a_session_of_damaged_settings_can_be_deleted(
+    make_engine: MakeEngine, sqlite_url: str, damage: str
+) -> None:
+    """Bug: its deletion was answered 409 too, so nothing but `repair` could end it."""
+    store, engine = await with_damage(make_engine, sqlite_url, damage)
+    await asyncio.gather(engine.delete("bad"), engine.attend("good", QUERY))
+    for call in (engine.delete("bad"), engine.inspect("bad")):
+        with pytest.raises(SessionNotFound):
+            await call
+    totals = store.totals()
+    assert (totals.num_sessions, totals.num_tokens) == (1, 9)
+    assert list(store.verify(wrong_with)) == []
+    await engine.create("bad", SessionSettings(dim=DIM))
+    assert (await engine.inspect("bad")).length == 0
+
+
+async def test_one_of_two_deletions_of_damaged_settings_finds_nothing(make_engine: MakeEngine, sqlite_url: str) -> None:
+    _, engine = await with_damage(make_engine, sqlite_url, SETTINGS[0][0])
+    outcomes = await asyncio.gather(engine.delete("bad"), engine.delete("bad"), return_exceptions=True)
+    assert [type(outcome) for outcome in outcomes] == [type(None), SessionNotFound]
+
+
+@pytest.mark.parametrize(("damage", "why"), SETTINGS)
+async def test_damaged_settings_are_found_and_repaired(
+    make_engine: MakeEngine, sqlite_url: str, damage: str, why: str
+) -> None:
+    """Bug: `verify` only looked whether they are JSON, and the server refused what it had passed."""
+    served, engine = await with_damage(make_engine, sqlite_url, damage)
+    await engine.close()
+    served.close()
+    with contextlib.closing(open_for_repair(sqlite_url)) as store:
+        (problem,) = store.verify(wrong_with)
+        assert (problem.session_id, problem.message) == ("bad", f"its settings cannot be read: {why}")
+        (repair,) = store.plan_repair(wrong_with)
+        assert repair.message == f"all of it, 9 tokens, because its settings cannot be read: {why}"
+        store.carry_out_repair([repair])
+        assert list(store.verify(wrong_with)) == []

@@ -11,7 +11,7 @@ from htm_pytorch import HTMAttention, HTMBlock
 
 from htm_service.convert import convert_file
 from tests.reference import relative_error
-from tests.served.conftest import Server
+from tests.served.server import Server
 
 LENGTH, CHUNKS = 60, 12
 SHAPES = [("a", 26, 2, 7, 3, 5), ("b", 64, 4, 16, 5, 5), ("c", 10, 3, 11, 12, 5)]

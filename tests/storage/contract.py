@@ -20,10 +20,12 @@ from storage.base import (
     KeyReused,
     NoSuchSession,
     Outcome,
+    Seal,
     SessionExists,
     SessionFull,
     SessionRow,
     Store,
+    Summary,
     UpdateSession,
     Write,
     WrongLength,
@@ -114,6 +116,39 @@ class StoreContract:
         again, unknown = write(store, DeleteSession(created.sid), UpdateSession(created.sid, {}))
         assert isinstance(again, NoSuchSession) and isinstance(unknown, NoSuchSession)
 
+    def test_a_long_session_is_gone_at_once_and_its_bytes_by_and_by(self, store: Store) -> None:
+        """So that nobody else waits for it: no step deletes many rows."""
+        large, small = create(store, "large").sid, create(store, "small").sid
+        for value in range(301):
+            append(store, large, 1, value, payloads=[b"{}"], idempotency_key=str(value), digest=b"d")
+        write(store, Seal(large, Summary(0, 3, b"three"), 5))
+        append(store, small, 1)
+        write(store, DeleteSession(large))
+        again = create(store, "large").sid
+        num_steps = 0
+        while True:
+            assert (read(store, large), list(store.read_summaries(large))) == (b"", [])
+            assert store.read_payloads(large, [0, 300]) == store.read_payload_range(large, 0, 301) == {}
+            assert store.read_episodes(large, 301) == []
+            assert list(store.verify()) == []
+            assert append(store, again, 1) == Appended(num_steps, num_steps + 1)
+            if not store.purge():
+                break
+            num_steps += 1
+        assert (num_steps > 1) == store.durable
+        assert not store.purge() and not store.purge(large) and not store.give_back()
+        assert read(store, small) == token(0)
+
+    def test_one_deleted_session_can_be_purged_before_the_others(self, store: Store) -> None:
+        sids = [create(store, id_).sid for id_ in ("a", "b")]
+        for sid in sids:
+            for value in range(131):
+                append(store, sid, 1, value)
+            write(store, DeleteSession(sid))
+        while store.purge(sids[1]):
+            pass
+        assert store.purge(sids[0]) == store.durable
+
     # --- lists ---
 
     ODD_IDS = (
@@ -155,7 +190,7 @@ class StoreContract:
         assert store.list_sessions(limit=0) == []
 
     def test_labels_must_all_be_there(self, store: Store) -> None:
-        odd = 'it\'s "odd" %_*\\ ключ'
+        odd = 'it\'s "odd" %_*\\ \0 /ключ'
         create(store, "one", settings={"labels": {"kind": "x", odd: odd}})
         create(store, "two", settings={"labels": {"kind": "x"}})
         create(store, "none", settings={})
@@ -385,3 +420,109 @@ class StoreContract:
     def test_closing_twice_is_closing(self, store: Store) -> None:
         store.close()
         store.close()
+
+    # --- many ranges, episodes, sealing ---
+
+    def test_many_ranges_are_read_as_one_by_one(self, store: Store) -> None:
+        first, second = create(store, "a"), create(store, "b")
+        for number in range(11):
+            append(store, first.sid, 1 + number % 3, value=number)
+            append(store, second.sid, 2, value=100 + number)
+        ranges = [(first.sid, 3, 9), (second.sid, 0, 1), (first.sid, 0, 2), (second.sid, 5, 5), (second.sid, 5, 99)]
+        expected = [(place, block) for place, asked in enumerate(ranges) for block in store.read_blocks(*asked)]
+        assert list(store.read_ranges(ranges)) == expected
+        assert {place for place, _ in expected} == {0, 1, 2, 4}
+
+    def test_episodes_are_told_where_they_change(self, store: Store) -> None:
+        created = create(store)
+        for episode in (None, None, 7, 7, 7, None, 3, 7):
+            append(store, created.sid, 2, episode=episode)
+        assert store.read_episodes(created.sid, 99) == [(0, None), (4, 7), (10, None), (12, 3), (14, 7)]
+        assert store.read_episodes(created.sid, 12) == [(0, None), (4, 7), (10, None)]
+        assert store.read_episodes(created.sid, 0) == []
+        assert store.read_episodes(created.sid + 1, 99) == []
+
+    def test_sealing_keeps_summaries_and_changes_no_token(self, store: Store) -> None:
+        created = create(store)
+        for number in range(41):
+            append(store, created.sid, 1, value=number, episode=number // 17, payloads=[b"{}"])
+        before = read(store, created.sid)
+        row = store.get_session("a")
+        assert write(store, Seal(created.sid, Summary(0, 3, b"three"), 5)) == [row]
+        assert write(store, Seal(created.sid, Summary(3, 4, b"more"), 5)) == [row]
+        assert list(store.read_summaries(created.sid)) == [Summary(0, 3, b"three"), Summary(3, 4, b"more")]
+        assert read(store, created.sid) == before
+        assert store.read_episodes(created.sid, 41) == [(0, 0), (17, 1), (34, 2)]
+        assert len(store.read_payload_range(created.sid, 0, 41)) == 41
+        assert list(store.verify()) == []
+
+    def test_summaries_follow_each_other(self, store: Store) -> None:
+        created = create(store)
+        append(store, created.sid, 23)
+        (refused,) = write(store, Seal(created.sid, Summary(1, 1, b"x"), 5))
+        assert isinstance(refused, WrongLength) and refused.length == 0
+        write(store, Seal(created.sid, Summary(0, 2, b"x"), 5))
+        for first in (0, 1, 3):
+            (refused,) = write(store, Seal(created.sid, Summary(first, 1, b"y"), 5))
+            assert isinstance(refused, WrongLength) and refused.length == 2
+        assert list(store.read_summaries(created.sid)) == [Summary(0, 2, b"x")]
+        assert isinstance(write(store, Seal(created.sid + 1, Summary(0, 1, b"x"), 5))[0], NoSuchSession)
+        write(store, DeleteSession(created.sid))
+        assert list(store.read_summaries(created.sid)) == []
+
+    # --- evicting ---
+
+    def test_the_oldest_whole_chunks_make_room(self, store: Store) -> None:
+        sid = create(store, max_tokens=13).sid
+        for start in range(0, 60, 4):
+            answer = append(store, sid, 4, start, payloads=[b"%d" % n for n in range(start, start + 4)], evict_chunk=5)
+            first = max(0, -(-(start + 4 - 13) // 5) * 5)
+            assert answer == Appended(start, start + 4, first_position=first)
+            row = store.get_session("a")
+            assert row is not None and (row.first_position, row.length) == (first, start + 4)
+            blocks = list(store.read_blocks(sid))
+            assert blocks[0].start <= first < blocks[0].start + 4, "a block goes when all of it was evicted"
+            assert row.num_bytes == sum(len(block.data) for block in blocks)
+            assert store.read_payload_range(sid, 0, 99) == {n: b"%d" % n for n in range(first, start + 4)}
+            assert store.totals().num_tokens == start + 4 - first
+            assert list(store.verify()) == []
+
+    def test_what_does_not_fit_is_refused_and_evicts_nothing(self, store: Store) -> None:
+        """An append would have to evict itself, or a chunk that is not full."""
+        sid = create(store, max_tokens=13).sid
+        append(store, sid, 13, evict_chunk=5)
+        for num_tokens, chunk_size in ((14, 5), (12, 5), (1, None), (1, 17)):
+            assert isinstance(append(store, sid, num_tokens, evict_chunk=chunk_size), SessionFull)
+        assert append(store, sid, 9, evict_chunk=5) == Appended(13, 22, first_position=10)
+        assert isinstance(append(store, sid, 9, evict_chunk=5, if_length=21), WrongLength)
+        row = store.get_session("a")
+        assert row is not None and (row.first_position, row.length) == (10, 22)
+
+    def test_one_group_may_evict_what_it_brought(self, store: Store) -> None:
+        sid = create(store, max_tokens=7).sid
+        group = [Append(sid, 3, token(n) * 3, payloads=[b"{}"] * 3, evict_chunk=2) for n in range(9)]
+        outcomes = write(store, *group)
+        assert outcomes[-1] == Appended(24, 27, first_position=20)
+        assert [block.start for block in store.read_blocks(sid)] == [18, 21, 24]
+        assert store.read_payload_range(sid, 0, 99).keys() == set(range(20, 27))
+        assert list(store.verify()) == []
+        assert write(store, DeleteSession(sid)) and store.totals().num_bytes == 0
+
+    def test_episodes_and_summaries_of_an_evicting_session(self, store: Store) -> None:
+        """Summaries begin with the session; those of which a part was evicted stay as long as another part is held."""
+        sid = create(store, max_tokens=20).sid
+        for number in range(5):
+            append(store, sid, 4, number, evict_chunk=2, episode=(None, None, 3, 3, 5)[number])
+        write(store, Seal(sid, Summary(0, 3, b"0-2"), 2), Seal(sid, Summary(3, 2, b"3-4"), 2))
+        append(store, sid, 7, 9, evict_chunk=2, episode=5)
+        assert list(store.read_summaries(sid)) == [Summary(3, 2, b"3-4")]
+        assert store.read_episodes(sid, 99) == [(8, 3), (16, 5)]
+        assert store.read_episodes(sid, 9) == [(8, 3)]
+        append(store, sid, 13, 9, evict_chunk=2)
+        assert list(store.read_summaries(sid)) == [] and store.read_episodes(sid, 99) == [(20, 5), (27, None)]
+        (refused,) = write(store, Seal(sid, Summary(5, 3, b"x"), 2))
+        assert isinstance(refused, WrongLength) and refused.length == 10
+        (row,) = write(store, Seal(sid, Summary(10, 3, b"x"), 2))
+        assert row == store.get_session("a")
+        assert list(store.read_summaries(sid)) == [Summary(10, 3, b"x")]
+        assert list(store.verify()) == []

@@ -1,4 +1,4 @@
-"""Run as a program: writes groups to the database named on the command line until it is killed.
+"""Run as a program: writes groups to the store whose URL is named on the command line until it is killed.
 
 Group number n appends one token with the bytes of n to each of five sessions. It prints n when the store has
 reported the group as done.
@@ -19,7 +19,7 @@ TOKEN_BYTES = 40_009
 
 def main() -> None:
     """Write until the end."""
-    store = open_store(f"sqlite:///{sys.argv[1]}")
+    store = open_store(sys.argv[1], lease_s=0.5)
     store.write([CreateSession(SessionRow(id_, {}, 1.0)) for id_ in IDS], now=1.0)
     rows = [row for row in (store.get_session(id_) for id_ in IDS) if row is not None]
     first = rows[0].length

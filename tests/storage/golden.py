@@ -1,25 +1,25 @@
-"""Writes the kept database file of today's schema version: `python -m tests.storage.golden`. Not run by tests."""
+"""Writes a database of today's schema version, to be kept: `python -m tests.storage.golden v0002`. Not run by tests."""
 
+import sys
 from pathlib import Path
 
-from storage.base import Append, CreateSession, SessionRow
+from storage.base import Append, CreateSession, Seal, SessionRow, Summary
 from storage.resolve import open_store
 
 
 def write(path: Path) -> None:
-    """One session with two blocks, a payload and an idempotency key."""
+    """One session with two blocks, a payload, an idempotency key and a summary."""
     store = open_store(f"sqlite:///{path}")
     settings = {"dim": 2, "dtype": "float16", "labels": {"kept": "yes"}}
     store.write([CreateSession(SessionRow("golden", settings, 1.0, max_tokens=100))], now=1.0)
     first = Append(1, 2, b"\x00\x3c\x00\x40\x00\x42\x00\x44", [None, '{"text": "ü"}'.encode()], episode=7)
     second = Append(1, 1, b"\x00\x45\x00\x46", idempotency_key="k", digest=b"d")
-    store.write([first, second], now=2.0)
+    store.write([first, second, Seal(1, Summary(0, 1, b"summary"), chunk_size=2)], now=2.0)
     store.close()
     path.with_name(path.name + ".lock").unlink()
 
 
 if __name__ == "__main__":
-    target = Path(__file__).parent / "data" / "v0001.sqlite3"
-    target.parent.mkdir(exist_ok=True)
+    target = Path(__file__).parent / "data" / f"{sys.argv[1]}.sqlite3"
     target.unlink(missing_ok=True)
     write(target)

@@ -10,21 +10,25 @@ import sys
 import threading
 from pathlib import Path
 
+import pytest
+
 from storage.resolve import open_readonly, open_store
 from tests.storage.crash_writer import IDS, TOKEN_BYTES
 
 ROOT = Path(__file__).parents[2]
 
 
-def test_what_was_reported_done_survives_kill_9(path: Path) -> None:
+@pytest.mark.parametrize("database", ["sqlite", "postgresql"])
+def test_what_was_reported_done_survives_kill_9(database: str, path: Path, request: pytest.FixtureRequest) -> None:
     """Three rounds on one database."""
+    url = f"sqlite:///{path}" if database == "sqlite" else request.getfixturevalue("postgresql_url")
     for round_ in range(3):
-        num_reported = _write_and_kill(path, random.Random(round_).uniform(0.02, 0.4))
+        num_reported = _write_and_kill(url, random.Random(round_).uniform(0.02, 0.4))
         if round_ == 1:  # what the killed process left can be checked before a server touches it
-            with contextlib.closing(open_readonly(path)) as readonly:
+            with contextlib.closing(open_readonly(url)) as readonly:
                 assert list(readonly.verify()) == []
                 assert readonly.totals().num_tokens >= num_reported * len(IDS)
-        store = open_store(f"sqlite:///{path}")
+        store = open_store(url)
         try:
             rows = [store.get_session(id_) for id_ in IDS]
             lengths = {row.length for row in rows if row is not None}
@@ -43,9 +47,9 @@ def test_what_was_reported_done_survives_kill_9(path: Path) -> None:
             store.close()
 
 
-def _write_and_kill(path: Path, seconds: float) -> int:
+def _write_and_kill(url: str, seconds: float) -> int:
     """Kill a writer so long after its first report; how many groups it had reported, in all rounds."""
-    command = [sys.executable, "-m", "tests.storage.crash_writer", str(path)]
+    command = [sys.executable, "-m", "tests.storage.crash_writer", url]
     reported: list[int] = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None

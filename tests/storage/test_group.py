@@ -1,21 +1,79 @@
-"""The statements of a group: looked up by index, however many keys are remembered."""
+"""The statements of a group: few, looked up by index, and what is known from one group to the next."""
 
 from __future__ import annotations
 
 import contextlib
 import sqlite3
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from sqlalchemy import Engine, event
 
-from storage.base import Append, Store
+from storage import group
+from storage.base import Append, Appended, NoSuchSession, Store, StoreError
+from storage.sqlite import open_sqlite
 from tests.storage.contract import create, token, write
 
 
 def test_no_statement_of_a_group_reads_a_whole_table(path: Path, sqlite_store: Store) -> None:
     """Keys were once looked up without their sessions: each group read all keys of the last 24 hours."""
     sids = [create(sqlite_store, f"s{n}").sid for n in range(5)]
+    sqlite_store.close()
+    with contextlib.closing(open_sqlite(path)) as store, noted() as statements:
+        for number in range(2):
+            write(
+                store, *(Append(sid, 1, token(1), [b"{}"], idempotency_key=f"k{number}", digest=b"d") for sid in sids)
+            )
+    verbs = [statement.split()[0] for statement, _ in statements]
+    owner, keys, rows = ["BEGIN", "SELECT"], ["SELECT", "SELECT"], ["INSERT", "INSERT", "INSERT", "UPDATE"]
+    assert verbs == [*owner, "SELECT", *keys, *rows, *owner, *keys, *rows]  # lengths are looked up once
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for statement, parameters in statements[1:]:
+            some = parameters[0] if isinstance(parameters, list) else parameters
+            plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", some)]
+            assert not any(step.startswith("SCAN") for step in plan), (statement, plan)
+
+
+@pytest.mark.parametrize("change", ["UPDATE sessions SET length = 7", "DELETE FROM sessions"])
+def test_what_somebody_else_changed_is_never_written_over(path: Path, sqlite_store: Store, change: str) -> None:
+    """What is known of sessions from one group to the next is compared with what is there, then learned again."""
+    sid = create(sqlite_store, "s").sid
+    write(sqlite_store, Append(sid, 1, token(1)))
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(change)
+    with pytest.raises(StoreError, match="something else than its owner"):
+        write(sqlite_store, Append(sid, 1, token(2)))
+    (outcome,) = write(sqlite_store, Append(sid, 1, token(2)))
+    assert isinstance(outcome, Appended | NoSuchSession)
+    assert not isinstance(outcome, Appended) or outcome.start == 7
+
+
+def test_what_a_group_that_failed_found_out_is_forgotten(path: Path, sqlite_store: Store) -> None:
+    """Its transaction is rolled back, and so must be the lengths that it counted."""
+    sid = create(sqlite_store, "s").sid
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("CREATE TRIGGER t BEFORE INSERT ON payloads BEGIN SELECT RAISE(ABORT, 'no'); END")
+    with pytest.raises(StoreError, match="no"):
+        write(sqlite_store, Append(sid, 1, token(1)), Append(sid, 1, token(2), [b"{}"]))
+    assert write(sqlite_store, Append(sid, 1, token(1))) == [Appended(0, 1)]
+    assert list(sqlite_store.verify()) == []
+
+
+def test_few_sessions_are_known_at_once(sqlite_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which they are does not show in the answers."""
+    monkeypatch.setattr(group, "MAX_TALLIES", 2)
+    sids = [create(sqlite_store, f"s{n}").sid for n in range(5)]
+    for length in (1, 2, 3):
+        outcomes = write(sqlite_store, *(Append(sid, 1, token(length)) for sid in sids))
+        assert outcomes == [Appended(length - 1, length)] * 5
+    assert list(sqlite_store.verify()) == []
+
+
+@contextlib.contextmanager
+def noted() -> Iterator[list[tuple[str, Any]]]:
+    """The statements that are executed meanwhile, with their parameters."""
     statements: list[tuple[str, Any]] = []
 
     def note(_connection: Any, _cursor: Any, statement: str, parameters: Any, *_: Any) -> None:
@@ -23,14 +81,6 @@ def test_no_statement_of_a_group_reads_a_whole_table(path: Path, sqlite_store: S
 
     event.listen(Engine, "before_cursor_execute", note)
     try:
-        appends = [Append(sid, 1, token(1), [b"{}"], idempotency_key=f"k{sid}", digest=b"d") for sid in sids]
-        write(sqlite_store, *appends)
+        yield statements
     finally:
         event.remove(Engine, "before_cursor_execute", note)
-    verbs = [statement.split()[0] for statement, _ in statements]
-    assert verbs == ["BEGIN", "SELECT", "SELECT", "SELECT", "INSERT", "INSERT", "INSERT", "UPDATE"]
-    with contextlib.closing(sqlite3.connect(path)) as connection:
-        for statement, parameters in statements[1:]:
-            some = parameters[0] if isinstance(parameters, list) else parameters
-            plan = [row[3] for row in connection.execute(f"EXPLAIN QUERY PLAN {statement}", some)]
-            assert not any(step.startswith("SCAN") for step in plan), (statement, plan)

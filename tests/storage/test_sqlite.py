@@ -20,15 +20,19 @@ from storage.base import (
     Appended,
     CreateSession,
     DeleteSession,
+    Seal,
     SessionRow,
     Store,
     StoreDamaged,
     StoreError,
     StoreFull,
     StoreUnavailable,
+    Summary,
 )
-from storage.group import BLOCK_BYTES
 from storage.resolve import open_readonly, open_store
+from storage.sealing import BLOCK_BYTES
+from storage.sql import KEPT_FREE_BYTES
+from storage.sqlite import PAGE_BYTES, VACUUM_PAGES
 from tests.storage.contract import NOW, StoreContract, append, create, ids, read, token, write
 
 
@@ -112,11 +116,58 @@ def test_a_deleted_session_gives_its_space_back(path: Path) -> None:
     for _ in range(20):
         write(store, Append(sid, 59, secret * 59))
     before = store.totals().num_disk_bytes
-    write(store, DeleteSession(sid))
+    delete(store, sid)
     store.close()
     assert before > 17_000_000
     assert path.stat().st_size < 500_000
     assert secret[:1_000] not in path.read_bytes()
+
+
+def fill(store: Store, num_appends: int) -> int:
+    """A session of so many appends of 4 MiB."""
+    sid = create(store).sid
+    for _ in range(num_appends):
+        write(store, Append(sid, 64, bytes(64 << 10) * 64))
+    return sid
+
+
+def delete(store: Store, sid: int) -> None:
+    write(store, DeleteSession(sid))
+    while store.purge():
+        pass
+
+
+def test_a_running_server_uses_free_space_again_or_gives_it_back(path: Path) -> None:
+    """By steps, each of which moves little; the file itself gets smaller, without closing it."""
+    store = open_store(f"sqlite:///{path}")
+    delete(store, fill(store, 10))
+    full = path.stat().st_size
+    assert full > 40 << 20
+    sid = fill(store, 9)
+    assert path.stat().st_size <= full, "what was free is used first"
+    delete(store, sid)
+    num_steps = 1
+    while store.give_back():
+        num_steps += 1
+    assert num_steps == (full - KEPT_FREE_BYTES) // (VACUUM_PAGES * PAGE_BYTES) + 1
+    assert KEPT_FREE_BYTES < path.stat().st_size < KEPT_FREE_BYTES + (1 << 20)
+    assert not store.give_back()
+    store.close()
+    assert path.stat().st_size < 1 << 20
+
+
+def test_what_a_killed_server_did_not_purge_the_next_one_does(path: Path) -> None:
+    store = open_store(f"sqlite:///{path}")
+    write(store, DeleteSession(fill(store, 3)))
+    store.close()
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        assert connection.execute("SELECT count(*) FROM blocks").fetchone()[0] > 0
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        while store.purge():
+            pass
+    with contextlib.closing(sqlite3.connect(path)) as connection:
+        for table in ("blocks", "deleted_sessions"):
+            assert connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == 0
 
 
 def test_a_closed_store_refuses(path: Path) -> None:
@@ -174,9 +225,9 @@ def test_reading_only_works_beside_a_server_and_without(path: Path) -> None:
 # --- what cannot be opened ---
 
 
-@pytest.mark.parametrize("url", ["", "sqlite://", "sqlite:///", "memory", "postgresql://h/db", "redis://x", "/a/b"])
+@pytest.mark.parametrize("url", ["", "sqlite://", "sqlite:///", "memory", "postgres://h/db", "redis://x", "/a/b"])
 def test_other_urls_are_refused(url: str) -> None:
-    with pytest.raises(StoreUnavailable, match="sqlite:///PATH or memory://"):
+    with pytest.raises(StoreUnavailable, match="it must be sqlite:///PATH, postgresql"):
         open_store(url)
 
 
@@ -209,7 +260,7 @@ def test_a_newer_database_is_refused(path: Path) -> None:
     open_store(f"sqlite:///{path}").close()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    refused_unchanged(path, "has schema version 9999, this release knows up to 0001: it is newer")
+    refused_unchanged(path, "has schema version 9999, this release knows up to 0004: it is newer")
 
 
 def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
@@ -307,11 +358,49 @@ def test_a_damaged_block_is_named_and_the_rest_is_read(path: Path, sqlite_store:
     assert append(sqlite_store, sid, 1) == Appended(6, 7)
 
 
-def test_damaged_settings_are_an_error_of_the_store(path: Path, sqlite_store: Store) -> None:
-    create(sqlite_store)
+def test_a_session_of_damaged_settings_is_in_no_list_and_can_be_deleted(path: Path, sqlite_store: Store) -> None:
+    sid = create(sqlite_store).sid
     create(sqlite_store, "b")
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE sessions SET settings = '{' WHERE id = 'a'")
-    with pytest.raises(StoreDamaged, match="settings"):
-        sqlite_store.get_session("a")
+    row = sqlite_store.get_session("a")
+    assert row is not None and (row.sid, row.settings) == (sid, {})
+    assert ids(sqlite_store.list_sessions()) == ["b"]
     assert sqlite_store.get_session("b") is not None
+    (deleted,) = write(sqlite_store, DeleteSession(sid))
+    assert deleted == row and sqlite_store.get_session("a") is None
+
+
+def test_sealing_joins_what_came_in_small_pieces(path: Path) -> None:
+    """Up to a limit, within an episode, and only blocks that lie wholly in the sealed chunks."""
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        (row,) = store.write([CreateSession(SessionRow("a", {}, 0.0))], now=0.0)
+        assert isinstance(row, SessionRow)
+        token = bytes(range(256)) * 64  # 16 KiB, so that four fill a block
+        appends = [Append(row.sid, 1, token, episode=number // 7) for number in range(11)]
+        store.write([*appends, Append(row.sid, 2, token * 2)], now=1.0)
+        before = b"".join(block.data for block in store.read_blocks(row.sid))
+        store.write([Seal(row.sid, Summary(0, 4, b"s"), 3)], now=2.0)
+        blocks = list(store.read_blocks(row.sid))
+        assert [(block.start, block.num_tokens, block.episode) for block in blocks] == [
+            *((0, 4, 0), (4, 3, 0), (7, 4, 1)),
+            (11, 2, None),  # reaches beyond the last sealed chunk
+        ]
+        assert b"".join(block.data for block in blocks) == before
+        assert list(store.verify()) == []
+
+
+def test_damage_is_not_hidden_by_sealing(path: Path) -> None:
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        (row,) = store.write([CreateSession(SessionRow("a", {}, 0.0))], now=0.0)
+        assert isinstance(row, SessionRow)
+        store.write([Append(row.sid, 1, bytes([number] * 8)) for number in range(9)], now=1.0)
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE blocks SET data = zeroblob(8) WHERE start = 4")
+        store.write([Seal(row.sid, Summary(0, 3, b"s"), 3)], now=2.0)
+        with pytest.raises(StoreDamaged, match="'a' is damaged at position 4"):
+            list(store.read_blocks(row.sid))
+        assert len(list(store.read_blocks(row.sid, 5))) == 4
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("UPDATE summaries SET data = zeroblob(1)")
+        assert list(store.read_summaries(row.sid)) == []  # computed again

@@ -40,7 +40,8 @@ class Session:
     """What the model knows of one session."""
 
     row: SessionRow
-    data: bytes = b""
+    blocks: list[tuple[int, bytes]] = field(default_factory=list)
+    """Start and data."""
     payloads: dict[int, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
 
@@ -54,7 +55,7 @@ creates = st.builds(
     st.sampled_from("xy"),
 )
 appends = st.builds(
-    lambda sid, payloads, if_length, key, digest, byte: Append(
+    lambda sid, payloads, if_length, key, digest, byte, evict_chunk: Append(
         sid,
         len(payloads),
         bytes([byte]) * len(TOKEN) * len(payloads),
@@ -62,6 +63,7 @@ appends = st.builds(
         if_length=if_length,
         idempotency_key=key,
         digest=digest,
+        evict_chunk=evict_chunk,
     ),
     st.integers(1, 7),
     st.lists(st.none() | st.binary(max_size=3), min_size=1, max_size=5),
@@ -69,6 +71,7 @@ appends = st.builds(
     st.none() | st.sampled_from(["k", "K'"]),
     st.sampled_from([b"d", b"e"]),
     st.integers(0, 255),
+    st.sampled_from([None, 3]),
 )
 updates = st.builds(lambda sid, n: UpdateSession(sid, {"labels": {}, "n": n}), st.integers(1, 7), st.integers())
 deletes = st.builds(DeleteSession, st.integers(1, 7))
@@ -121,7 +124,7 @@ class StoreMachine(RuleBasedStateMachine):
             wanted = [row for row in rows if row.settings["labels"].get("l") == label]
             assert self.store.list_sessions(labels={"l": label}) == wanted
         for sid, session in self.model.items():
-            assert b"".join(block.data for block in self.store.read_blocks(sid)) == session.data
+            assert [(block.start, block.data) for block in self.store.read_blocks(sid)] == session.blocks
             assert self.store.read_payload_range(sid, 0, 10**6) == session.payloads
         assert self.store.totals().num_bytes == sum(row.num_bytes for row in rows)
 
@@ -155,20 +158,25 @@ class StoreMachine(RuleBasedStateMachine):
         if key in session.keys and key is not None:
             digest, answer, at = session.keys[key]
             if self.now - at < IDEMPOTENCY_SECONDS:
-                return replace(answer, replayed=True) if digest == write.digest else KeyReused()
+                return Appended(answer.start, answer.length, replayed=True) if digest == write.digest else KeyReused()
         if write.if_length not in (None, row.length):
             return WrongLength(row.length)
-        length = row.length + write.num_tokens
-        if row.max_tokens is not None and length > row.max_tokens:
-            return SessionFull(row.length, row.max_tokens)
-        session.data += write.data
+        length, first = row.length + write.num_tokens, row.first_position
+        while row.max_tokens is not None and length - first > row.max_tokens:
+            first += write.evict_chunk or length
+            if first > row.length:
+                return SessionFull(row.length, row.max_tokens)
+        session.blocks.append((row.length, write.data))
+        session.blocks = [(at, data) for at, data in session.blocks if at + len(data) // len(TOKEN) > first]
+        session.payloads = {at: body for at, body in session.payloads.items() if at >= first}
         for place, payload in enumerate(write.payloads or []):
             if payload is not None:
                 session.payloads[row.length + place] = payload
-        answer = Appended(row.length, length)
+        answer = Appended(row.length, length, first_position=first)
         if key is not None:
             session.keys[key] = (write.digest, answer, self.now)
-        session.row = replace(row, length=length, num_bytes=len(session.data), updated_at=self.now)
+        num_bytes = sum(len(data) for _, data in session.blocks)
+        session.row = replace(row, length=length, num_bytes=num_bytes, first_position=first, updated_at=self.now)
         return answer
 
 
@@ -178,7 +186,7 @@ class MemoryMachine(StoreMachine):
     is_durable = False
 
 
-SETTINGS = settings(max_examples=20, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
+SETTINGS = settings(max_examples=25, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
 StoreMachine.TestCase.settings = SETTINGS
 MemoryMachine.TestCase.settings = SETTINGS
 TestSqliteMachine = StoreMachine.TestCase

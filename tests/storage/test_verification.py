@@ -23,8 +23,8 @@ from tests.storage.contract import append, create
         ("UPDATE blocks SET checksum = 0 WHERE start = 5", "a", ["position 5 does not match its checksum"]),
         ("UPDATE sessions SET length = 7", "a", ["end at position 6, its length is 7"]),
         ("UPDATE sessions SET num_bytes = 43", "a", ["hold 42 bytes, 43 are recorded"]),
-        ("UPDATE sessions SET settings = '{'", "a", ["settings are no JSON object"]),
-        ("UPDATE payloads SET position = 6", "a", ["1 payloads lie outside its 6 tokens"]),
+        ("UPDATE sessions SET settings = '{'", "a", ["settings cannot be read: they are no JSON object"]),
+        ("UPDATE payloads SET position = 6", "a", ["1 payloads lie outside its tokens, 0 to 6"]),
         ("UPDATE payloads SET sid = 99", None, ["1 rows of table payloads belong to no session"]),
         ("INSERT INTO idempotency VALUES (99, 'k', x'00', 0, 1, 0)", None, ["1 rows of table idempotency belong"]),
         ("UPDATE blocks SET sid = 99 WHERE start = 5", None, ["1 rows of table blocks belong to no session"]),
@@ -65,3 +65,24 @@ def test_an_untouched_database_has_no_problems(path: Path) -> None:
         assert list(store.verify()) == list[Problem]()
         append(store, create(store).sid, 3)
         assert list(store.verify()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        ("DELETE FROM blocks WHERE start = 9", "begins at position 12, 10 was expected"),
+        ("UPDATE sessions SET first_position = 15", "begins at position 9, 15 was expected"),
+        ("DELETE FROM blocks", "end at position 10, its length is 18"),
+        ("UPDATE payloads SET position = 9 WHERE position = 10", "payloads lie outside its tokens, 10 to 18"),
+    ],
+)
+def test_damage_of_a_session_that_evicted(path: Path, damage: str, message: str) -> None:
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        sid = create(store, max_tokens=11).sid
+        for value in range(6):
+            append(store, sid, 3, value, payloads=[b"{}"] * 3, evict_chunk=5)
+        assert list(store.verify()) == []
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(damage)
+    with contextlib.closing(open_readonly(path)) as store:
+        assert any(message in problem.message for problem in store.verify())

@@ -1,0 +1,1 @@
+"""Where the time goes, and how it grows: the tables of docs/performance.md."""

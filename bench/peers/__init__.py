@@ -1,0 +1,1 @@
+"""htm-service beside what a user would pick instead: Chroma's server, and PostgreSQL with pgvector."""

@@ -1,0 +1,41 @@
+"""A database that the first version's own engine wrote is served by today's: same tokens, same answers."""
+
+import hashlib
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from htm_service.records import AppendRequest, SessionSettings
+from storage.resolve import open_store
+from tests.engine.conftest import MakeEngine
+from tests.engine.test_attend import DIM, SIZE, vectors
+from tests.engine.test_sessions import QUERY, right
+
+KEPT = Path(__file__).parent / "data" / "v0001.sqlite3"
+"""Written before schema 0002 by eight appends of `vectors(1, 23, 13)`, three tokens each. Never made again."""
+KEPT_SHA256 = "e2a4a41cc03d4545c24eff28162f44342fb530305fa368b236cb30fb87944b33"
+
+
+async def test_a_database_of_the_first_version_is_served(make_engine: MakeEngine, tmp_path: Path) -> None:
+    assert hashlib.sha256(KEPT.read_bytes()).hexdigest() == KEPT_SHA256, "the kept file must stay as it is"
+    shutil.copy(KEPT, tmp_path / "htm.sqlite3")
+    tokens = vectors(1, 30, DIM)
+    for restart in range(2):
+        store = open_store(f"sqlite:///{tmp_path}/htm.sqlite3")
+        engine = await make_engine(store)
+        length = 23 + 3 * restart
+        info = await engine.inspect("kept")
+        assert (info.length, info.first_position, info.labels, info.on_full) == (length, 0, {"kept": "yes"}, "reject")
+        again, is_new = await engine.create("kept", SessionSettings(dim=DIM, chunk_size=SIZE, max_tokens=100))
+        assert not is_new and again.id == "kept"
+        assert right(tokens[:length], await engine.attend("kept", QUERY))
+        memories = await engine.read("kept", 0, 23, embeddings=True, payloads=True)
+        np.testing.assert_array_equal(memories.embeddings, tokens[:23])
+        assert memories.payloads == [b'{"at": %d}' % position for position in range(23)]
+        if not restart:
+            added = AppendRequest(embeddings=tokens[23:26], idempotency_key="new")
+            assert (await engine.append("kept", added)).start == 23
+        assert list(store.verify()) == []
+        await engine.close()
+        store.close()
