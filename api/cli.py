@@ -228,7 +228,7 @@ def repair(
         with closing(open_for_repair(where)) as store:
             repairs = store.plan_repair(wrong_with)
             for item in repairs:
-                print(f"session {item.session_id} loses {item.message}")
+                print(item.message if item.session_id is None else f"session {item.session_id} loses {item.message}")
             if repairs and not yes:
                 typer.confirm("Is this to be written?", abort=True)
             store.carry_out_repair(repairs)

@@ -1,17 +1,18 @@
 """One group of writes on one connection, within its transaction: few statements however many writes.
 
-Sessions and idempotency keys of all appends are looked up first, rows are gathered and inserted together.
-Any other write flushes what was gathered before it, so that each write sees the ones before it. What the sessions'
-rows say is known from one group to the next, because nobody else writes; each update compares it nevertheless.
+A group of small appends becomes one row of the journal. With anything larger, or a write that looks at rows, the
+journal is folded first and everything goes into the tables: rows are gathered and inserted together, and any other
+write flushes what was gathered before it, so that each write sees the ones before it.
+Sessions and idempotency keys of all appends are looked up first. What the sessions' rows say is known from one group
+to the next, because nobody else writes; each update compares it nevertheless.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from typing import Any, TypeVar
+from typing import Any
 
 from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
 
@@ -29,24 +30,21 @@ from storage.base import (
     SessionExists,
     SessionFull,
     SessionRow,
-    StoreError,
     UpdateSession,
     Write,
     WrongLength,
     first_to_keep,
 )
 from storage.eviction import evict
-from storage.prepared import Prepared, Values
+from storage.journal import MAX_ENTRY_BYTES, Entry, Journal
+from storage.prepared import Values
 from storage.purging import leave
-from storage.sealing import BLOCK_BYTES, seal
-from storage.tables import blocks, idempotency, payloads, sessions
-
-T = TypeVar("T")
+from storage.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, lots
+from storage.sealing import seal
+from storage.tables import idempotency, sessions
 
 PURGE_LIMIT = 500
 """Expired idempotency keys deleted with one group that brings new ones."""
-SIDS_AT_ONCE = 500
-"""Sessions looked up by one statement: databases bound the number of parameters."""
 KEYS_AT_ONCE = 32
 """Keys looked up by one statement. It probes the index once for each pair of a session and a key of them, which
 is why it is few; a list of pairs reads better, but makes SQLite scan the whole table."""
@@ -54,20 +52,6 @@ is why it is few; a list of pairs reads better, but makes SQLite scan the whole 
 MAX_TALLIES = 16_384
 """Sessions of which length and bytes are known from one group to the next."""
 
-_INSERT_BLOCKS = Prepared(insert(blocks), "sid", "start", "num_tokens", "episode", "checksum", "data")
-_INSERT_PAYLOADS = Prepared(insert(payloads), "sid", "position", "body")
-_INSERT_KEYS = Prepared(insert(idempotency), "sid", "key", "digest", "start", "length", "created_at")
-_UPDATE_LENGTH = Prepared(
-    update(sessions)
-    .where(sessions.c.sid == bindparam("of_sid"), sessions.c.length == bindparam("from_length"))
-    .values(
-        length=bindparam("to_length"),
-        num_bytes=bindparam("to_num_bytes"),
-        updated_at=bindparam("at"),
-        first_position=bindparam("to_first_position"),
-    ),
-    *("to_length", "to_num_bytes", "at", "to_first_position", "of_sid", "from_length"),
-)
 _DELETE_KEY = delete(idempotency).where(
     idempotency.c.sid == bindparam("of_sid"), idempotency.c.key == bindparam("of_key")
 )
@@ -102,41 +86,71 @@ class Tally:
 
 
 class WriteGroup:
-    """See the head of this module. `run` once.
+    """See the head of this module. `run` once, then `publish` once its transaction is committed.
 
     `tallies`, by sid, is what the groups before have found out, and is kept up to date; it is wrong when this one's
     transaction is not committed.
     """
 
-    def __init__(self, connection: Connection, writes: Sequence[Write], now: float, tallies: dict[int, Tally]) -> None:
+    def __init__(
+        self,
+        connection: Connection,
+        writes: Sequence[Write],
+        now: float,
+        tallies: dict[int, Tally],
+        journal: Journal,
+    ) -> None:
         self._connection = connection
         self._writes = writes
         self._now = now
         self._tallies = tallies
+        self._journal = journal
+        self._appends = [write for write in writes if isinstance(write, Append)]
+        self._is_direct = not all(_may_be_journaled(write) for write in writes)
+        """Whether everything goes into the tables."""
+        self._has_folded = False
+        self._journaled: list[Entry] = []
+        self._gathered: list[tuple[Append, Appended]] = []
         self._touched: dict[int, Tally] = {}
         """Those with tokens that were gathered."""
         self._keys: dict[tuple[int, str], tuple[bytes, Appended]] = {}
-        self._blocks: list[Values] = []
-        self._payloads: list[Values] = []
-        self._new_keys: list[Values] = []
 
     def run(self) -> list[Outcome]:
         """Do all writes; one outcome for each."""
-        appends = [write for write in self._writes if isinstance(write, Append)]
+        horizon = self._now - IDEMPOTENCY_SECONDS
+        keys = {(write.sid, write.idempotency_key) for write in self._appends if write.idempotency_key is not None}
+        known = [entry for key in keys if (entry := self._journal.with_key(*key)) is not None]
+        if self._is_direct or self._journal.is_full or any(entry.at <= horizon for entry in known):
+            self._fold()
         if len(self._tallies) > MAX_TALLIES:
             self._tallies.clear()
-        self._look_up({write.sid for write in appends}.difference(self._tallies))
-        self._look_up_keys({(w.sid, w.idempotency_key) for w in appends if w.idempotency_key is not None})
+        self._look_up({write.sid for write in self._appends}.difference(self._tallies))
+        self._look_up_keys(keys, horizon)
         outcomes = [self._apply(write) for write in self._writes]
         self._flush()
         return outcomes
 
+    def publish(self) -> None:
+        """Let readers see what is in the journal now."""
+        if self._has_folded:
+            self._journal.clear()
+        if self._journaled:
+            self._journal.add(self._journaled)
+
+    def _fold(self) -> None:
+        if not self._has_folded:
+            self._has_folded = True
+            self._journal.fold(self._connection)
+            for sid, entries in self._journal.all().items():
+                if (tally := self._tallies.get(sid)) is not None:
+                    tally.stored = entries[-1].end
+
     def _apply(self, write: Write) -> Outcome:
         if isinstance(write, Append):
             return self._append(write)
-        self._flush()
         if isinstance(write, CreateSession):
             return self._create(write.row)
+        self._flush()
         row = self._connection.execute(select(sessions).where(sessions.c.sid == write.sid)).first()
         if row is None:
             return NoSuchSession(f"there is no session of key {write.sid}")
@@ -192,14 +206,9 @@ class WriteGroup:
                 return SessionFull(tally.length, tally.max_tokens)
             tally.first_position, tally.evict_chunk = to_keep, write.evict_chunk
         answer = Appended(tally.length, length, first_position=tally.first_position)
-        self._blocks.extend(_rows_of(write, answer.start))
-        if write.payloads is not None:
-            self._payloads.extend(
-                (write.sid, answer.start + place, body) for place, body in enumerate(write.payloads) if body is not None
-            )
+        self._gathered.append((write, answer))
         if key is not None:
             self._keys[key] = (write.digest, answer)
-            self._new_keys.append((*key, write.digest, answer.start, answer.length, self._now))
         tally.length = answer.length
         tally.num_bytes += len(write.data)
         self._touched[write.sid] = tally
@@ -208,18 +217,22 @@ class WriteGroup:
     def _look_up(self, sids: set[int]) -> None:
         table = sessions.c
         columns = (table.sid, table.length, table.num_bytes, table.max_tokens, table.first_position)
-        for some in _lots(sids, SIDS_AT_ONCE):
+        entries = {} if self._has_folded else self._journal.of(*sids)
+        for some in lots(sids, SIDS_AT_ONCE):
             rows = self._connection.execute(select(*columns).where(sessions.c.sid.in_(some)))
             for sid, length, num_bytes, max_tokens, first_position in rows:
-                self._tallies[sid] = Tally(length, num_bytes, max_tokens, first_position, length)
+                tally = self._tallies[sid] = Tally(length, num_bytes, max_tokens, first_position, length)
+                for entry in entries.get(sid, ()):
+                    tally.length = entry.end
+                    tally.num_bytes += len(entry.data)
 
-    def _look_up_keys(self, keys: set[tuple[int, str]]) -> None:
+    def _look_up_keys(self, keys: set[tuple[int, str]], horizon: float) -> None:
         if not keys:
             return
-        table, horizon = idempotency.c, self._now - IDEMPOTENCY_SECONDS
+        table = idempotency.c
         expired = select(table.sid, table.key).where(table.created_at <= horizon).limit(PURGE_LIMIT)
         past = {(sid, key) for sid, key in self._connection.execute(expired)}
-        for some in _lots(sorted(keys), KEYS_AT_ONCE):
+        for some in lots(sorted(keys), KEYS_AT_ONCE):
             pairs = table.sid.in_({sid for sid, _ in some}), table.key.in_({key for _, key in some})
             for row in self._connection.execute(select(idempotency).where(*pairs)):
                 if row.created_at > horizon:
@@ -228,29 +241,59 @@ class WriteGroup:
                     past.add((row.sid, row.key))
         if past:
             self._connection.execute(_DELETE_KEY, [{"of_sid": sid, "of_key": key} for sid, key in past])
+        if not self._has_folded:
+            for sid, key in keys:
+                if (entry := self._journal.with_key(sid, key)) is not None:
+                    self._keys[sid, key] = (entry.digest, Appended(entry.start, entry.end))
 
     def _flush(self) -> None:
         """Write what was gathered. Raises StoreError when a session's row is not what it was known to be."""
-        gathered = (_INSERT_BLOCKS, self._blocks), (_INSERT_PAYLOADS, self._payloads), (_INSERT_KEYS, self._new_keys)
-        for statement, rows in gathered:
-            if rows:
-                statement.run(self._connection, rows)
-                rows.clear()
-        if not self._touched:
+        if not self._gathered:
             return
-        for sid, tally in self._touched.items():
-            if tally.evict_chunk is not None:
-                tally.num_bytes -= evict(self._connection, sid, tally.first_position, tally.evict_chunk)
-                tally.evict_chunk = None
-        changed = [
+        if any(tally.evict_chunk is not None for tally in self._touched.values()):
+            self._is_direct = True
+            self._fold()
+        if self._is_direct:
+            self._write_rows()
+        else:
+            self._journaled = [Entry.of(write, answer.start, self._now) for write, answer in self._gathered]
+            self._journal.write(self._connection, self._journaled)
+        self._gathered.clear()
+        self._touched.clear()
+
+    def _write_rows(self) -> None:
+        rows = Rows()
+        for write, answer in self._gathered:
+            rows.blocks.extend(_rows_of(write, answer.start))
+            rows.add_payloads(write.sid, answer.start, write.payloads)
+            if write.idempotency_key is not None:
+                key = write.sid, write.idempotency_key
+                rows.keys.append((*key, write.digest, answer.start, answer.length, self._now))
+        evicting = {sid: tally for sid, tally in self._touched.items() if tally.evict_chunk is not None}
+        rows.insert(self._connection)
+        for sid, tally in evicting.items():
+            assert tally.evict_chunk is not None
+            tally.num_bytes -= evict(self._connection, sid, tally.first_position, tally.evict_chunk)
+            tally.evict_chunk = None
+        rows.lengths.extend(
             (tally.length, tally.num_bytes, self._now, tally.first_position, sid, tally.stored)
             for sid, tally in self._touched.items()
-        ]
-        if _UPDATE_LENGTH.run(self._connection, changed).rowcount != len(changed):
-            raise StoreError("a session was changed by something else than its owner; the group is refused")
+        )
+        rows.update(self._connection)
         for tally in self._touched.values():
             tally.stored = tally.length
-        self._touched.clear()
+
+
+def _may_be_journaled(write: Write) -> bool:
+    """Whether a write looks at no rows, is not too large, and has no value that a table would refuse later."""
+    if not isinstance(write, Append):
+        return isinstance(write, CreateSession)
+    if "\0" in (write.idempotency_key or "") or not -(2**63) <= (write.episode or 0) < 2**63:
+        return False
+    num_bytes = len(write.data)
+    if write.payloads is not None:
+        num_bytes += sum(len(body) for body in write.payloads if body is not None)
+    return num_bytes <= MAX_ENTRY_BYTES
 
 
 def _rows_of(write: Append, start: int) -> Iterator[Values]:
@@ -262,10 +305,3 @@ def _rows_of(write: Append, start: int) -> Iterator[Values]:
         is_whole = stop - first == write.num_tokens
         data = write.data if is_whole else write.data[first * token_bytes : stop * token_bytes]
         yield write.sid, start + first, stop - first, write.episode, zlib.crc32(data), data
-
-
-def _lots(items: Iterable[T], size: int) -> Iterator[list[T]]:
-    """The items in lists of at most `size`."""
-    rest = iter(items)
-    while some := list(islice(rest, size)):
-        yield some

@@ -61,7 +61,7 @@ def open_postgresql(url: str, lease_s: float) -> SqlStore:
     ownership = Ownership(writer, CLOCK, lease_s, TRANSACTION)
     store = SqlStore(name, writer, readers, _upkeep(writer, readers), ownership)
     with closed_unless_opened(store, name):
-        _own(writer, ownership, name)
+        _own(writer, store, ownership, name)
     ownership.keep()
     return store
 
@@ -76,10 +76,10 @@ def open_postgresql_readonly(url: str) -> SqlStore:
     return store
 
 
-def _own(writer: Engine, ownership: Ownership, name: str) -> None:
+def _own(writer: Engine, store: SqlStore, ownership: Ownership, name: str) -> None:
     """Become the owner; an owner whose lease grows meanwhile is alive."""
     seen: Holder | None = None
-    while (holder := _take(writer, ownership, name)) is not None:
+    while (holder := _take(writer, store, ownership, name)) is not None:
         if seen is None:
             logging.getLogger(__name__).info("waiting for %s", holder)
         elif holder.expires_at > seen.expires_at:
@@ -88,7 +88,7 @@ def _own(writer: Engine, ownership: Ownership, name: str) -> None:
         time.sleep(min(holder.remaining_s, POLL_SECONDS))
 
 
-def _take(writer: Engine, ownership: Ownership, name: str) -> Holder | None:
+def _take(writer: Engine, store: SqlStore, ownership: Ownership, name: str) -> Holder | None:
     """Bring the schema up to date and become the owner; with nothing changed, who is the owner instead."""
     with writer.begin() as connection:
         connection.execute(text(f"SELECT pg_advisory_xact_lock({OPENING_LOCK})"))
@@ -97,6 +97,7 @@ def _take(writer: Engine, ownership: Ownership, name: str) -> Holder | None:
             return holder
         schema.upgrade(connection, name)
         ownership.take(connection)
+        store.recover(connection)
     return None
 
 

@@ -7,16 +7,15 @@ Runs within a write's transaction. Does not know what a summary says.
 from __future__ import annotations
 
 import zlib
-from itertools import pairwise
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
 from storage.base import Refused, Seal, WrongLength
+from storage.prepared import Values
+from storage.rows import BLOCK_BYTES, INSERT_BLOCKS
 from storage.tables import blocks, summaries
-
-BLOCK_BYTES = 64 << 10
-"""A longer append is stored as several blocks, and blocks are joined up to this: bounds what a small read costs."""
 
 
 def seal(connection: Connection, write: Seal, first_position: int) -> Refused | None:
@@ -49,27 +48,34 @@ def _join(connection: Connection, sid: int, start: int, stop: int) -> None:
     if count <= num_bytes // BLOCK_BYTES + 1:
         return  # large already
     rows = connection.execute(select(blocks).where(*inside).order_by(columns.start)).all()
-    if any(zlib.crc32(row.data) != row.checksum for row in rows):
-        return  # damage stays where it is, under the checksum that shows it
-    lots: list[list[Any]] = [[rows[0]]]
-    num_bytes = len(rows[0].data)
-    for before, row in pairwise(rows):
-        num_bytes += len(row.data)
-        if row.episode != before.episode or num_bytes > BLOCK_BYTES:
-            lots.append([])
-            num_bytes = len(row.data)
-        lots[-1].append(row)
     connection.execute(delete(blocks).where(*inside))
-    connection.execute(insert(blocks), [_joined(lot) for lot in lots])
+    INSERT_BLOCKS.run(connection, list(joined(rows)))
 
 
-def _joined(lot: list[Any]) -> dict[str, Any]:
+def joined(rows: Iterable[Any]) -> Iterator[Values]:
+    """Rows that follow each other as fewer blocks: of one episode, and at most BLOCK_BYTES unless one row is larger.
+
+    What is damaged stays by itself, under the checksum that shows it.
+    """
+    lot: list[Any] = []
+    num_bytes = 0
+    for row in rows:
+        is_sound = zlib.crc32(row.data) == row.checksum
+        num_bytes += len(row.data)
+        if lot and (not is_sound or row.episode != lot[-1].episode or num_bytes > BLOCK_BYTES):
+            yield _joined(lot)
+            lot, num_bytes = [], len(row.data)
+        lot.append(row)
+        if not is_sound:
+            yield _joined(lot)
+            lot, num_bytes = [], 0
+    if lot:
+        yield _joined(lot)
+
+
+def _joined(lot: Sequence[Any]) -> Values:
+    first = lot[0]
+    if len(lot) == 1:
+        return first.sid, first.start, first.num_tokens, first.episode, first.checksum, first.data
     data = b"".join(row.data for row in lot)
-    return {
-        "sid": lot[0].sid,
-        "start": lot[0].start,
-        "num_tokens": sum(row.num_tokens for row in lot),
-        "episode": lot[0].episode,
-        "checksum": zlib.crc32(data),
-        "data": data,
-    }
+    return first.sid, first.start, sum(row.num_tokens for row in lot), first.episode, zlib.crc32(data), data

@@ -30,7 +30,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from storage import repair, verification
+from storage import journal, repair, verification
 from storage.base import (
     Block,
     CheckSettings,
@@ -47,6 +47,7 @@ from storage.base import (
 )
 from storage.failures import translated
 from storage.group import Tally, WriteGroup, row_of
+from storage.journal import Entries, Entry, Journal, beyond, counted
 from storage.ownership import Ownership
 from storage.purging import purge_more
 from storage.repair import Repair
@@ -98,12 +99,24 @@ class SqlStore(Store):
         self._writer: Connection | None = None
         self._tallies: dict[int, Tally] = {}
         """What the connection that writes has found out about sessions; dropped with it."""
+        self._journal = Journal()
         self._write_lock = threading.Lock()
         self._is_closed = False
 
     def write(self, writes: Sequence[Write], *, now: float) -> list[Outcome]:
         """See `Store.write`."""
-        return self._transact(lambda connection: WriteGroup(connection, writes, now, self._tallies).run())
+
+        def run(connection: Connection) -> tuple[WriteGroup, list[Outcome]]:
+            group = WriteGroup(connection, writes, now, self._tallies, self._journal)
+            return group, group.run()
+
+        group, outcomes = self._transact(run)
+        group.publish()
+        return outcomes
+
+    def recover(self, connection: Connection) -> None:
+        """Take over the journal that the last owner left, in the transaction in which this one becomes the owner."""
+        self._journal = journal.recover(connection)
 
     def purge(self, sid: int | None = None) -> bool:
         """See `Store.purge`."""
@@ -121,9 +134,9 @@ class SqlStore(Store):
 
     def get_session(self, session_id: str) -> SessionRow | None:
         """See `Store.get_session`."""
-        with self._reading() as connection:
+        with self._reading() as (connection, entries):
             row = connection.execute(select(sessions).where(sessions.c.id == session_id)).first()
-            return None if row is None else row_of(row)
+            return None if row is None else counted(row_of(row), entries)
 
     def list_sessions(
         self, *, prefix: str = "", labels: Mapping[str, str] | None = None, after: str = "", limit: int = 100
@@ -140,11 +153,12 @@ class SqlStore(Store):
             query = query.where(cast(sessions.c.settings, String).contains(text, autoescape=True))
         if limit <= 0:
             return found
-        with self._reading() as connection, connection.execute(query, **_streamed(min(limit, 500))) as rows:
+        options = _streamed(min(limit, 500))
+        with self._reading() as (connection, entries), connection.execute(query, **options) as rows:
             for row in rows:
                 if row.settings is None:  # damaged
                     continue
-                session = row_of(row)
+                session = counted(row_of(row), entries)
                 if wanted <= session.settings.get("labels", {}).items():
                     found.append(session)
                     if len(found) == limit:
@@ -153,14 +167,14 @@ class SqlStore(Store):
 
     def read_blocks(self, sid: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
         """See `Store.read_blocks`. Holds one of the reading connections until it ends or is closed."""
-        with self._reading() as connection:
-            yield from _read_blocks(connection, sid, start, stop)
+        with self._reading(sid) as (connection, entries):
+            yield from _read_blocks(connection, entries, sid, start, stop)
 
     def read_ranges(self, ranges: Sequence[tuple[int, int, int]]) -> Iterator[tuple[int, Block]]:
         """See `Store.read_ranges`."""
-        with self._reading() as connection:
+        with self._reading(*{sid for sid, _, _ in ranges}) as (connection, entries):
             for place, (sid, start, stop) in enumerate(ranges):
-                for block in _read_blocks(connection, sid, start, stop):
+                for block in _read_blocks(connection, entries, sid, start, stop):
                     yield place, block
 
     def read_episodes(self, sid: int, stop: int) -> list[tuple[int, int | None]]:
@@ -171,16 +185,20 @@ class SqlStore(Store):
         inner = select(blocks.c.start, blocks.c.episode, place.label("place"), before.label("before"))
         rows = inner.where(*_of(blocks, sid), blocks.c.start < stop).subquery()
         changed = or_(rows.c.place.is_(None), rows.c.episode.is_distinct_from(rows.c.before))
-        with self._reading() as connection:
-            found = connection.execute(select(rows.c.start, rows.c.episode).where(changed).order_by(rows.c.start))
-            return [(start, episode) for start, episode in found]
+        with self._reading(sid) as (connection, entries):
+            query = select(rows.c.start, rows.c.episode).where(changed).order_by(rows.c.start)
+            found = [(start, episode) for start, episode in connection.execute(query)]
+            for entry in beyond(connection, sid, entries):
+                if entry.start < stop and not (found and found[-1][1] == entry.episode):
+                    found.append((entry.start, entry.episode))
+            return found
 
     def read_summaries(self, sid: int) -> Iterator[Summary]:
         """See `Store.read_summaries`."""
         end: int | None = None
         columns = (summaries.c.first, summaries.c.num_chunks, summaries.c.checksum, summaries.c.data)
         query = select(*columns).where(*_of(summaries, sid)).order_by(summaries.c.first)
-        with self._reading() as connection, connection.execute(query, **_streamed(ROWS_AT_ONCE)) as rows:
+        with self._reading(sid) as (connection, _), connection.execute(query, **_streamed(ROWS_AT_ONCE)) as rows:
             for first, num_chunks, checksum, data in rows:
                 if end not in (None, first) or zlib.crc32(data) != checksum:
                     return  # nothing is lost: what follows is computed again
@@ -191,36 +209,44 @@ class SqlStore(Store):
         """See `Store.read_payloads`."""
         found: dict[int, bytes] = {}
         query = select(payloads.c.position, payloads.c.body).where(*_of(payloads, sid))
-        with self._reading() as connection:
+        with self._reading(sid) as (connection, entries):
             for place in range(0, len(positions), POSITIONS_AT_ONCE):
                 some = positions[place : place + POSITIONS_AT_ONCE]
                 rows = connection.execute(query.where(payloads.c.position.in_(some)))
                 found.update((row.position, row.body) for row in rows)
+            wanted = set(positions)
+            found.update((at, body) for at, body in _payloads(beyond(connection, sid, entries)) if at in wanted)
         return found
 
     def read_payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
         """See `Store.read_payload_range`."""
         inside = and_(*_of(payloads, sid), payloads.c.position >= start, payloads.c.position < stop)
-        with self._reading() as connection:
+        with self._reading(sid) as (connection, entries):
             rows = connection.execute(select(payloads.c.position, payloads.c.body).where(inside))
-            return {row.position: row.body for row in rows}
+            found = {row.position: row.body for row in rows}
+            new = _payloads(beyond(connection, sid, entries))
+            found.update((position, body) for position, body in new if start <= position < stop)
+            return found
 
     def totals(self) -> Totals:
         """See `Store.totals`."""
         num_held = sessions.c.length - sessions.c.first_position
         sums = select(func.count(), func.sum(num_held), func.sum(sessions.c.num_bytes)).select_from(sessions)
-        with self._reading() as connection:
+        with self._reading() as (connection, entries):
             num_sessions, num_tokens, num_bytes = connection.execute(sums).one()
-        return Totals(num_sessions, int(num_tokens or 0), int(num_bytes or 0), self._upkeep.disk_bytes())
+            new = [entry for sid in entries for entry in beyond(connection, sid, entries)]
+        num_tokens = int(num_tokens or 0) + sum(entry.num_tokens for entry in new)
+        num_bytes = int(num_bytes or 0) + sum(len(entry.data) for entry in new)
+        return Totals(num_sessions, num_tokens, num_bytes, self._upkeep.disk_bytes())
 
     def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Problem]:
         """See `Store.verify`; one snapshot."""
-        with self._reading() as connection:
+        with self._reading() as (connection, _):
             yield from verification.problems(connection, self._upkeep.structure, check_settings)
 
     def plan_repair(self, check_settings: CheckSettings = lambda settings: None) -> list[Repair]:
         """What can be kept of each damaged session; one snapshot. Raises StoreDamaged when the file itself is."""
-        with self._reading() as connection:
+        with self._reading() as (connection, _):
             for message in self._upkeep.structure(connection):
                 raise StoreDamaged(f"the database itself is damaged: {message}; a backup may help")
             return repair.plan(connection, check_settings)
@@ -233,7 +259,11 @@ class SqlStore(Store):
             pass
 
     def close(self) -> None:
-        """Give free space back for a moment, end the connections, release the rest."""
+        """Fold the journal, give free space back for a moment, end the connections, release the rest."""
+        if self._writer is not None and not self._is_closed:
+            with contextlib.suppress(StoreError):  # else the next start does it
+                self._transact(self._journal.fold)
+                self._journal.clear()
         with self._write_lock:
             self._is_closed = True
             self._readers.dispose()  # before the writer's: SQLite folds its log in when the last one closes
@@ -265,10 +295,17 @@ class SqlStore(Store):
             raise StoreError(f"the store {self.url} is closed")
 
     @contextlib.contextmanager
-    def _reading(self) -> Iterator[Connection]:
+    def _reading(self, *sids: int) -> Iterator[tuple[Connection, Entries]]:
+        """A connection for one snapshot, and what is in the journal of these sessions, or of all when none is named.
+
+        The journal's entries are those of a moment before the snapshot: what was folded in between is in both.
+        """
         self._check_open()
+        entries = self._journal.of(*sids) if sids else self._journal.all()
         with translated(), self._readers.connect() as connection:
-            yield connection
+            if self._ownership is None:  # somebody else writes
+                entries, _ = journal.read(connection)
+            yield connection, entries
 
     def _transact(self, work: Callable[[Connection], T]) -> T:
         """One transaction, by the owner only; what `work` answers, once it is known to be committed."""
@@ -279,6 +316,9 @@ class SqlStore(Store):
                 with connection.begin():
                     transaction = ownership.check(connection)
                     results.append(work(connection))
+            except StoreFenced as error:
+                ownership.fence(str(error))
+                raise
             except DBAPIError:
                 if not results:
                     raise
@@ -329,19 +369,34 @@ def _of(table: Table, sid: int) -> tuple[ColumnElement[bool], ColumnElement[bool
     return table.c.sid == sid, exists(select(sessions.c.sid).where(sessions.c.sid == sid))
 
 
-def _read_blocks(connection: Connection, sid: int, start: int, stop: int | None) -> Iterator[Block]:
+def _payloads(entries: Sequence[Entry]) -> Iterator[tuple[int, bytes]]:
+    """Positions and payloads."""
+    for entry in entries:
+        for position, body in enumerate(entry.payloads or (), entry.start):
+            if body is not None:
+                yield position, body
+
+
+def _read_blocks(connection: Connection, entries: Entries, sid: int, start: int, stop: int | None) -> Iterator[Block]:
     if stop is not None and stop <= start:
         return
     is_small = stop is not None and stop - start <= ROWS_AT_ONCE  # no block is without a token
     options = {} if is_small else _streamed(ROWS_AT_ONCE)
     with connection.execute(_blocks_query(sid, start, stop), **options) as rows:
         for first, num_tokens, episode, checksum, data in rows:
-            if first + num_tokens <= start:
-                continue
-            if zlib.crc32(data) != checksum:
-                id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
-                raise StoreDamaged(f"session {id_!r} is damaged at position {first}: its checksum is wrong")
-            yield Block(first, num_tokens, data, episode)
+            if first + num_tokens > start:
+                yield _checked(connection, sid, Block(first, num_tokens, data, episode), checksum)
+    for entry in beyond(connection, sid, entries):
+        if entry.end > start and (stop is None or entry.start < stop):
+            block = Block(entry.start, entry.num_tokens, entry.data, entry.episode)
+            yield _checked(connection, sid, block, entry.checksum)
+
+
+def _checked(connection: Connection, sid: int, block: Block, checksum: int) -> Block:
+    if zlib.crc32(block.data) != checksum:
+        id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
+        raise StoreDamaged(f"session {id_!r} is damaged at position {block.start}: its checksum is wrong")
+    return block
 
 
 def _blocks_query(sid: int, start: int, stop: int | None) -> Select[tuple[int, int, int | None, int, bytes]]:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from sqlalchemy import Connection, Row, String, cast, func, or_, select
 from sqlalchemy.exc import DatabaseError
 
+from storage import journal
 from storage.base import CheckSettings, Problem
 from storage.failures import trouble_with
+from storage.journal import Entry
 from storage.tables import blocks, deleted_sessions, idempotency, payloads, sessions, summaries
 
 
@@ -21,12 +23,16 @@ def problems(
     try:
         for message in structure(connection):
             yield Problem(None, f"the database file is damaged: {message}")
+        entries, damaged = journal.read(connection)
+        for message in damaged.values():
+            yield Problem(None, message)
         columns = (sessions.c.id, sessions.c.sid, sessions.c.length, sessions.c.num_bytes, sessions.c.first_position)
         settings = cast(sessions.c.settings, String).label("settings")
         for row in connection.execute(select(*columns, settings).order_by(sessions.c.id)).all():
             if (trouble := trouble_with(row.settings, check_settings)) is not None:
                 yield Problem(row.id, trouble)
             yield from _of_blocks(connection, row)
+            yield from _of_entries(row, entries.pop(row.sid, ()))
             outside = or_(payloads.c.position < row.first_position, payloads.c.position >= row.length)
             found = select(func.count()).select_from(payloads).where(payloads.c.sid == row.sid, outside)
             if count := connection.execute(found).scalar_one():
@@ -36,8 +42,21 @@ def problems(
             orphans = select(func.count()).select_from(table).where(table.c.sid.not_in(known))
             if count := connection.execute(orphans).scalar_one():
                 yield Problem(None, f"{count} rows of table {table.name} belong to no session")
+        if entries:
+            yield Problem(None, f"entries of the journal belong to no session: to {len(entries)} that are not there")
     except DatabaseError as error:
         yield Problem(None, f"the database file is damaged: {error.orig}")
+
+
+def _of_entries(row: Row[Any], entries: Sequence[Entry]) -> Iterator[Problem]:
+    """Those that are not in the tables yet follow each other from the row's length on."""
+    expected = row.length
+    for entry in entries:
+        if entry.start != expected:
+            yield Problem(row.id, f"an append in the journal begins at position {entry.start}, {expected} was expected")
+        if zlib.crc32(entry.data) != entry.checksum:
+            yield Problem(row.id, f"the append in the journal at position {entry.start} does not match its checksum")
+        expected = entry.end
 
 
 def _of_blocks(connection: Connection, row: Row[Any]) -> Iterator[Problem]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from storage import group
 from storage.base import Store
 from storage.resolve import DATABASE_NAME, open_store
 
@@ -15,6 +16,12 @@ from storage.resolve import DATABASE_NAME, open_store
 def path(tmp_path: Path) -> Path:
     """Where the database is, in a directory that is not there yet."""
     return tmp_path / "data" / DATABASE_NAME
+
+
+@pytest.fixture
+def no_journal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every append goes into the tables at once, in rows of its own."""
+    monkeypatch.setattr(group, "MAX_ENTRY_BYTES", -1)
 
 
 @pytest.fixture

@@ -60,7 +60,12 @@ def test_any_order_of_writes_and_restarts(new_postgresql_url: Callable[[], str])
             super().__init__()
 
         def open(self) -> Store:
-            return open_store(self.url)
+            return open_store(self.url, lease_s=0.01)
+
+        def crash(self) -> None:
+            """The next owner takes over while this one is there; what it holds in memory it cannot write."""
+            left, self.store = self.store, self.open()
+            left.close()
 
     run_state_machine_as_test(Machine, settings=settings(SETTINGS, max_examples=8))
 
@@ -232,7 +237,7 @@ def test_a_stale_store_writes_nothing(postgresql_url: str) -> None:
         with pytest.raises(StoreFenced, match="another server owns this data since"):
             append(first, sid, 1, 1)
         assert append(second, sid, 1, 2) == Appended(0, 1)
-        assert read(first, sid) == token(2)
+        assert read(first, sid) == b"", "what it knows"
         first.close()
         assert append(second, sid, 1, 3) == Appended(1, 2)
     assert len(reasons) == 1
@@ -241,6 +246,7 @@ def test_a_stale_store_writes_nothing(postgresql_url: str) -> None:
 # --- failures ---
 
 
+@pytest.mark.usefixtures("no_journal")
 def test_a_full_disk_refuses_the_group_and_goes_on(postgresql_url: str, postgresql_store: Store) -> None:
     sid = create(postgresql_store).sid
     with psql(postgresql_url) as connection:
@@ -385,6 +391,7 @@ def test_values_the_database_cannot_express_are_an_error(postgresql_store: Store
     assert append(postgresql_store, sid, 1, episode=2**63 - 1) == Appended(0, 1)
 
 
+@pytest.mark.usefixtures("no_journal")
 def test_damage_is_found(postgresql_url: str, postgresql_store: Store) -> None:
     sid = create(postgresql_store).sid
     for value in range(3):
@@ -412,6 +419,7 @@ def test_damage_is_found(postgresql_url: str, postgresql_store: Store) -> None:
     assert row is not None and row.settings == {}
 
 
+@pytest.mark.usefixtures("no_journal")
 def test_damage_is_repaired(postgresql_url: str) -> None:
     with contextlib.closing(open_store(postgresql_url)) as store:
         sids = [create(store, id_).sid for id_ in "ab"]

@@ -17,6 +17,8 @@ from storage.base import Append, Appended, Seal, StoreDamaged, StoreError, Store
 from storage.resolve import DATABASE_NAME, back_up, open_for_repair, open_readonly, open_store
 from tests.storage.contract import append, create, read, token, write
 
+pytestmark = pytest.mark.usefixtures("no_journal")  # damage is done to rows of single appends
+
 
 def damaged(path: Path, *statements: str) -> None:
     """Sessions `a` and `b` of six blocks of two tokens each, and of `a` what the statements make of it."""

@@ -12,6 +12,8 @@ from storage.base import Problem
 from storage.resolve import open_readonly, open_store
 from tests.storage.contract import append, create
 
+pytestmark = pytest.mark.usefixtures("no_journal")  # damage is done to rows of single appends
+
 
 @pytest.mark.parametrize(
     ("damage", "session_id", "messages"),
