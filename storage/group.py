@@ -265,7 +265,8 @@ class WriteGroup:
         rows = Rows()
         for write, answer in self._gathered:
             rows.blocks.extend(_rows_of(write, answer.start))
-            rows.add_payloads(write.sid, answer.start, write.payloads)
+            if write.payloads is not None:
+                rows.add_payloads(write.sid, answer.start, write.payloads)
             if write.idempotency_key is not None:
                 key = write.sid, write.idempotency_key
                 rows.keys.append((*key, write.digest, answer.start, answer.length, self._now))

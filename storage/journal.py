@@ -175,11 +175,16 @@ def counted(row: SessionRow, entries: Entries) -> SessionRow:
 
 
 def _from(length: int, entries: Sequence[Entry]) -> Sequence[Entry]:
+    if not entries or entries[0].start >= length:
+        return entries
     return [entry for entry in entries if entry.start >= length]
 
 
 def _fold(connection: Connection, entries: Entries, which: ColumnElement[bool], *, is_strict: bool) -> None:
-    """Put entries into the tables, but not those that are there already, nor those of sessions that are gone."""
+    """Put entries into the tables, but not those that are there already, nor those of sessions that are gone.
+
+    With `is_strict` there must be none of these, and the entries are this process's own.
+    """
     connection.execute(delete(journal).where(which))  # first: what is inserted takes the pages that this frees
     rows = Rows()
     num_sessions = 0
@@ -188,12 +193,14 @@ def _fold(connection: Connection, entries: Entries, which: ColumnElement[bool], 
         for sid, length, num_bytes, first in connection.execute(select(*columns).where(sessions.c.sid.in_(some))):
             new = _from(length, entries[sid])
             num_sessions += len(new) == len(entries[sid])
-            if new:
-                rows.blocks.extend(joined(new))
-                total = num_bytes + sum(len(entry.data) for entry in new)
-                rows.lengths.append((new[-1].end, total, new[-1].at, first, sid, length))
+            if not new:
+                continue
+            rows.blocks.extend(joined(new, are_known=is_strict))
+            total = num_bytes + sum(len(entry.data) for entry in new)
+            rows.lengths.append((new[-1].end, total, new[-1].at, first, sid, length))
             for entry in new:
-                rows.add_payloads(sid, entry.start, entry.payloads)
+                if entry.payloads is not None:
+                    rows.add_payloads(sid, entry.start, entry.payloads)
                 if entry.key is not None:
                     rows.keys.append((sid, entry.key, entry.digest, entry.start, entry.end, entry.at))
     if is_strict and num_sessions != len(entries):

@@ -96,7 +96,7 @@ class Ownership:
         if self._fenced is not None:
             raise StoreFenced(self._fenced)
         transaction: str | None
-        epoch, owner, since, transaction = tuple(self._present.run(connection, [(DATA_SET,)]).one())
+        epoch, owner, since, transaction = self._present.first(connection, (DATA_SET,))
         if epoch != self._epoch:
             reason = f"another server owns this data since {_time(since)}: {owner}"
             self.fence(reason)

@@ -1,7 +1,8 @@
-"""Statements that run with every group of writes: their SQL is made once for each kind of database.
+"""Statements that run with every group of writes: their SQL is made once, and goes to the driver directly.
 
-SQLAlchemy looks up, for each execution, what it compiled before, and takes apart the values of each row by name. For 32
-rows that costs as much as SQLite takes to insert them. Does not know which statements these are.
+SQLAlchemy looks up, for each execution, what it compiled before, takes apart the values of each row by name, and
+makes a context and a result: for a group that costs as much as SQLite takes to write it. Does not know which statements
+these are.
 """
 
 from __future__ import annotations
@@ -9,9 +10,23 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, CursorResult, Dialect, Insert, Select, Update
+from sqlalchemy import Connection, Dialect, Insert, Select, Update
+from sqlalchemy.exc import DBAPIError
 
 Values = tuple[Any, ...]
+
+
+def execute(connection: Connection, sql: str, rows: Sequence[Values] = ((),)) -> Any:
+    """Execute SQL of the driver's own kind once for each row of values; its cursor. Raises as SQLAlchemy does."""
+    cursor = connection.connection.cursor()
+    try:
+        if len(rows) == 1:
+            cursor.execute(sql, rows[0])
+        else:
+            cursor.executemany(sql, rows)
+    except connection.dialect.loaded_dbapi.Error as error:
+        raise DBAPIError.instance(sql, None, error, connection.dialect.loaded_dbapi.Error) from error
+    return cursor
 
 
 class Prepared:
@@ -22,13 +37,25 @@ class Prepared:
         self._names = names
         self._sql: dict[str, str] = {}
 
-    def run(self, connection: Connection, rows: Sequence[Values]) -> CursorResult[Any]:
-        """Execute it once for each row of values, which go to the driver as they are."""
-        dialect = connection.dialect
+    def run(self, connection: Connection, rows: Sequence[Values]) -> int:
+        """Execute it once for each row of values, which go to the driver as they are; how many rows it changed."""
+        cursor = execute(connection, self._sql_for(connection.dialect), rows)
+        num_rows: int = cursor.rowcount
+        cursor.close()
+        return num_rows
+
+    def first(self, connection: Connection, values: Values) -> Any:
+        """The first row that it finds, or None."""
+        cursor = execute(connection, self._sql_for(connection.dialect), [values])
+        row = cursor.fetchone()
+        cursor.close()
+        return row
+
+    def _sql_for(self, dialect: Dialect) -> str:
         sql = self._sql.get(dialect.name)
         if sql is None:
             sql = self._sql[dialect.name] = self._compiled(dialect)
-        return connection.exec_driver_sql(sql, list(rows))
+        return sql
 
     def _compiled(self, dialect: Dialect) -> str:
         kind: Any = type(dialect)

@@ -48,11 +48,9 @@ class Rows:
     keys: list[Values] = field(default_factory=list)
     lengths: list[Values] = field(default_factory=list)
 
-    def add_payloads(self, sid: int, start: int, bodies: Sequence[bytes | None] | None) -> None:
+    def add_payloads(self, sid: int, start: int, bodies: Sequence[bytes | None]) -> None:
         """The payloads of tokens that follow each other from `start` on."""
-        if bodies is not None:
-            some = enumerate(bodies, start)
-            self.payloads.extend((sid, position, body) for position, body in some if body is not None)
+        self.payloads.extend((sid, position, body) for position, body in enumerate(bodies, start) if body is not None)
 
     def insert(self, connection: Connection) -> None:
         """Insert blocks, payloads and keys."""
@@ -66,7 +64,7 @@ class Rows:
 
     def update(self, connection: Connection) -> None:
         """Set the lengths. Raises StoreError when a session's length is not what it was known to be."""
-        if self.lengths and _UPDATE_LENGTH.run(connection, self.lengths).rowcount != len(self.lengths):
+        if self.lengths and _UPDATE_LENGTH.run(connection, self.lengths) != len(self.lengths):
             raise StoreError("a session was changed by something else than its owner; the group is refused")
 
 

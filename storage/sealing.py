@@ -49,18 +49,18 @@ def _join(connection: Connection, sid: int, start: int, stop: int) -> None:
         return  # large already
     rows = connection.execute(select(blocks).where(*inside).order_by(columns.start)).all()
     connection.execute(delete(blocks).where(*inside))
-    INSERT_BLOCKS.run(connection, list(joined(rows)))
+    INSERT_BLOCKS.run(connection, list(joined(rows, are_known=False)))
 
 
-def joined(rows: Iterable[Any]) -> Iterator[Values]:
+def joined(rows: Iterable[Any], *, are_known: bool) -> Iterator[Values]:
     """Rows that follow each other as fewer blocks: of one episode, and at most BLOCK_BYTES unless one row is larger.
 
-    What is damaged stays by itself, under the checksum that shows it.
+    Unless they `are_known` to be as they were, what is damaged stays by itself, under the checksum that shows it.
     """
     lot: list[Any] = []
     num_bytes = 0
     for row in rows:
-        is_sound = zlib.crc32(row.data) == row.checksum
+        is_sound = are_known or zlib.crc32(row.data) == row.checksum
         num_bytes += len(row.data)
         if lot and (not is_sound or row.episode != lot[-1].episode or num_bytes > BLOCK_BYTES):
             yield _joined(lot)

@@ -260,7 +260,7 @@ class SqlStore(Store):
 
     def close(self) -> None:
         """Fold the journal, give free space back for a moment, end the connections, release the rest."""
-        if self._writer is not None and not self._is_closed:
+        if self._journal.num_bytes and not self._is_closed:
             with contextlib.suppress(StoreError):  # else the next start does it
                 self._transact(self._journal.fold)
                 self._journal.clear()

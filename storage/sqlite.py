@@ -20,6 +20,7 @@ from storage import schema
 from storage.base import StoreError, StoreUnavailable
 from storage.failures import closed_unless_opened, json_object
 from storage.ownership import Ownership
+from storage.prepared import execute
 from storage.sql import SqlStore, Upkeep
 
 PAGE_BYTES = 16_384
@@ -162,9 +163,9 @@ def _engine(path: Path, mode: str, begin: str, pool: type[NullPool] | type[Queue
     return engine
 
 
-def _begin(statement: str) -> Callable[[Any], None]:
-    def begin(connection: Any) -> None:
-        connection.exec_driver_sql(statement)
+def _begin(statement: str) -> Callable[[Connection], None]:
+    def begin(connection: Connection) -> None:
+        execute(connection, statement)
 
     return begin
 

@@ -32,7 +32,7 @@ from storage.journal import MAX_ENTRY_BYTES
 from storage.resolve import open_for_repair, open_readonly, open_store
 from storage.sqlite import open_sqlite
 from tests.storage.contract import NOW, append, create, ids, read, token, write
-from tests.storage.test_group import noted
+from tests.storage.test_group import noted, verbs
 
 
 def counts(path: Path) -> dict[str, int]:
@@ -72,9 +72,8 @@ def test_a_group_of_small_appends_is_one_statement_and_one_row(path: Path, sqlit
         with noted() as statements:
             for number in range(2):
                 write(store, *(Append(sid, 1, token(number), [b"{}"]) for sid in sids))
-        verbs = [statement.split()[0] for statement, _ in statements]
-        owner = ["BEGIN", "SELECT"]
-        assert verbs == [*owner, "SELECT", "INSERT", *owner, "INSERT"]  # lengths are looked up once
+        owner, row = ["BEGIN", "SELECT"], ["INSERT", "COMMIT"]
+        assert verbs(statements) == [*owner, "SELECT", *row, *owner, *row]  # lengths are looked up once
         assert counts(path) == {"journal": 2, "blocks": 0, "payloads": 0, "idempotency": 0}
         assert all(read(store, sid) == token(0) + token(1) for sid in sids)
         assert list(store.verify()) == []
