@@ -116,7 +116,8 @@ class Batcher(Generic[Item, Result]):
         """Admit an item. Raises Overloaded, Draining or Unhealthy at once when it cannot be.
 
         The worker learns of it at the end of the loop's turn: what arrives in one turn goes together, and the two
-        threads meet once for all of it.
+        threads meet once for all of it. (An idle worker that was handed the first few at once would work beside the
+        loop, but on twice as many batches of half the size: appends became a fifth fewer.)
         """
         assert self._loop is not None, "the batcher is not started"
         if self.unhealthy_reason is not None:

@@ -9,23 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import NamedTuple
 
 from htm_service.batcher import LATER, Batcher, Outcome, Ticket
 from htm_service.device_worker import DeviceWorker
 from htm_service.errors import Unhealthy
-from htm_service.session import NewTokens, Session
+from htm_service.session import NewBlock, Session
 from storage.base import Append, Appended, DeleteSession, Refused, SessionRow, Store, Write
 
 
-@dataclass(frozen=True, slots=True)
-class Change:
-    """One write on its way to the store; an append brings its tokens [T, D] for the device."""
+class Change(NamedTuple):
+    """One write on its way to the store, and the session that it changes, where there is one."""
 
     write: Write
     session: Session | None
-    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,45 +62,41 @@ class Committer:
 
         Once the group is on disk nothing may raise: its writes would be made again, one by one.
         """
-        changes = [(ticket, ticket.item) for ticket in tickets if isinstance(ticket.item, Change)]
-        outcomes = iter(
-            self._store.write([change.write for _, change in changes], now=self._clock()) if changes else ()
-        )
+        writes = [ticket.item.write for ticket in tickets if isinstance(ticket.item, Change)]
+        outcomes = iter(self._store.write(writes, now=self._clock()) if writes else ())
         answers: list[Outcome[Written]] = [LATER] * len(tickets)
-        durable: list[tuple[WorkTicket, Change, Written]] = []
+        changes: list[Change] = []
+        durable: list[tuple[WorkTicket, Written]] = []
+        steps: list[tuple[int, Step]] = []
         for place, ticket in enumerate(tickets):
             if isinstance(ticket.item, Step):
+                steps.append((place, ticket.item))
                 continue
             outcome = next(outcomes)
             if isinstance(outcome, Refused) or not isinstance(ticket.item.write, (Append, DeleteSession)):
                 answers[place] = outcome
             else:
-                durable.append((ticket, ticket.item, outcome))
-        if durable and not self._device.batcher.post(lambda: self._show(durable)):
+                changes.append(ticket.item)
+                durable.append((ticket, outcome))
+        if durable and not self._device.batcher.post(lambda: self._show(changes, durable)):
             reason = self._device.batcher.unhealthy_reason or "the device thread has stopped"
             error = Unhealthy(f"written, but not visible: {reason}")
-            self.batcher.finish((ticket, error) for ticket, _, _ in durable)
-        for place, ticket in enumerate(tickets):
-            if isinstance(ticket.item, Step):
-                answers[place] = _outcome_of(ticket.item)
+            self.batcher.finish((ticket, error) for ticket, _ in durable)
+        for place, step in steps:
+            answers[place] = _outcome_of(step)
         return answers
 
-    def _show(self, durable: list[tuple[WorkTicket, Change, Written]]) -> None:
+    def _show(self, changes: Sequence[Change], durable: Sequence[tuple[WorkTicket, Written]]) -> None:
         """Make a committed group visible, then answer it (device thread)."""
-        for _, change, written in durable:
-            if change.session is None:
+        for (write, session), (_, written) in zip(changes, durable, strict=True):
+            if session is None:
                 continue
-            if isinstance(change.write, DeleteSession):
-                self._device.forget(change.session)
-            elif isinstance(written, Appended) and not written.replayed and change.tokens is not None:
-                new = NewTokens(
-                    written.start,
-                    change.tokens,
-                    change.write.episode if isinstance(change.write, Append) else None,
-                    written.first_position,
-                )
-                self._device.make_visible(change.session, new)
-        self.batcher.finish((ticket, written) for ticket, _, written in durable)
+            if isinstance(write, DeleteSession):
+                self._device.forget(session)
+            elif isinstance(write, Append) and isinstance(written, Appended) and not written.replayed:
+                new = NewBlock(written.start, write.num_tokens, write.data, write.episode)
+                self._device.make_visible(session, new, written.first_position)
+        self.batcher.finish(durable)
 
 
 def _outcome_of(step: Step) -> bool | Exception:

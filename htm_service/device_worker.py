@@ -25,7 +25,7 @@ from htm_service.models import Model
 from htm_service.reader import Missing, Read, Reader
 from htm_service.records import AttendRequest, AttendResult, Timing
 from htm_service.residency import Residency
-from htm_service.session import NewTokens, Session
+from htm_service.session import NewBlock, Session
 from htm_service.visibility import CHUNKS_AT_ONCE, Evicted, keys_of, plan_visibility
 from storage.base import Store
 
@@ -126,11 +126,11 @@ class DeviceWorker:
                 )
         return outcomes
 
-    def make_visible(self, session: Session, new: NewTokens) -> None:
-        """Let attends see durable tokens from now on (device thread)."""
-        if session.state == "cold" and session.length == 0 and not session.is_deleted:
+    def make_visible(self, session: Session, new: NewBlock, first_position: int) -> None:
+        """Let attends see durable tokens from now on, of a session that begins at `first_position` (device thread)."""
+        if session.length == 0 and session.state == "cold" and not session.is_deleted:
             self.residency.admit(session)
-        self.residency.append(session, new)
+        self.residency.append(session, new, first_position)
 
     def forget(self, session: Session) -> None:
         """Drop a deleted session from device and host tier (device thread)."""

@@ -77,6 +77,14 @@ class Directory:
         num_damaged = sum(session.damage is not None for session in self._sessions.values())
         return {"expired_sessions": self.num_expired, "damaged_sessions": num_damaged}
 
+    def known(self, session_id: str) -> Session | None:
+        """The session, which counts as used now, when nothing has to be waited for; None: ask `get`."""
+        session, now = self._sessions.get(session_id), self._clock()
+        if session is None or session.is_expired(now):
+            return None
+        session.last_used_at = now
+        return session
+
     async def get(self, session_id: str) -> Session:
         """The session, which counts as used now. Raises SessionNotFound or SessionExpired."""
         session = self._sessions.get(session_id) or await self._find(session_id)

@@ -28,22 +28,21 @@ def itemsize(dtype: DType) -> int:
     return TORCH_DTYPES[dtype].itemsize
 
 
-def to_stored(embeddings: Floats, dtype: DType) -> tuple[torch.Tensor, bytes]:
-    """Embeddings [T, D] float32 as tokens [T, D] of `dtype` on the CPU, and as bytes. Float32 is not copied twice.
+def to_bytes(embeddings: Floats, dtype: DType) -> bytes:
+    """Embeddings [T, D] float32 as tokens of `dtype` at rest; a copy.
 
     Raises InvalidArgument when a value is finite in float32 and is not in `dtype`.
     """
+    if dtype == "float32":
+        return embeddings.tobytes()
     flags = embeddings.flags
     if not (flags.c_contiguous and flags.writeable):  # torch takes nothing else
         embeddings = np.array(embeddings, order="C")
-    tokens = torch.from_numpy(embeddings)
-    if dtype == "float32":
-        return tokens, embeddings.tobytes()
-    tokens = tokens.to(TORCH_DTYPES[dtype])
+    tokens = torch.from_numpy(embeddings).to(TORCH_DTYPES[dtype])
     if not bool(torch.isfinite(tokens).all()):  # bfloat16 too: the largest float32 rounds up
         largest = float(np.abs(embeddings).max())
         raise InvalidArgument(f"embeddings hold {largest:g}, the largest {dtype} is {torch.finfo(tokens.dtype).max:g}")
-    return tokens, tokens.view(torch.int16).numpy().tobytes()
+    return tokens.view(torch.int16).numpy().tobytes()
 
 
 def from_bytes(parts: Iterable[bytes], dtype: DType, dim: int) -> torch.Tensor:

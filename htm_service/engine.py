@@ -190,15 +190,8 @@ class Engine:
 
     async def append(self, session_id: str, request: AppendRequest) -> AppendResult:
         """Add tokens at the end: durable, then visible, then answered. All or nothing."""
-        try:
-            session = await self._session(session_id)
-        except (SessionNotFound, SessionExpired):
-            if not self.config.create_on_append:
-                raise
-            dim = int(request.embeddings.shape[-1])
-            validation.check_append(request, dim)  # what is refused makes no session
-            await self.create(session_id, SessionSettings(dim=dim))
-            session = await self._session(session_id)
+        self._check_open()
+        session = self._directory.known(session_id) or await self._found_or_made(session_id, request)
         behind.check(session)
         session.check_sound()
         request = validation.check_append(request, session.settings.dim)
@@ -292,7 +285,19 @@ class Engine:
 
     async def _session(self, session_id: str) -> Session:
         self._check_open()
-        return await self._directory.get(validation.check_id(session_id))
+        return self._directory.known(session_id) or await self._directory.get(validation.check_id(session_id))
+
+    async def _found_or_made(self, session_id: str, request: AppendRequest) -> Session:
+        """The session of an append, which may make it."""
+        try:
+            return await self._session(session_id)
+        except (SessionNotFound, SessionExpired):
+            if not self.config.create_on_append:
+                raise
+        dim = int(request.embeddings.shape[-1])
+        validation.check_append(request, dim)  # what is refused makes no session
+        await self.create(session_id, SessionSettings(dim=dim))
+        return await self._session(session_id)
 
     async def _settled(self, session_id: str) -> Session:
         session = await self._session(session_id)

@@ -23,7 +23,7 @@ from htm_service.batcher import Batcher
 from htm_service.dtypes import TORCH_DTYPES, from_bytes
 from htm_service.errors import HTMError, Unhealthy
 from htm_service.heartbeat import Heartbeat
-from htm_service.session import NewTokens, Session
+from htm_service.session import NewTokens, Session, joined
 from htm_service.visibility import EpisodeRun
 from storage.base import Block, Store, StoreError, Summary
 
@@ -265,12 +265,8 @@ def _cut(block: Block, session: Session, start: int, into: torch.Tensor) -> int:
 
 
 def _merged(lot: list[Block], session: Session, first: int) -> list[NewTokens]:
-    """Neighbours of one episode as one: a session appended token by token loads in few steps; from `first` on."""
-    settings = session.settings
-    runs = (list(run) for _, run in itertools.groupby(lot, key=lambda block: block.episode))
-    merged = []
-    for run in runs:
-        tokens = from_bytes([block.data for block in run], settings.dtype, settings.dim)
-        start = max(first, run[0].start)
-        merged.append(NewTokens(start, tokens[start - run[0].start :], run[0].episode))
+    """A session appended token by token loads in few steps; from `first` on, which only the first block overlaps."""
+    merged = joined(lot, session.settings)
+    skip = max(0, first - merged[0].start)
+    merged[0] = NewTokens(merged[0].start + skip, merged[0].tokens[skip:], merged[0].episode)
     return merged

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -102,8 +102,7 @@ class SessionPage:
     cursor: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Timing:
+class Timing(NamedTuple):
     """Where one request's time went, in seconds, and the size of the batch it was in (queries)."""
 
     queue_s: float = 0.0
@@ -124,8 +123,7 @@ class AppendRequest:
     durability: Durability = "disk"
 
 
-@dataclass(frozen=True, slots=True)
-class AppendResult:
+class AppendResult(NamedTuple):
     """The new tokens are positions start .. start+T-1; `length` and `num_chunks` are the session's after it."""
 
     start: int
@@ -182,7 +180,7 @@ class AttendResult:
     chunk_weight: Floats
     recalled: Sequence[Sequence[Recalled]] | None
     length: int
-    timing: Timing = Timing()
+    timing: Timing = field(default_factory=Timing)
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,7 +28,7 @@ from htm_service.errors import HTMError, OutOfMemory, Unhealthy
 from htm_service.host_tier import HostTier
 from htm_service.memory import NO_PAGE, Memory
 from htm_service.records import Ints
-from htm_service.session import NewTokens, Session, Shape
+from htm_service.session import NewBlock, NewTokens, Session, Shape, joined
 from htm_service.visibility import EpisodeRun
 
 DROP_SHARE = 32
@@ -122,28 +122,29 @@ class Residency:
             self._load(session)
         return False
 
-    def append(self, session: Session, new: NewTokens) -> None:
-        """Make durable tokens visible. A cold session only learns its new length.
+    def append(self, session: Session, new: NewBlock, first_position: int) -> None:
+        """Make durable tokens visible; the session begins at `first_position` then. A cold one only learns of that.
 
-        A few tokens wait beside their chunk until a reader wants the session, or until they would fill a chunk: to
-        add many at once costs little more than to add one.
+        A few tokens wait beside their chunk, as bytes, until a reader wants the session or the chunk is full: to add
+        many at once costs little more than to add one.
         """
-        has_evicted = new.first_position > session.first_position
-        first_chunk = session.first_chunk
-        session.length = new.start + len(new.tokens)
-        session.first_position = new.first_position
-        self.host.let_go(session, range(first_chunk, session.first_chunk))
-        if session.memory is None:
+        session.length = new.start + new.num_tokens
+        has_evicted = first_position > session.first_position
+        if has_evicted:
+            first_chunk, session.first_position = session.first_chunk, first_position
+            self.host.let_go(session, range(first_chunk, session.first_chunk))
+        memory = session.memory
+        if memory is None:
             return
         if session.state != "resident":
             session.pending.append(new)
             return
-        if new.start >= session.memory.length:  # else it was read with the load, before it was handed over here
+        if new.start >= memory.length:  # else it was read with the load, before it was handed over here
             session.pending.append(new)
-        if has_evicted or session.length - session.memory.length >= session.memory.chunk_size:
+        if has_evicted or session.length // memory.chunk_size > memory.num_sealed:
             self._settle(session)
         if has_evicted:
-            self._let_go(session, session.first_position)
+            self._let_go(session, first_position)
 
     def _let_go(self, session: Session, first_position: int) -> None:
         """Forget what was evicted."""
@@ -203,10 +204,11 @@ class Residency:
             self.evict(session)
         elif error is None:
             try:
-                for new in session.pending:
-                    if new.start >= session.memory.length:  # the others were in the store's snapshot
-                        self.add(session, new)
+                # Those before were in the store's snapshot.
+                pending = [new for new in session.pending if new.start >= session.memory.length]
                 session.pending = []
+                for tokens in joined(pending, session.settings):
+                    self.add(session, tokens)
                 if session.memory.length < session.length:
                     raise Unhealthy(
                         f"session {session.id!r}: {session.memory.length} of {session.length} tokens are stored"
@@ -351,7 +353,7 @@ class Residency:
         """Put what waits into the chunks of a resident session; one that does not fit goes cold."""
         pending, session.pending = session.pending, []
         try:
-            for new in _joined(pending):
+            for new in joined(pending, session.settings):
                 self.add(session, new)
         except OutOfMemory:
             logging.getLogger(__name__).warning("session %s outgrew the device budget and goes cold", session.id)
@@ -381,11 +383,3 @@ def _after_evictions(memory: Memory, new: NewTokens) -> NewTokens:
         memory.restart(-(-new.start // memory.chunk_size))
     skip = min(memory.length - new.start, len(new.tokens))
     return NewTokens(new.start + skip, new.tokens[skip:], new.episode) if skip else new
-
-
-def _joined(pending: list[NewTokens]) -> list[NewTokens]:
-    """Neighbours of one episode as one."""
-    if len(pending) == 1:
-        return pending
-    runs = (list(run) for _, run in itertools.groupby(pending, key=lambda new: new.episode))
-    return [NewTokens(run[0].start, torch.cat([new.tokens for new in run]), run[0].episode) for run in runs]

@@ -8,20 +8,21 @@ Does not know stores, batches or HTTP.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from htm_service.dtypes import TORCH_DTYPES, itemsize
+from htm_service.dtypes import TORCH_DTYPES, from_bytes, itemsize
 from htm_service.errors import HTMError, SessionDamaged, Unhealthy
 from htm_service.memory import Memory
 from htm_service.recalls import RecallLog
 from htm_service.records import DType, OnFull, OpenChunk, Residency, SessionInfo
 from htm_service.visibility import EpisodeRun
-from storage.base import SessionRow, StoreDamaged, StoreError, first_to_keep
+from storage.base import Block, SessionRow, StoreDamaged, StoreError, first_to_keep
 
 Shape = tuple[int, int, torch.dtype]
 """D, C and the dtype of chunks."""
@@ -101,14 +102,34 @@ def wrong_with(stored: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(slots=True)
+class NewBlock:
+    """`num_tokens` durable tokens from position `start` on, as bytes at rest, on their way to the device."""
+
+    start: int
+    num_tokens: int
+    data: bytes
+    episode: int | None
+
+
+@dataclass(slots=True)
 class NewTokens:
-    """Tokens [T, D] that are durable from position `start` on, waiting to become visible."""
+    """Tokens [T, D] that are durable from position `start` on, on the CPU."""
 
     start: int
     tokens: Tensor
     episode: int | None
-    first_position: int = 0
-    """Where their session begins once they are visible."""
+
+
+def joined(blocks: Sequence[NewBlock | Block], settings: Settings) -> list[NewTokens]:
+    """The tokens of blocks that follow each other, neighbours of one episode as one.
+
+    Tokens that came one by one are made a tensor, and later put on the device, in few steps.
+    """
+    runs = (list(run) for _, run in itertools.groupby(blocks, key=lambda block: block.episode))
+    return [
+        NewTokens(run[0].start, from_bytes([block.data for block in run], settings.dtype, settings.dim), run[0].episode)
+        for run in runs
+    ]
 
 
 @dataclass(slots=True, eq=False)
@@ -135,7 +156,7 @@ class Session:
     episodes: list[EpisodeRun] = field(default_factory=list)
     parked: list[Any] = field(default_factory=list)
     """Tickets that wait until the session is resident."""
-    pending: list[NewTokens] = field(default_factory=list)
+    pending: list[NewBlock] = field(default_factory=list)
     """Durable tokens that are not in `memory` yet."""
     tip: int | None = None
     """Where the next append begins, as far as that is known before the store says it."""

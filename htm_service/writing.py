@@ -14,7 +14,7 @@ from collections.abc import Callable
 from htm_service.batcher import Batcher
 from htm_service.behind import WriteBehind
 from htm_service.committer import Change, Work, Written
-from htm_service.dtypes import to_stored
+from htm_service.dtypes import to_bytes
 from htm_service.errors import (
     DiskFull,
     HTMError,
@@ -40,7 +40,7 @@ from storage.base import (
 )
 
 LARGE_BYTES = 256 << 10
-"""Tensors above this are converted off the event loop."""
+"""Embeddings above this are converted off the event loop."""
 
 NO_LENGTH = -1
 """An `if_length` that no session has."""
@@ -64,7 +64,8 @@ class Writing:
         taken = self.behind.take(session, change) if request.durability == "memory" and not only_repeat else None
         written = taken or await self._write(session, change)
         if not written.replayed:
-            session.recalls.forget(session.first_chunk)
+            if session.first_position:
+                session.recalls.forget(session.first_chunk)
             session.num_appends += 1
             session.updated_at = self._clock()
         num_chunks = -(-written.length // session.settings.chunk_size)
@@ -110,9 +111,9 @@ class Writing:
 
 
 def _prepare(session: Session, request: AppendRequest, only_repeat: bool) -> Change:
-    """A checked append as a write for the store, with its tokens for the device; see `Writing.append`."""
+    """A checked append as a write for the store; see `Writing.append`."""
     settings = session.settings
-    tokens, data = to_stored(request.embeddings, settings.dtype)
+    data = to_bytes(request.embeddings, settings.dtype)
     write = Append(
         session.sid,
         len(request.embeddings),
@@ -124,7 +125,7 @@ def _prepare(session: Session, request: AppendRequest, only_repeat: bool) -> Cha
         _digest(data, request) if request.idempotency_key is not None else b"",
         evict_chunk=settings.chunk_size if settings.evicts else None,
     )
-    return Change(write, session, tokens)
+    return Change(write, session)
 
 
 def _digest(data: bytes, request: AppendRequest) -> bytes:

@@ -251,6 +251,18 @@ def test_sum_slots_counts_only_what_is_visible() -> None:
     torch.testing.assert_close(sum_slots(tokens, visible), expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("size", "dim"), [(1, 1), (23, 1), (1_021, 1), (1, 2), (7, 2), (257, 3), (31, 13), (32, 512)])
+def test_few_chunks_are_summed_slot_by_slot(size: int, dim: int, dtype: torch.dtype) -> None:
+    """To the last bit as many are: numpy must not add in pairs, nor keep the sign of zeros."""
+    tokens = (torch.randn(3, size, dim) * 10 ** (6 * torch.rand(3, size, dim) - 3)).to(dtype)
+    tokens[1] = -0.0
+    total = torch.zeros(3, dim)
+    for slot in range(size):
+        total += tokens[:, slot].float()
+    assert sum_slots(tokens).numpy().tobytes() == total.numpy().tobytes()
+
+
 @pytest.mark.parametrize(
     ("is_there", "version", "capability", "compiler", "reason"),
     [

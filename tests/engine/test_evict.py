@@ -4,6 +4,7 @@ import asyncio
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from htm_service.loader import Fetch
 from htm_service.memory import Memory
 from htm_service.model_config import ModelConfig
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
-from htm_service.session import NewTokens, Session
+from htm_service.session import NewBlock, Session
 from storage.base import Append, Appended, DeleteSession, Seal, Store, Summary
 from storage.memory import MemoryStore
 from storage.resolve import open_store
@@ -205,8 +206,8 @@ async def test_what_is_evicted_while_a_fetch_is_on_its_way(make_engine: MakeEngi
             assert isinstance(written, Appended) and written.first_position == 10
         fetched.append(fetch)
         if len(fetched) == 4:
-            new = NewTokens(27, torch.from_numpy(tokens[27:38]), None, 10)
-            engine.worker.batcher.post(lambda: engine.worker.make_visible(session, new))
+            new = NewBlock(27, 11, tokens[27:38].tobytes(), None)
+            engine.worker.batcher.post(lambda: engine.worker.make_visible(session, new, 10))
         load(fetch)
 
     load, loader.fetch = loader.fetch, ahead  # type: ignore[method-assign]
@@ -239,8 +240,8 @@ async def test_what_is_evicted_before_a_load_is_not_missed(make_engine: MakeEngi
     result = await engine.attend("s", QUERY)
     check(result, of_the_rest(tokens[:87], QUERY, 60))
     for start, first in ((27, 20), (47, 40), (67, 60)):
-        new = NewTokens(start, torch.from_numpy(tokens[start : start + 20]), 5, first)
-        engine.worker.batcher.post(lambda new=new: engine.worker.make_visible(session, new))  # type: ignore[misc]
+        new = NewBlock(start, 20, tokens[start : start + 20].tobytes(), 5)
+        engine.worker.batcher.post(partial(engine.worker.make_visible, session, new, first))
     check(await engine.attend("s", QUERY), of_the_rest(tokens[:87], QUERY, 60))
     check(await engine.attend("s", replace(QUERY, episodes=[5])), of_the_rest(tokens[:87], QUERY, 60))
     assert (await engine.inspect("s")).first_position == 60
@@ -353,8 +354,8 @@ async def test_an_attend_that_is_overtaken_by_evictions(
         write = Append(session.sid, len(part), part.tobytes(), evict_chunk=SIZE)
         (written,) = store.write([write], now=1.0)
         assert isinstance(written, Appended)
-        at = NewTokens(length, torch.from_numpy(part), None, written.first_position)
-        engine.worker.batcher.post(lambda at=at: engine.worker.make_visible(session, at))  # type: ignore[misc]
+        new = NewBlock(length, len(part), part.tobytes(), None)
+        engine.worker.batcher.post(partial(engine.worker.make_visible, session, new, written.first_position))
         length += len(part)
     let_go.set()
     parts, masked, chunk_masked, stopped = await asyncio.gather(*attends, return_exceptions=True)

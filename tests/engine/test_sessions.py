@@ -502,3 +502,18 @@ async def test_tokens_may_come_in_any_memory(engine: Engine, dtype: Any) -> None
         await engine.append("s", AppendRequest(embeddings=tokens))
     found = await engine.read("s", 0, None, embeddings=True, payloads=False)
     assert found.embeddings is not None and np.array_equal(found.embeddings, np.concatenate([frozen] * 3))
+
+
+async def test_a_caller_may_use_its_array_again(engine: Engine) -> None:
+    """Tokens waited for a full chunk in the caller's own memory, where the next append's were seen in their place."""
+    await engine.create("s", SessionSettings(dim=DIM, chunk_size=SIZE))
+    await engine.create("whole", SessionSettings(dim=DIM, chunk_size=SIZE))
+    tokens, buffer = vectors(3, 2 * SIZE + 2, DIM), np.empty((1, DIM), np.float32)
+    for token in tokens:
+        buffer[:] = token
+        await engine.append("s", AppendRequest(embeddings=buffer))
+    buffer[:] = 0
+    await engine.append("whole", AppendRequest(embeddings=tokens))
+    query = AttendRequest(queries=tokens[:3])
+    results = [await engine.attend(name, query) for name in ("s", "whole")]
+    np.testing.assert_array_equal(results[0].output, results[1].output)
