@@ -14,7 +14,9 @@ import numpy as np
 from bench import machine
 from bench.scene import DIM, Scene
 from storage.base import Append, CreateSession, SessionRow
+from storage.journal import ENTRY_BYTES, MAX_BYTES
 from storage.resolve import open_store
+from storage.rows import BLOCK_BYTES
 from storage.sqlite import PAGE_BYTES
 
 GROUP = 32
@@ -25,9 +27,9 @@ _VALUES = "(sid, start, num_tokens, episode, checksum, data) VALUES (?, ?, ?, ?,
 
 
 def layers(stage: Scene, quick: bool) -> list[tuple[str, float]]:
-    """Appends per second of a raw log, of SQLite with one bare table in three layouts, and of the store.
+    """Appends per second of a raw log, of bare SQLite in four layouts, and of the store, whose layout is the last one.
 
-    All are synced once per group. The store's layout is the first of the three.
+    All are synced once per group.
     """
     num_groups = 30 if quick else 500
     record = np.random.default_rng(0).standard_normal(DIM, dtype=np.float32).tobytes()
@@ -40,6 +42,8 @@ def layers(stage: Scene, quick: bool) -> list[tuple[str, float]]:
     ):
         path = stage.directory / f"bare{len(found)}.sqlite3"
         found.append((name, _bare_sqlite(path, columns, per_group, record, num_groups)))
+    path = stage.directory / "folded.sqlite3"
+    found.append(("SQLite: a row per group, folded into blocks", _folded_sqlite(path, record, num_groups)))
     found.append(
         ("the store: owner, lengths, checksums", _store(stage.directory / "store.sqlite3", record, num_groups))
     )
@@ -49,9 +53,7 @@ def layers(stage: Scene, quick: bool) -> list[tuple[str, float]]:
 def _bare_sqlite(path: Path, columns: str, per_group: int, record: bytes, num_groups: int) -> float:
     """One table with these columns, and `per_group` rows for each group of appends, which hold all of its bytes."""
     with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        for pragma in (f"page_size = {PAGE_BYTES}", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
-            connection.execute(f"PRAGMA {pragma}")
-        connection.execute(f"CREATE TABLE blocks ({columns})")
+        _set_up(connection, f"blocks ({columns})")
         starts = count()
 
         def insert(data: bytes) -> None:
@@ -70,6 +72,37 @@ def _bare_sqlite(path: Path, columns: str, per_group: int, record: bytes, num_gr
             connection.execute("COMMIT")
 
         return _rate(write, num_groups)
+
+
+def _folded_sqlite(path: Path, record: bytes, num_groups: int) -> float:
+    """Rows of groups that become rows of blocks, as many at once as the store's journal holds."""
+    num_kept = MAX_BYTES // (GROUP * (len(record) + ENTRY_BYTES))
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
+        _set_up(
+            connection, f"blocks ({_COLUMNS}, PRIMARY KEY (sid, start))", "journal (id INTEGER PRIMARY KEY, data BLOB)"
+        )
+        starts = count()
+
+        def write() -> None:
+            start = next(starts)
+            connection.execute("BEGIN IMMEDIATE")
+            if start and start % num_kept == 0:
+                connection.execute("DELETE FROM journal")
+                for first in range(start - num_kept, start, step := BLOCK_BYTES // len(record)):
+                    size = min(step, start - first)
+                    rows = [(sid, first, size, None, 0, record * size) for sid in range(GROUP)]
+                    connection.executemany(f"INSERT INTO blocks {_VALUES}", rows)
+            connection.execute("INSERT INTO journal (data) VALUES (?)", [record * GROUP])
+            connection.execute("COMMIT")
+
+        return _rate(write, num_groups)
+
+
+def _set_up(connection: sqlite3.Connection, *tables: str) -> None:
+    for pragma in (f"page_size = {PAGE_BYTES}", "journal_mode = WAL", "synchronous = FULL", "secure_delete = ON"):
+        connection.execute(f"PRAGMA {pragma}")
+    for table in tables:
+        connection.execute(f"CREATE TABLE {table}")
 
 
 def _store(path: Path, record: bytes, num_groups: int) -> float:
