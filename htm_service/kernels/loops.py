@@ -31,6 +31,8 @@ SEARCH = np.dtype(
     ]
 )
 """`kernels.base.Search.numbers`."""
+WIDE_VECTORS = '"prefer-vector-width"="512"'
+"""LLVM's attribute of a function."""
 TWO_112 = 2.0**112
 """What a float16's exponent and fraction, moved to where float32 has them, are too small by."""
 
@@ -59,6 +61,23 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
         return builder.inttoptr(arguments[0], context.get_value_type(signature.return_type))
 
     return signature, generate
+
+
+@intrinsic
+def _prefer_wide_vectors(typing_context: Any) -> Any:
+    """Let the function that calls this have vectors of 512 bits where the CPU has them, a no-op elsewhere.
+
+    LLVM takes 256 bits on Intel's CPUs with AVX-512, because short stretches of wider ones once slowed their clock for
+    all else; these loops are long. It is asked for by function, not by the target's features (`numba.config`), which
+    are all numba code's and fixed as the first module that has any is imported. A user's choice of features stands.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if numba.config.CPU_FEATURES is None:  # type: ignore[attr-defined]
+            set.add(builder.function.attributes, WIDE_VECTORS)  # their own `add` knows enumerated ones only
+        return context.get_dummy_value()
+
+    return numba.types.void(), generate
 
 
 @compile_loop
@@ -358,6 +377,7 @@ def _exp(x: np.float32) -> np.float32:
 @compile_loop
 def _tokens(wide: Array, narrow: Array, encoding: int, page: int, begin: int, end: int, workspace: Array) -> Array:
     """The tokens [n, D] in a page's slots begin .. end-1; in place where they are float32."""
+    _prefer_wide_vectors()  # type: ignore[call-arg]
     if encoding == FLOAT32:
         return wide[page, begin:end]
     for i in range(end - begin):
@@ -391,6 +411,7 @@ def _dots(a: Array, b: Array, out: Array) -> None:
 
     Twelve sums are what fits in the registers of most machines; sixteen were written to memory and back.
     """
+    _prefer_wide_vectors()  # type: ignore[call-arg]
     dim = a.shape[1]
     # For fewer than three, what counts is memory, which is read faster in one stream than in four.
     whole_a, whole_b = len(a) // 4 * 4 if len(b) >= 3 else 0, len(b) // 3 * 3
@@ -438,6 +459,7 @@ def _dots(a: Array, b: Array, out: Array) -> None:
 @compile_loop
 def _add_weighted(shares: Array, tokens: Array, z: Array) -> None:
     """Add to z [H, D] the sums of tokens [n, D] weighted by shares [H, :n]; eight tokens at once."""
+    _prefer_wide_vectors()  # type: ignore[call-arg]
     whole = len(tokens) // 8 * 8
     for i in range(0, whole, 8):
         x0, x1, x2, x3 = tokens[i], tokens[i + 1], tokens[i + 2], tokens[i + 3]
