@@ -8,9 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numba
 import numpy as np
 import pytest
 import torch
+from numba.core.codegen import get_host_cpu_features
 
 from htm_service import arena as arena_module
 from htm_service.arena import Arena, Budget
@@ -112,6 +114,22 @@ def test_the_softmax_is_right_over_its_whole_range() -> None:
     got[5] = np.nan
     loops._softmax(got)
     assert np.isnan(got).all()
+
+
+@pytest.mark.parametrize("features", [None, ""])
+def test_vectors_are_as_wide_as_the_cpu_s_unless_its_features_are_given(
+    features: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """LLVM left half of AVX-512 unused; what NUMBA_CPU_FEATURES says stands."""
+    monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
+    a, b, out = torch.randn(6, 101).numpy(), torch.randn(5, 101).numpy(), np.empty((6, 5), np.float32)
+    dots = numba.njit(fastmath=True)(loops._dots.py_func)  # type: ignore[attr-defined]
+    dots(a, b, out)
+    torch.testing.assert_close(torch.tensor(out), torch.tensor(a @ b.T), rtol=1e-5, atol=1e-5)
+    assert (loops.WIDE_VECTORS in dots.inspect_llvm(dots.signatures[0])) == (features is None)
+    if features is None:
+        is_there = "+avx512f" in get_host_cpu_features()  # type: ignore[no-untyped-call]
+        assert ("zmm" in dots.inspect_asm(dots.signatures[0])) == is_there
 
 
 @pytest.mark.parametrize("num_keys", [1, 5, 63, 64, 65, 200])

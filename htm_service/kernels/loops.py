@@ -31,6 +31,10 @@ SEARCH = np.dtype(
     ]
 )
 """`kernels.base.Search.numbers`."""
+WIDE_VECTORS = '"prefer-vector-width"="512"'
+"""LLVM's attribute of a function."""
+LINE = 16
+"""float32 numbers in a line of the cache, and in the widest vectors."""
 TWO_112 = 2.0**112
 """What a float16's exponent and fraction, moved to where float32 has them, are too small by."""
 
@@ -61,10 +65,38 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
     return signature, generate
 
 
+@intrinsic
+def _prefer_wide_vectors(typing_context: Any) -> Any:
+    """Let the function that calls this have vectors of 512 bits where the CPU has them, a no-op elsewhere.
+
+    LLVM takes 256 bits on Intel's CPUs with AVX-512, because short stretches of wider ones once slowed their clock for
+    all else; these loops are long. It is asked for by function, not by the target's features (`numba.config`), which
+    are all numba code's and fixed as the first module that has any is imported. A user's choice of features stands.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        if numba.config.CPU_FEATURES is None:  # type: ignore[attr-defined]
+            set.add(builder.function.attributes, WIDE_VECTORS)  # their own `add` knows enumerated ones only
+        return context.get_dummy_value()
+
+    return numba.types.void(), generate
+
+
 @compile_loop
 def _array_at(address: int, like: Array, shape: Any) -> Array:
     """The array of this shape and the type of `like` that begins at an address; nothing of it is read here."""
     return numba.carray(_pointer(address, like), shape)  # type: ignore[attr-defined, call-arg]
+
+
+@compile_loop
+def _aligned(num_rows: int, dim: int) -> Array:
+    """An array [num_rows, dim], not set, that begins where a line of the cache does.
+
+    numpy's begin anywhere, and every load of a whole line is then two: the loops take up to 1.7 times as long.
+    """
+    buffer = np.empty(num_rows * dim + LINE, np.float32)
+    first = -(np.int64(buffer.ctypes.data) // 4) % LINE
+    return buffer[first : first + num_rows * dim].reshape((num_rows, dim))
 
 
 @compile_loop
@@ -142,10 +174,10 @@ def fold(
     _linear(queries, summary_weight, summary_bias, summary)
     _linear(queries, query_weight, query_bias, head_queries)
     # Whole arrays of their own per head: in a slice of an array the compiler cannot tell that numbers lie together.
-    of_head = np.empty((len(queries), dim_head), np.float32)
+    of_head, folded = np.empty((len(queries), dim_head), np.float32), _aligned(*queries.shape)
     for h in range(num_heads):
         of_head[:] = head_queries[:, h * dim_head : (h + 1) * dim_head]
-        folded = np.zeros(queries.shape, np.float32)
+        folded[:] = 0
         _add_weighted(of_head, key_weight[h], folded)
         heads[:, h] = folded
 
@@ -161,7 +193,7 @@ def project(
     """Sums of tokens to values per head, and these to answers."""
     num_heads, dim_head = value_weight.shape[:2]
     values = np.empty((len(z), num_heads * dim_head), np.float32)
-    of_head, summed = np.empty((dim_head, len(z)), np.float32), np.empty((len(z), z.shape[2]), np.float32)
+    of_head, summed = np.empty((dim_head, len(z)), np.float32), _aligned(len(z), z.shape[2])
     for h in range(num_heads):
         summed[:] = z[:, h]
         _dots(value_weight[h], summed, of_head)
@@ -189,7 +221,7 @@ def attend(
     choose(searches, index, logit, chunk_index, chunk_weight)
     num_heads, dim, size = heads.shape[1], heads.shape[2], max(wide.shape[1], narrow.shape[1])
     no_flags = np.empty(0, np.bool_)
-    workspace = np.empty((size, dim), np.float32)
+    workspace, head_queries, sums = _aligned(size, dim), _aligned(num_heads, dim), _aligned(num_heads, dim)
     share = np.empty((num_heads, size), np.float32)
     by_slot = np.empty((num_heads, size), np.float32)
     position_logits = np.zeros((num_heads, size), np.float32)
@@ -200,9 +232,9 @@ def attend(
         page_table = _array_at(search.pages, chunk_index, (search.num_keys,))
         marked = _array_at(search.token_mask, no_flags, (search.stop,))
         for row in range(rows.start, rows.stop):
-            by_slot[:] = 0
+            head_queries[:], sums[:], by_slot[:] = heads[row], 0, 0
             if len(positions):
-                _dots(heads[row], positions, position_logits)
+                _dots(head_queries, positions, position_logits)
             for place in range(search.k):
                 chunk = chunk_index[row, place]
                 if chunk < 0:
@@ -212,7 +244,7 @@ def attend(
                 if begin >= end or (search.token_mask != 0 and not seen.any()):
                     continue
                 tokens = _tokens(wide, narrow, encoding, page_table[chunk - search.first], begin, end, workspace)
-                _dots(heads[row], tokens, share)
+                _dots(head_queries, tokens, share)
                 for h in range(num_heads):
                     logits, spread = share[h, : end - begin], by_slot[h, begin:end]
                     logits += position_logits[h, begin:end]
@@ -232,9 +264,10 @@ def attend(
                             token_weight[row, place, begin + i] += logits[i] / np.float32(num_heads)
                     logits *= chunk_weight[row, place]
                     spread += logits
-                _add_weighted(share, tokens, z[row])
+                _add_weighted(share, tokens, sums)
             if len(positions):
-                _add_weighted(by_slot, positions, z[row])
+                _add_weighted(by_slot, positions, sums)
+            z[row] = sums
         row = rows.stop
 
 
@@ -259,11 +292,12 @@ def _score(search: Any, begin: int, end: int, summary: Array, index: Array, logi
     num_rows, num_keys = len(summary), search.num_keys
     keys = _array_at(search.keys, summary, (num_keys, summary.shape[1]))
     hidden = _array_at(search.hidden, np.empty(0, np.bool_), (num_rows, num_keys))
-    scores = np.empty((KEYS_AT_ONCE, num_rows), np.float32)
+    rows, scores = _aligned(*summary.shape), np.empty((KEYS_AT_ONCE, num_rows), np.float32)
+    rows[:] = summary
     overflowed = np.zeros(num_rows, np.bool_)
     for start in range(begin, end, KEYS_AT_ONCE):
         block = keys[start : min(start + KEYS_AT_ONCE, end)]
-        _dots(block, summary, scores)
+        _dots(block, rows, scores)
         for q in range(num_rows):
             for i in range(len(block)):
                 if search.hidden != 0 and hidden[q if search.hidden_stride else 0, start + i]:
@@ -358,6 +392,7 @@ def _exp(x: np.float32) -> np.float32:
 @compile_loop
 def _tokens(wide: Array, narrow: Array, encoding: int, page: int, begin: int, end: int, workspace: Array) -> Array:
     """The tokens [n, D] in a page's slots begin .. end-1; in place where they are float32."""
+    _prefer_wide_vectors()  # type: ignore[call-arg]
     if encoding == FLOAT32:
         return wide[page, begin:end]
     for i in range(end - begin):
@@ -378,8 +413,9 @@ def _tokens(wide: Array, narrow: Array, encoding: int, page: int, begin: int, en
 @compile_loop
 def _linear(x: Array, weight: Array, bias: Array, out: Array) -> None:
     """`x` [R, D] times the transposed `weight` [N, D], plus `bias` [N], into out [R, N]; the weight is read once."""
-    columns = np.empty((len(weight), len(x)), np.float32)
-    _dots(weight, x, columns)
+    rows, columns = _aligned(*x.shape), np.empty((len(weight), len(x)), np.float32)
+    rows[:] = x
+    _dots(weight, rows, columns)
     for row in range(len(x)):
         for n in range(len(weight)):
             out[row, n] = columns[n, row] + bias[n]
@@ -391,6 +427,7 @@ def _dots(a: Array, b: Array, out: Array) -> None:
 
     Twelve sums are what fits in the registers of most machines; sixteen were written to memory and back.
     """
+    _prefer_wide_vectors()  # type: ignore[call-arg]
     dim = a.shape[1]
     # For fewer than three, what counts is memory, which is read faster in one stream than in four.
     whole_a, whole_b = len(a) // 4 * 4 if len(b) >= 3 else 0, len(b) // 3 * 3
@@ -438,6 +475,7 @@ def _dots(a: Array, b: Array, out: Array) -> None:
 @compile_loop
 def _add_weighted(shares: Array, tokens: Array, z: Array) -> None:
     """Add to z [H, D] the sums of tokens [n, D] weighted by shares [H, :n]; eight tokens at once."""
+    _prefer_wide_vectors()  # type: ignore[call-arg]
     whole = len(tokens) // 8 * 8
     for i in range(0, whole, 8):
         x0, x1, x2, x3 = tokens[i], tokens[i + 1], tokens[i + 2], tokens[i + 3]
