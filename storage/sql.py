@@ -110,8 +110,7 @@ class SqlStore(Store):
             group = WriteGroup(connection, writes, now, self._tallies, self._journal)
             return group, group.run()
 
-        group, outcomes = self._transact(run)
-        group.publish()
+        _, outcomes = self._transact(run, lambda done: done[0].publish())
         return outcomes
 
     def recover(self, connection: Connection) -> None:
@@ -262,8 +261,7 @@ class SqlStore(Store):
         """Fold the journal, give free space back for a moment, end the connections, release the rest."""
         if self._journal.num_bytes and not self._is_closed:
             with contextlib.suppress(StoreError):  # else the next start does it
-                self._transact(self._journal.fold)
-                self._journal.clear()
+                self._transact(self._journal.fold, lambda _: self._journal.clear())
         with self._write_lock:
             self._is_closed = True
             self._readers.dispose()  # before the writer's: SQLite folds its log in when the last one closes
@@ -307,8 +305,11 @@ class SqlStore(Store):
                 entries, _ = journal.read(connection)
             yield connection, entries
 
-    def _transact(self, work: Callable[[Connection], T]) -> T:
-        """One transaction, by the owner only; what `work` answers, once it is known to be committed."""
+    def _transact(self, work: Callable[[Connection], T], committed: Callable[[T], None] = lambda result: None) -> T:
+        """One transaction, by the owner only; what `work` answers, once it is known to be committed.
+
+        `committed` is told first, before anybody else may write: to a fold, what it does not know of is not there.
+        """
         with self._writing() as (connection, ownership):
             results: list[T] = []
             transaction: str | None = None
@@ -325,6 +326,7 @@ class SqlStore(Store):
                 self._drop_writer()
                 if not self._was_committed(transaction):
                     raise
+            committed(results[0])
             return results[0]
 
     @contextlib.contextmanager

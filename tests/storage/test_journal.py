@@ -28,8 +28,10 @@ from storage.base import (
     UpdateSession,
     Write,
 )
+from storage.group import WriteGroup
 from storage.journal import MAX_ENTRY_BYTES
 from storage.resolve import open_for_repair, open_readonly, open_store
+from storage.sql import SqlStore
 from storage.sqlite import open_sqlite
 from tests.storage.contract import NOW, append, create, ids, read, token, write
 from tests.storage.test_group import noted, verbs
@@ -149,6 +151,28 @@ def test_what_no_table_takes_never_gets_into_the_journal(sqlite_store: Store) ->
     assert append(sqlite_store, sid, 1, episode=-(2**63)) == Appended(0, 1)
     write(sqlite_store, UpdateSession(sid, {}))
     assert append(sqlite_store, sid, 1) == Appended(1, 2)
+
+
+def test_closing_waits_for_a_group_that_is_being_written(
+    path: Path, sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group counted in memory only after it had let the next writer in. If that was the fold of a stop, it deleted
+    the group's row without having folded it: an append that was reported done was lost."""
+    sid = create(sqlite_store).sid
+    append(sqlite_store, sid, 1, 1)
+    closing = threading.Thread(target=sqlite_store.close)
+    publish = WriteGroup.publish
+
+    def publish_late(group: WriteGroup) -> None:
+        closing.start()
+        closing.join(0.3)
+        publish(group)
+
+    monkeypatch.setattr(WriteGroup, "publish", publish_late)
+    assert append(sqlite_store, sid, 1, 2) == Appended(1, 2)
+    closing.join()
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        assert read(store, sid) == token(1) + token(2) and list(store.verify()) == []
 
 
 def test_a_group_that_fails_leaves_the_journal_as_it_was(path: Path, sqlite_store: Store) -> None:
