@@ -380,6 +380,20 @@ def _payloads(entries: Sequence[Entry]) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_blocks(connection: Connection, entries: Entries, sid: int, start: int, stop: int | None) -> Iterator[Block]:
+    end: int | None = None
+    for block, checksum in _stored_blocks(connection, entries, sid, start, stop):
+        if end not in (None, block.start):
+            raise _damaged(connection, sid, end, f"the next tokens are those from {block.start} on")
+        if zlib.crc32(block.data) != checksum:
+            raise _damaged(connection, sid, block.start, "its checksum is wrong")
+        end = block.start + block.num_tokens
+        yield block
+
+
+def _stored_blocks(
+    connection: Connection, entries: Entries, sid: int, start: int, stop: int | None
+) -> Iterator[tuple[Block, int]]:
+    """The blocks that overlap positions start .. stop-1, each with its checksum."""
     if stop is not None and stop <= start:
         return
     is_small = stop is not None and stop - start <= ROWS_AT_ONCE  # no block is without a token
@@ -387,18 +401,15 @@ def _read_blocks(connection: Connection, entries: Entries, sid: int, start: int,
     with connection.execute(_blocks_query(sid, start, stop), **options) as rows:
         for first, num_tokens, episode, checksum, data in rows:
             if first + num_tokens > start:
-                yield _checked(connection, sid, Block(first, num_tokens, data, episode), checksum)
+                yield Block(first, num_tokens, data, episode), checksum
     for entry in beyond(connection, sid, entries):
         if entry.end > start and (stop is None or entry.start < stop):
-            block = Block(entry.start, entry.num_tokens, entry.data, entry.episode)
-            yield _checked(connection, sid, block, entry.checksum)
+            yield Block(entry.start, entry.num_tokens, entry.data, entry.episode), entry.checksum
 
 
-def _checked(connection: Connection, sid: int, block: Block, checksum: int) -> Block:
-    if zlib.crc32(block.data) != checksum:
-        id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
-        raise StoreDamaged(f"session {id_!r} is damaged at position {block.start}: its checksum is wrong")
-    return block
+def _damaged(connection: Connection, sid: int, position: int | None, why: str) -> StoreDamaged:
+    id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
+    return StoreDamaged(f"session {id_!r} is damaged at position {position}: {why}")
 
 
 def _blocks_query(sid: int, start: int, stop: int | None) -> Select[tuple[int, int, int | None, int, bytes]]:

@@ -311,6 +311,25 @@ def test_a_row_that_cannot_be_read_is_reported_kept_and_repaired(
     assert counts(left)["journal"] == 0
 
 
+def test_what_follows_a_lost_row_stays_where_it_was(path: Path, tmp_path: Path) -> None:
+    """Tokens of one episode were joined although a row between them was lost: those after it moved to its positions,
+    and were read as if they had been appended there."""
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        sid = create(store).sid
+        for value in range(4):
+            append(store, sid, 1, value)
+        with database(path) as connection:
+            connection.execute("UPDATE journal SET entries = x'', entries_again = x'' WHERE seq = 2")
+        (tmp_path / "left").mkdir()
+        left = tmp_path / "left" / path.name
+        for suffix in ("", "-wal"):
+            left.with_name(left.name + suffix).write_bytes(path.with_name(path.name + suffix).read_bytes())
+    with contextlib.closing(open_store(f"sqlite:///{left}")) as store:
+        assert [(block.start, block.data) for block in store.read_blocks(sid, 2)] == [(2, token(2) + token(3))]
+        with pytest.raises(StoreDamaged, match="'a' is damaged at position 1: the next tokens are those from 2 on"):
+            read(store, sid)
+
+
 @pytest.mark.parametrize(
     "change", ["UPDATE sessions SET length = 1 WHERE sid = 1", "DELETE FROM sessions WHERE sid = 1"]
 )
