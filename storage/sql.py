@@ -233,7 +233,7 @@ class SqlStore(Store):
         sums = select(func.count(), func.sum(num_held), func.sum(sessions.c.num_bytes)).select_from(sessions)
         with self._reading() as (connection, entries):
             num_sessions, num_tokens, num_bytes = connection.execute(sums).one()
-            new = [entry for sid in entries for entry in beyond(connection, sid, entries)]
+            new = [entry for found in journal.all_beyond(connection, entries).values() for entry in found]
         num_tokens = int(num_tokens or 0) + sum(entry.num_tokens for entry in new)
         num_bytes = int(num_bytes or 0) + sum(len(entry.data) for entry in new)
         return Totals(num_sessions, num_tokens, num_bytes, self._upkeep.disk_bytes())
