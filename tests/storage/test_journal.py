@@ -176,6 +176,42 @@ def test_what_no_table_takes_never_gets_into_the_journal(sqlite_store: Store) ->
     assert append(sqlite_store, sid, 1) == Appended(1, 2)
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE sessions SET length = 2 WHERE sid = 1",
+        "DELETE FROM blocks; UPDATE sessions SET length = 2 WHERE sid = 1",
+    ],
+)
+def test_what_could_not_be_folded_never_gets_into_the_journal(path: Path, sqlite_store: Store, damage: str) -> None:
+    """A damaged row, here of a session that has blocks or payloads beyond its length, was nobody else's trouble while
+    appends went into the tables. In the journal, its append made every fold fail, and with it every group: nothing
+    could be written for any session, and the store could not be opened any more."""
+    sid, other = create(sqlite_store).sid, create(sqlite_store, "b").sid
+    write(sqlite_store, *(Append(sid, 1, token(value), [b"{}"]) for value in range(4)))
+    write(sqlite_store, UpdateSession(other, {}))
+    with database(path) as connection:
+        connection.execute("UPDATE blocks SET start = start + 2")  # so that the next one is in its place
+        connection.executescript(damage)
+    sqlite_store.close()
+    for _ in range(2):
+        with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+            with pytest.raises(StoreError, match="UNIQUE"):
+                append(store, sid, 1, payloads=[b"{}"])
+            assert isinstance(append(store, other, 1), Appended)
+            write(store, UpdateSession(other, {}))
+
+
+def test_a_key_that_an_index_refuses_never_gets_into_the_journal(postgresql_url: str) -> None:
+    """It could not be folded: nothing could be written any more, and the store could not be opened."""
+    key = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+    with contextlib.closing(open_store(postgresql_url)) as store:
+        sid = create(store).sid
+        with pytest.raises(StoreError, match="index row"):
+            append(store, sid, 1, idempotency_key=key, digest=b"d")
+        assert append(store, sid, 1) == Appended(0, 1)
+
+
 def test_closing_waits_for_a_group_that_is_being_written(
     path: Path, sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
