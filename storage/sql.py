@@ -382,7 +382,10 @@ def _payloads(entries: Sequence[Entry]) -> Iterator[tuple[int, bytes]]:
 def _read_blocks(connection: Connection, entries: Entries, sid: int, start: int, stop: int | None) -> Iterator[Block]:
     end: int | None = None
     for block, checksum in _stored_blocks(connection, entries, sid, start, stop):
-        if end not in (None, block.start):
+        if end is None and block.start > start:  # the session begins there, or tokens are lost
+            begin = select(sessions.c.first_position).where(sessions.c.sid == sid)
+            end = max(start, connection.execute(begin).scalar_one())
+        if end is not None and block.start > end:
             raise _damaged(connection, sid, end, f"the next tokens are those from {block.start} on")
         if zlib.crc32(block.data) != checksum:
             raise _damaged(connection, sid, block.start, "its checksum is wrong")
@@ -407,7 +410,7 @@ def _stored_blocks(
             yield Block(entry.start, entry.num_tokens, entry.data, entry.episode), entry.checksum
 
 
-def _damaged(connection: Connection, sid: int, position: int | None, why: str) -> StoreDamaged:
+def _damaged(connection: Connection, sid: int, position: int, why: str) -> StoreDamaged:
     id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
     return StoreDamaged(f"session {id_!r} is damaged at position {position}: {why}")
 
