@@ -56,7 +56,7 @@ from storage.tables import blocks, payloads, sessions, summaries
 T = TypeVar("T")
 
 ROWS_AT_ONCE = 64
-"""Blocks fetched together while streaming; each is at most `group.BLOCK_BYTES`, or one token."""
+"""Blocks fetched together while streaming; each is at most `rows.BLOCK_BYTES`, or one token."""
 POSITIONS_AT_ONCE = 500
 KEPT_FREE_BYTES = 8 << 20
 """Free space that a running server keeps in the file, because the next appends will want it."""
@@ -296,7 +296,8 @@ class SqlStore(Store):
     def _reading(self, *sids: int) -> Iterator[tuple[Connection, Entries]]:
         """A connection for one snapshot, and what is in the journal of these sessions, or of all when none is named.
 
-        The journal's entries are those of a moment before the snapshot: what was folded in between is in both.
+        The journal's entries are those of a moment before the snapshot: what was folded in between is in both. Of a
+        group that was committed in between its creations may be there, and its appends not yet.
         """
         self._check_open()
         entries = self._journal.of(*sids) if sids else self._journal.all()
