@@ -14,8 +14,8 @@ from typing import NamedTuple
 from htm_service.batcher import LATER, Batcher, Outcome, Ticket
 from htm_service.device_worker import DeviceWorker
 from htm_service.errors import Unhealthy
-from htm_service.session import NewBlock, Session
-from storage.base import Append, Appended, DeleteSession, Refused, SessionRow, Store, Write
+from htm_service.session import Session
+from storage.base import Append, Appended, Block, DeleteSession, Refused, SessionRow, Store, Write
 
 
 class Change(NamedTuple):
@@ -94,7 +94,7 @@ class Committer:
             if isinstance(write, DeleteSession):
                 self._device.forget(session)
             elif isinstance(write, Append) and isinstance(written, Appended) and not written.replayed:
-                new = NewBlock(written.start, write.num_tokens, write.data, write.episode)
+                new = Block(written.start, write.num_tokens, write.data, write.episode)
                 self._device.make_visible(session, new, written.first_position)
         self.batcher.finish(durable)
 

@@ -25,9 +25,9 @@ from htm_service.models import Model
 from htm_service.reader import Missing, Read, Reader
 from htm_service.records import AttendRequest, AttendResult, Timing
 from htm_service.residency import Residency
-from htm_service.session import NewBlock, Session
+from htm_service.session import Session
 from htm_service.visibility import CHUNKS_AT_ONCE, Evicted, keys_of, plan_visibility
-from storage.base import Store
+from storage.base import Block, Store
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +126,7 @@ class DeviceWorker:
                 )
         return outcomes
 
-    def make_visible(self, session: Session, new: NewBlock, first_position: int) -> None:
+    def make_visible(self, session: Session, new: Block, first_position: int) -> None:
         """Let attends see durable tokens from now on, of a session that begins at `first_position` (device thread)."""
         if session.length == 0 and session.state == "cold" and not session.is_deleted:
             self.residency.admit(session)

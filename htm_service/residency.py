@@ -28,8 +28,9 @@ from htm_service.errors import HTMError, OutOfMemory, Unhealthy
 from htm_service.host_tier import HostTier
 from htm_service.memory import NO_PAGE, Memory
 from htm_service.records import Ints
-from htm_service.session import NewBlock, NewTokens, Session, Shape, joined
+from htm_service.session import NewTokens, Session, Shape, joined
 from htm_service.visibility import EpisodeRun
+from storage.base import Block
 
 DROP_SHARE = 32
 """Where room is needed, one page of so many goes at once: looking for the oldest costs as much for one as for many."""
@@ -122,7 +123,7 @@ class Residency:
             self._load(session)
         return False
 
-    def append(self, session: Session, new: NewBlock, first_position: int) -> None:
+    def append(self, session: Session, new: Block, first_position: int) -> None:
         """Make durable tokens visible; the session begins at `first_position` then. A cold one only learns of that.
 
         A few tokens wait beside their chunk, as bytes, until a reader wants the session or the chunk is full: to add

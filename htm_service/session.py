@@ -102,16 +102,6 @@ def wrong_with(stored: Mapping[str, Any]) -> str | None:
 
 
 @dataclass(slots=True)
-class NewBlock:
-    """`num_tokens` durable tokens from position `start` on, as bytes at rest, on their way to the device."""
-
-    start: int
-    num_tokens: int
-    data: bytes
-    episode: int | None
-
-
-@dataclass(slots=True)
 class NewTokens:
     """Tokens [T, D] that are durable from position `start` on, on the CPU."""
 
@@ -120,7 +110,7 @@ class NewTokens:
     episode: int | None
 
 
-def joined(blocks: Sequence[NewBlock | Block], settings: Settings) -> list[NewTokens]:
+def joined(blocks: Sequence[Block], settings: Settings) -> list[NewTokens]:
     """The tokens of blocks that follow each other, neighbours of one episode as one.
 
     Tokens that came one by one are made a tensor, and later put on the device, in few steps.
@@ -156,8 +146,8 @@ class Session:
     episodes: list[EpisodeRun] = field(default_factory=list)
     parked: list[Any] = field(default_factory=list)
     """Tickets that wait until the session is resident."""
-    pending: list[NewBlock] = field(default_factory=list)
-    """Durable tokens that are not in `memory` yet."""
+    pending: list[Block] = field(default_factory=list)
+    """Durable tokens that are not in `memory` yet, as they are at rest."""
     tip: int | None = None
     """Where the next append begins, as far as that is known before the store says it."""
     num_disk_appends: int = 0

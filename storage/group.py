@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import Connection, Row, bindparam, delete, insert, select, update
+from sqlalchemy import Connection, Row, bindparam, delete, exists, insert, or_, select, update
 
 from storage.base import (
     IDEMPOTENCY_SECONDS,
@@ -41,7 +41,7 @@ from storage.prepared import Values
 from storage.purging import leave
 from storage.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, lots
 from storage.sealing import seal
-from storage.tables import idempotency, sessions
+from storage.tables import blocks, idempotency, payloads, sessions
 
 PURGE_LIMIT = 500
 """Expired idempotency keys deleted with one group that brings new ones."""
@@ -49,9 +49,16 @@ KEYS_AT_ONCE = 32
 """Keys looked up by one statement. It probes the index once for each pair of a session and a key of them, which
 is why it is few; a list of pairs reads better, but makes SQLite scan the whole table."""
 
+MAX_KEY_CHARS = 512
+"""Longer idempotency keys go into their table at once: one that an index refuses must not be found out by a fold."""
+
 MAX_TALLIES = 16_384
 """Sessions of which length and bytes are known from one group to the next."""
 
+_HAS_LEFTOVERS = or_(
+    exists().where(blocks.c.sid == sessions.c.sid, blocks.c.start >= sessions.c.length),
+    exists().where(payloads.c.sid == sessions.c.sid, payloads.c.position >= sessions.c.length),
+)
 _DELETE_KEY = delete(idempotency).where(
     idempotency.c.sid == bindparam("of_sid"), idempotency.c.key == bindparam("of_key")
 )
@@ -81,8 +88,15 @@ class Tally:
     max_tokens: int | None
     first_position: int
     stored: int
+    has_leftovers: bool = False
+    """Whether rows lie beyond its length, which is damage; a fold that met them would fail, with all that it folds."""
     evict_chunk: int | None = None
     """Set when `first_position` has moved and what lies before it is still there."""
+
+    @property
+    def is_for_tables(self) -> bool:
+        """Whether its appends go into the tables at once."""
+        return self.has_leftovers or self.evict_chunk is not None
 
 
 class WriteGroup:
@@ -216,12 +230,13 @@ class WriteGroup:
 
     def _look_up(self, sids: set[int]) -> None:
         table = sessions.c
-        columns = (table.sid, table.length, table.num_bytes, table.max_tokens, table.first_position)
+        columns = (table.sid, table.length, table.num_bytes, table.max_tokens, table.first_position, _HAS_LEFTOVERS)
         entries = {} if self._has_folded else self._journal.of(*sids)
         for some in lots(sids, SIDS_AT_ONCE):
             rows = self._connection.execute(select(*columns).where(sessions.c.sid.in_(some)))
-            for sid, length, num_bytes, max_tokens, first_position in rows:
-                tally = self._tallies[sid] = Tally(length, num_bytes, max_tokens, first_position, length)
+            for sid, length, num_bytes, max_tokens, first_position, has_leftovers in rows:
+                tally = Tally(length, num_bytes, max_tokens, first_position, length, bool(has_leftovers))
+                self._tallies[sid] = tally
                 for entry in entries.get(sid, ()):
                     tally.length = entry.end
                     tally.num_bytes += len(entry.data)
@@ -250,7 +265,7 @@ class WriteGroup:
         """Write what was gathered. Raises StoreError when a session's row is not what it was known to be."""
         if not self._gathered:
             return
-        if any(tally.evict_chunk is not None for tally in self._touched.values()):
+        if any(tally.is_for_tables for tally in self._touched.values()):
             self._is_direct = True
             self._fold()
         if self._is_direct:
@@ -289,7 +304,8 @@ def _may_be_journaled(write: Write) -> bool:
     """Whether a write looks at no rows, is not too large, and has no value that a table would refuse later."""
     if not isinstance(write, Append):
         return isinstance(write, CreateSession)
-    if "\0" in (write.idempotency_key or "") or not -(2**63) <= (write.episode or 0) < 2**63:
+    key = write.idempotency_key or ""
+    if len(key) > MAX_KEY_CHARS or "\0" in key or not -(2**63) <= (write.episode or 0) < 2**63:
         return False
     num_bytes = len(write.data)
     if write.payloads is not None:

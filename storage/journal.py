@@ -32,7 +32,8 @@ MAX_ENTRY_BYTES = 16 << 10
 MAX_BYTES = 4 << 20
 """What the journal holds, about, when it is folded."""
 ENTRY_BYTES = 1 << 10
-"""What an entry counts beside its tokens and payloads, so that folding many small ones takes no longer."""
+PAYLOAD_BYTES = 1 << 8
+"""What an entry, and each of its payloads, counts beside its bytes, so that folding many small ones takes no longer."""
 
 _INSERT = Prepared(insert(journal), "seq", "at", "checksum", "entries", "entries_again", "data")
 
@@ -56,6 +57,14 @@ class Entry(NamedTuple):
     def end(self) -> int:
         """The session's length after it."""
         return self.start + self.num_tokens
+
+    @property
+    def weight_bytes(self) -> int:
+        """What it counts of MAX_BYTES."""
+        num_bytes = ENTRY_BYTES + len(self.data)
+        if self.payloads is not None:
+            num_bytes += sum(PAYLOAD_BYTES + len(body) for body in self.payloads if body is not None)
+        return num_bytes
 
     @classmethod
     def of(cls, write: Append, start: int, now: float) -> Entry:
@@ -113,7 +122,7 @@ class Journal:
                 self._entries.setdefault(entry.sid, []).append(entry)
                 if entry.key is not None:
                     self._keys[entry.sid, entry.key] = entry
-                self.num_bytes += ENTRY_BYTES + len(entry.data)
+                self.num_bytes += entry.weight_bytes
         self._next_seq += 1
 
     def fold(self, connection: Connection) -> None:
@@ -163,6 +172,15 @@ def beyond(connection: Connection, sid: int, entries: Entries) -> Sequence[Entry
         return ()
     length = connection.execute(select(sessions.c.length).where(sessions.c.sid == sid)).scalar()
     return () if length is None else _from(length, found)
+
+
+def all_beyond(connection: Connection, entries: Entries) -> Entries:
+    """The same of all sessions that have entries, in few statements."""
+    found: dict[int, Sequence[Entry]] = {}
+    for some in lots(entries, SIDS_AT_ONCE):
+        query = select(sessions.c.sid, sessions.c.length).where(sessions.c.sid.in_(some))
+        found.update((sid, _from(length, entries[sid])) for sid, length in connection.execute(query))
+    return found
 
 
 def counted(row: SessionRow, entries: Entries) -> SessionRow:

@@ -18,8 +18,8 @@ Values = tuple[Any, ...]
 
 def execute(connection: Connection, sql: str, rows: Sequence[Values] = ((),)) -> Any:
     """Execute SQL of the driver's own kind once for each row of values; its cursor. Raises as SQLAlchemy does."""
-    cursor = connection.connection.cursor()
     try:
+        cursor = connection.connection.cursor()
         if len(rows) == 1:
             cursor.execute(sql, rows[0])
         else:

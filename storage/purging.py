@@ -11,7 +11,7 @@ from sqlalchemy import Connection, delete, insert, select
 from storage.tables import blocks, deleted_sessions, idempotency, payloads, summaries
 
 ROWS_AT_ONCE = {
-    blocks.c.start: 64,  # of at most sealing.BLOCK_BYTES each, or one token: 4 MiB
+    blocks.c.start: 64,  # of at most rows.BLOCK_BYTES each, or one token: 4 MiB
     summaries.c.first: 32,
     payloads.c.position: 512,
     idempotency.c.key: 512,

@@ -53,19 +53,22 @@ def _join(connection: Connection, sid: int, start: int, stop: int) -> None:
 
 
 def joined(rows: Iterable[Any], *, are_known: bool) -> Iterator[Values]:
-    """Rows that follow each other as fewer blocks: of one episode, and at most BLOCK_BYTES unless one row is larger.
+    """Rows in the order of their positions as fewer blocks: of neighbours of one episode, and at most BLOCK_BYTES
+    unless one row is larger.
 
     Unless they `are_known` to be as they were, what is damaged stays by itself, under the checksum that shows it.
     """
     lot: list[Any] = []
-    num_bytes = 0
+    num_bytes = end = 0
     for row in rows:
         is_sound = are_known or zlib.crc32(row.data) == row.checksum
+        is_next = row.start == end and lot and row.episode == lot[-1].episode  # after a gap no token moves
         num_bytes += len(row.data)
-        if lot and (not is_sound or row.episode != lot[-1].episode or num_bytes > BLOCK_BYTES):
+        if lot and not (is_sound and is_next and num_bytes <= BLOCK_BYTES):
             yield _joined(lot)
             lot, num_bytes = [], len(row.data)
         lot.append(row)
+        end = row.start + row.num_tokens
         if not is_sound:
             yield _joined(lot)
             lot, num_bytes = [], 0

@@ -56,7 +56,7 @@ from storage.tables import blocks, payloads, sessions, summaries
 T = TypeVar("T")
 
 ROWS_AT_ONCE = 64
-"""Blocks fetched together while streaming; each is at most `group.BLOCK_BYTES`, or one token."""
+"""Blocks fetched together while streaming; each is at most `rows.BLOCK_BYTES`, or one token."""
 POSITIONS_AT_ONCE = 500
 KEPT_FREE_BYTES = 8 << 20
 """Free space that a running server keeps in the file, because the next appends will want it."""
@@ -110,8 +110,7 @@ class SqlStore(Store):
             group = WriteGroup(connection, writes, now, self._tallies, self._journal)
             return group, group.run()
 
-        group, outcomes = self._transact(run)
-        group.publish()
+        _, outcomes = self._transact(run, lambda done: done[0].publish())
         return outcomes
 
     def recover(self, connection: Connection) -> None:
@@ -234,7 +233,7 @@ class SqlStore(Store):
         sums = select(func.count(), func.sum(num_held), func.sum(sessions.c.num_bytes)).select_from(sessions)
         with self._reading() as (connection, entries):
             num_sessions, num_tokens, num_bytes = connection.execute(sums).one()
-            new = [entry for sid in entries for entry in beyond(connection, sid, entries)]
+            new = [entry for found in journal.all_beyond(connection, entries).values() for entry in found]
         num_tokens = int(num_tokens or 0) + sum(entry.num_tokens for entry in new)
         num_bytes = int(num_bytes or 0) + sum(len(entry.data) for entry in new)
         return Totals(num_sessions, num_tokens, num_bytes, self._upkeep.disk_bytes())
@@ -262,8 +261,7 @@ class SqlStore(Store):
         """Fold the journal, give free space back for a moment, end the connections, release the rest."""
         if self._journal.num_bytes and not self._is_closed:
             with contextlib.suppress(StoreError):  # else the next start does it
-                self._transact(self._journal.fold)
-                self._journal.clear()
+                self._transact(self._journal.fold, lambda _: self._journal.clear())
         with self._write_lock:
             self._is_closed = True
             self._readers.dispose()  # before the writer's: SQLite folds its log in when the last one closes
@@ -298,7 +296,8 @@ class SqlStore(Store):
     def _reading(self, *sids: int) -> Iterator[tuple[Connection, Entries]]:
         """A connection for one snapshot, and what is in the journal of these sessions, or of all when none is named.
 
-        The journal's entries are those of a moment before the snapshot: what was folded in between is in both.
+        The journal's entries are those of a moment before the snapshot: what was folded in between is in both. Of a
+        group that was committed in between its creations may be there, and its appends not yet.
         """
         self._check_open()
         entries = self._journal.of(*sids) if sids else self._journal.all()
@@ -307,8 +306,11 @@ class SqlStore(Store):
                 entries, _ = journal.read(connection)
             yield connection, entries
 
-    def _transact(self, work: Callable[[Connection], T]) -> T:
-        """One transaction, by the owner only; what `work` answers, once it is known to be committed."""
+    def _transact(self, work: Callable[[Connection], T], committed: Callable[[T], None] = lambda result: None) -> T:
+        """One transaction, by the owner only; what `work` answers, once it is known to be committed.
+
+        `committed` is told first, before anybody else may write: to a fold, what it does not know of is not there.
+        """
         with self._writing() as (connection, ownership):
             results: list[T] = []
             transaction: str | None = None
@@ -325,6 +327,7 @@ class SqlStore(Store):
                 self._drop_writer()
                 if not self._was_committed(transaction):
                     raise
+            committed(results[0])
             return results[0]
 
     @contextlib.contextmanager
@@ -378,6 +381,23 @@ def _payloads(entries: Sequence[Entry]) -> Iterator[tuple[int, bytes]]:
 
 
 def _read_blocks(connection: Connection, entries: Entries, sid: int, start: int, stop: int | None) -> Iterator[Block]:
+    end: int | None = None
+    for block, checksum in _stored_blocks(connection, entries, sid, start, stop):
+        if end is None and block.start > start:  # the session begins there, or tokens are lost
+            begin = select(sessions.c.first_position).where(sessions.c.sid == sid)
+            end = max(start, connection.execute(begin).scalar_one())
+        if end is not None and block.start > end:
+            raise _damaged(connection, sid, end, f"the next tokens are those from {block.start} on")
+        if zlib.crc32(block.data) != checksum:
+            raise _damaged(connection, sid, block.start, "its checksum is wrong")
+        end = block.start + block.num_tokens
+        yield block
+
+
+def _stored_blocks(
+    connection: Connection, entries: Entries, sid: int, start: int, stop: int | None
+) -> Iterator[tuple[Block, int]]:
+    """The blocks that overlap positions start .. stop-1, each with its checksum."""
     if stop is not None and stop <= start:
         return
     is_small = stop is not None and stop - start <= ROWS_AT_ONCE  # no block is without a token
@@ -385,18 +405,15 @@ def _read_blocks(connection: Connection, entries: Entries, sid: int, start: int,
     with connection.execute(_blocks_query(sid, start, stop), **options) as rows:
         for first, num_tokens, episode, checksum, data in rows:
             if first + num_tokens > start:
-                yield _checked(connection, sid, Block(first, num_tokens, data, episode), checksum)
+                yield Block(first, num_tokens, data, episode), checksum
     for entry in beyond(connection, sid, entries):
         if entry.end > start and (stop is None or entry.start < stop):
-            block = Block(entry.start, entry.num_tokens, entry.data, entry.episode)
-            yield _checked(connection, sid, block, entry.checksum)
+            yield Block(entry.start, entry.num_tokens, entry.data, entry.episode), entry.checksum
 
 
-def _checked(connection: Connection, sid: int, block: Block, checksum: int) -> Block:
-    if zlib.crc32(block.data) != checksum:
-        id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
-        raise StoreDamaged(f"session {id_!r} is damaged at position {block.start}: its checksum is wrong")
-    return block
+def _damaged(connection: Connection, sid: int, position: int, why: str) -> StoreDamaged:
+    id_ = connection.execute(select(sessions.c.id).where(sessions.c.sid == sid)).scalar()
+    return StoreDamaged(f"session {id_!r} is damaged at position {position}: {why}")
 
 
 def _blocks_query(sid: int, start: int, stop: int | None) -> Select[tuple[int, int, int | None, int, bytes]]:

@@ -2,9 +2,11 @@
 
 import asyncio
 import contextlib
+import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -95,6 +97,29 @@ async def test_gaps_and_missing_tokens_are_found_when_loading(make_engine: MakeE
         await engine.attend("s", QUERY)
     monkeypatch.undo()
     assert (await engine.attend("s", QUERY)).length == 9
+
+
+@pytest.mark.parametrize("lost", [1, 2])
+async def test_a_lost_row_of_the_journal_is_its_sessions_trouble(
+    make_engine: MakeEngine, sqlite_url: str, tmp_path: Path, lost: int
+) -> None:
+    """Bug: the session that had gone on after it was answered 503 for ever, or with tokens of other positions."""
+    first = await make_engine(open_store(sqlite_url))
+    for name in ("bad", "good"):
+        await fill(first, name, vectors(1, 2, DIM))
+        await first.append(name, AppendRequest(embeddings=vectors(2, 1, DIM)))
+        await first.append(name, AppendRequest(embeddings=vectors(3, 1, DIM)))
+    path = Path(sqlite_url.removeprefix("sqlite:///"))
+    left = tmp_path / "left"
+    left.mkdir()
+    for suffix in ("", "-wal"):
+        shutil.copy(path.with_name(path.name + suffix), left)
+    with contextlib.closing(sqlite3.connect(left / path.name)) as connection, connection:
+        connection.execute("UPDATE journal SET entries = x'', entries_again = x'' WHERE seq = ?", [lost])
+    engine = await make_engine(open_store(f"sqlite:///{left / path.name}"))
+    with pytest.raises(SessionDamaged, match="'bad' is damaged at position"):
+        await engine.attend("bad", QUERY)
+    assert (await engine.attend("good", QUERY)).length == 4
 
 
 SETTINGS = [

@@ -19,8 +19,8 @@ from htm_service.loader import Fetch
 from htm_service.memory import Memory
 from htm_service.model_config import ModelConfig
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
-from htm_service.session import NewBlock, Session
-from storage.base import Append, Appended, DeleteSession, Seal, Store, Summary
+from htm_service.session import Session
+from storage.base import Append, Appended, Block, DeleteSession, Seal, Store, Summary
 from storage.memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
@@ -206,7 +206,7 @@ async def test_what_is_evicted_while_a_fetch_is_on_its_way(make_engine: MakeEngi
             assert isinstance(written, Appended) and written.first_position == 10
         fetched.append(fetch)
         if len(fetched) == 4:
-            new = NewBlock(27, 11, tokens[27:38].tobytes(), None)
+            new = Block(27, 11, tokens[27:38].tobytes(), None)
             engine.worker.batcher.post(lambda: engine.worker.make_visible(session, new, 10))
         load(fetch)
 
@@ -240,7 +240,7 @@ async def test_what_is_evicted_before_a_load_is_not_missed(make_engine: MakeEngi
     result = await engine.attend("s", QUERY)
     check(result, of_the_rest(tokens[:87], QUERY, 60))
     for start, first in ((27, 20), (47, 40), (67, 60)):
-        new = NewBlock(start, 20, tokens[start : start + 20].tobytes(), 5)
+        new = Block(start, 20, tokens[start : start + 20].tobytes(), 5)
         engine.worker.batcher.post(partial(engine.worker.make_visible, session, new, first))
     check(await engine.attend("s", QUERY), of_the_rest(tokens[:87], QUERY, 60))
     check(await engine.attend("s", replace(QUERY, episodes=[5])), of_the_rest(tokens[:87], QUERY, 60))
@@ -354,7 +354,7 @@ async def test_an_attend_that_is_overtaken_by_evictions(
         write = Append(session.sid, len(part), part.tobytes(), evict_chunk=SIZE)
         (written,) = store.write([write], now=1.0)
         assert isinstance(written, Appended)
-        new = NewBlock(length, len(part), part.tobytes(), None)
+        new = Block(length, len(part), part.tobytes(), None)
         engine.worker.batcher.post(partial(engine.worker.make_visible, session, new, written.first_position))
         length += len(part)
     let_go.set()

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, text
 
 from storage import journal
 from storage.base import (
@@ -28,8 +27,10 @@ from storage.base import (
     UpdateSession,
     Write,
 )
+from storage.group import WriteGroup
 from storage.journal import MAX_ENTRY_BYTES
 from storage.resolve import open_for_repair, open_readonly, open_store
+from storage.sql import SqlStore
 from storage.sqlite import open_sqlite
 from tests.storage.contract import NOW, append, create, ids, read, token, write
 from tests.storage.test_group import noted, verbs
@@ -93,6 +94,29 @@ def test_a_full_journal_is_folded_into_few_rows(
     assert list(sqlite_store.verify()) == []
 
 
+def test_payloads_count_as_well(sqlite_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They did not: 4,096 appends of a small token with a payload of 16 KiB were 64 MB in memory, and a million
+    payloads of small tokens were folded at once, while everybody waited for 7 s (16 s on PostgreSQL)."""
+    monkeypatch.setattr(journal, "MAX_BYTES", 3 * (journal.ENTRY_BYTES + 2 * 7 + 2 * journal.PAYLOAD_BYTES + 100))
+    assert isinstance(sqlite_store, SqlStore)
+    sid = create(sqlite_store).sid
+    for _ in range(3):
+        assert not sqlite_store._journal.is_full
+        append(sqlite_store, sid, 2, payloads=[b"x" * 98, b"{}"])
+    assert sqlite_store._journal.is_full
+
+
+def test_totals_are_few_statements_however_many_sessions_are_in_the_journal(path: Path, sqlite_store: Store) -> None:
+    """They were one for each."""
+    sids = [create(sqlite_store, f"s{n}").sid for n in range(20)]
+    sqlite_store.close()
+    with noted() as statements, contextlib.closing(open_sqlite(path)) as store:
+        write(store, *(Append(sid, 1, token(1)) for sid in sids))
+        statements.clear()
+        assert store.totals().num_tokens == 20
+        assert [statement.split()[0] for statement in statements] == ["BEGIN", "SELECT", "SELECT", "ROLLBACK"]
+
+
 @pytest.mark.parametrize("what", ["large", "payload", "seal", "update", "delete", "evict"])
 def test_what_is_not_for_the_journal_folds_it_first(path: Path, sqlite_store: Store, what: str) -> None:
     """And goes into the tables at once."""
@@ -149,6 +173,64 @@ def test_what_no_table_takes_never_gets_into_the_journal(sqlite_store: Store) ->
     assert append(sqlite_store, sid, 1, episode=-(2**63)) == Appended(0, 1)
     write(sqlite_store, UpdateSession(sid, {}))
     assert append(sqlite_store, sid, 1) == Appended(1, 2)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "UPDATE sessions SET length = 2 WHERE sid = 1",
+        "DELETE FROM blocks; UPDATE sessions SET length = 2 WHERE sid = 1",
+    ],
+)
+def test_what_could_not_be_folded_never_gets_into_the_journal(path: Path, sqlite_store: Store, damage: str) -> None:
+    """A damaged row, here of a session that has blocks or payloads beyond its length, was nobody else's trouble while
+    appends went into the tables. In the journal, its append made every fold fail, and with it every group: nothing
+    could be written for any session, and the store could not be opened any more."""
+    sid, other = create(sqlite_store).sid, create(sqlite_store, "b").sid
+    write(sqlite_store, *(Append(sid, 1, token(value), [b"{}"]) for value in range(4)))
+    write(sqlite_store, UpdateSession(other, {}))
+    with database(path) as connection:
+        connection.execute("UPDATE blocks SET start = start + 2")  # so that the next one is in its place
+        connection.executescript(damage)
+    sqlite_store.close()
+    for _ in range(2):
+        with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+            with pytest.raises(StoreError, match="UNIQUE"):
+                append(store, sid, 1, payloads=[b"{}"])
+            assert isinstance(append(store, other, 1), Appended)
+            write(store, UpdateSession(other, {}))
+
+
+def test_a_key_that_an_index_refuses_never_gets_into_the_journal(postgresql_url: str) -> None:
+    """It could not be folded: nothing could be written any more, and the store could not be opened."""
+    key = "".join(map(chr, range(0x4E00, 0x4E00 + 3000)))
+    with contextlib.closing(open_store(postgresql_url)) as store:
+        sid = create(store).sid
+        with pytest.raises(StoreError, match="index row"):
+            append(store, sid, 1, idempotency_key=key, digest=b"d")
+        assert append(store, sid, 1) == Appended(0, 1)
+
+
+def test_closing_waits_for_a_group_that_is_being_written(
+    path: Path, sqlite_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A group counted in memory only after it had let the next writer in. If that was the fold of a stop, it deleted
+    the group's row without having folded it: an append that was reported done was lost."""
+    sid = create(sqlite_store).sid
+    append(sqlite_store, sid, 1, 1)
+    closing = threading.Thread(target=sqlite_store.close)
+    publish = WriteGroup.publish
+
+    def publish_late(group: WriteGroup) -> None:
+        closing.start()
+        closing.join(0.3)
+        publish(group)
+
+    monkeypatch.setattr(WriteGroup, "publish", publish_late)
+    assert append(sqlite_store, sid, 1, 2) == Appended(1, 2)
+    closing.join()
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        assert read(store, sid) == token(1) + token(2) and list(store.verify()) == []
 
 
 def test_a_group_that_fails_leaves_the_journal_as_it_was(path: Path, sqlite_store: Store) -> None:
@@ -287,6 +369,27 @@ def test_a_row_that_cannot_be_read_is_reported_kept_and_repaired(
     assert counts(left)["journal"] == 0
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_what_follows_a_lost_row_stays_where_it_was(path: Path, tmp_path: Path, lost: int) -> None:
+    """Tokens of one episode were joined although a row between them was lost: those after it moved to its positions,
+    and were read as if they had been appended there."""
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        sid = create(store).sid
+        for value in range(4):
+            append(store, sid, 1, value)
+        with database(path) as connection:
+            connection.execute("UPDATE journal SET entries = x'', entries_again = x'' WHERE seq = ?", [lost + 1])
+        (tmp_path / "left").mkdir()
+        left = tmp_path / "left" / path.name
+        for suffix in ("", "-wal"):
+            left.with_name(left.name + suffix).write_bytes(path.with_name(path.name + suffix).read_bytes())
+    with contextlib.closing(open_store(f"sqlite:///{left}")) as store:
+        rest = b"".join(map(token, range(lost + 1, 4)))
+        assert [(block.start, block.data) for block in store.read_blocks(sid, lost + 1)] == [(lost + 1, rest)]
+        with pytest.raises(StoreDamaged, match=f"at position {lost}: the next tokens are those from {lost + 1} on"):
+            read(store, sid)
+
+
 @pytest.mark.parametrize(
     "change", ["UPDATE sessions SET length = 1 WHERE sid = 1", "DELETE FROM sessions WHERE sid = 1"]
 )
@@ -321,19 +424,3 @@ def test_entries_that_leave_a_gap_are_reported(left: Path) -> None:
     with contextlib.closing(open_readonly(left)) as readonly:
         messages = [problem.message for problem in readonly.verify()]
     assert messages == ["an append in the journal begins at position 4, 2 was expected"] * 2
-
-
-def test_the_next_owner_of_a_postgresql_folds_what_the_last_one_left(postgresql_url: str) -> None:
-    with contextlib.closing(open_store(postgresql_url, lease_s=0.01)) as first:
-        sid = create(first).sid
-        append(first, sid, 2, 1, payloads=[b"{}", None], idempotency_key="k", digest=b"d")
-        engine = create_engine(postgresql_url)
-        with engine.connect() as connection:
-            assert connection.execute(text("SELECT count(*) FROM journal")).scalar() == 1
-        engine.dispose()
-        with contextlib.closing(open_store(postgresql_url)) as second:
-            assert append(second, sid, 2, 1, idempotency_key="k", digest=b"d") == Appended(0, 2, replayed=True)
-            assert append(second, sid, 1, 2) == Appended(2, 3)
-            assert read(second, sid) == token(1) * 2 + token(2) and list(second.verify()) == []
-            with pytest.raises(StoreFenced):
-                append(first, sid, 1, 3)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 import shutil
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from sqlalchemy.exc import DBAPIError
 
-from storage import journal
+from storage import journal, prepared
 from storage.base import (
     IDEMPOTENCY_SECONDS,
     Append,
@@ -22,10 +27,13 @@ from storage.base import (
     NoSuchSession,
     Outcome,
     Refused,
+    Seal,
     SessionExists,
     SessionFull,
     SessionRow,
     Store,
+    StoreError,
+    Summary,
     UpdateSession,
     Write,
     WrongLength,
@@ -34,6 +42,8 @@ from storage.resolve import open_store
 
 IDS = ("a", "a%", "b", "ключ", "\U0001f600")
 TOKEN = b"token!!"
+SIZE = 3
+"""Tokens of a chunk."""
 
 
 @dataclass
@@ -46,8 +56,12 @@ class Session:
     """All that were appended, evicted ones included."""
     payloads: dict[int, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
+    num_sealed: int = 0
+    """Chunks of which summaries are kept, or were until they were evicted."""
 
 
+sids = st.integers(1, 3)
+"""Few, so that most writes find a session, and often one that has been written before."""
 creates = st.builds(
     lambda id_, max_tokens, label: CreateSession(
         SessionRow(id_, {"labels": {"l": label}}, 5.0, max_tokens=max_tokens, updated_at=5.0)
@@ -67,17 +81,23 @@ appends = st.builds(
         digest=digest,
         evict_chunk=evict_chunk,
     ),
-    st.integers(1, 7),
+    sids,
     st.lists(st.none() | st.binary(max_size=3), min_size=1, max_size=5),
     st.none() | st.integers(0, 7),
     st.none() | st.sampled_from(["k", "K'"]),
     st.sampled_from([b"d", b"e"]),
     st.integers(0, 255),
-    st.sampled_from([None, 3]),
+    st.sampled_from([None, SIZE]),
 )
-updates = st.builds(lambda sid, n: UpdateSession(sid, {"labels": {}, "n": n}), st.integers(1, 7), st.integers())
-deletes = st.builds(DeleteSession, st.integers(1, 7))
-groups = st.lists(st.one_of(creates, appends, appends, appends, updates, deletes), max_size=9)
+updates = st.builds(lambda sid, n: UpdateSession(sid, {"labels": {}, "n": n}), sids, st.integers())
+deletes = st.builds(DeleteSession, sids)
+seals = st.builds(
+    lambda sid, first, num_chunks: Seal(sid, Summary(first, num_chunks, b"s"), SIZE),
+    sids,
+    st.integers(0, 3),
+    st.integers(1, 2),
+)
+groups = st.lists(st.one_of(creates, appends, appends, appends, updates, deletes, seals), max_size=9)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -100,7 +120,9 @@ class StoreMachine(RuleBasedStateMachine):
     def write(self, group: list[Write]) -> None:
         self.now += 1
         expected = [self.apply(write) for write in group]
-        outcomes = self.store.write(group, now=self.now)
+        self.compare(self.store.write(group, now=self.now), expected)
+
+    def compare(self, outcomes: list[Outcome], expected: list[Outcome]) -> None:
         for outcome, wanted in zip(outcomes, expected, strict=True):
             if isinstance(wanted, Refused):
                 assert type(outcome) is type(wanted)
@@ -173,6 +195,11 @@ class StoreMachine(RuleBasedStateMachine):
             return self.append(session, write)
         if isinstance(write, UpdateSession):
             session.row = replace(session.row, settings=write.settings)
+        elif isinstance(write, Seal):
+            end = max(session.num_sealed, session.row.first_position // SIZE)
+            if write.summary.first != end:
+                return WrongLength(end)
+            session.num_sealed = end + write.summary.num_chunks
         else:
             del self.model[write.sid]
         return session.row
@@ -208,15 +235,38 @@ def known(outcome: Outcome) -> Outcome:
 
 
 class FoldingMachine(StoreMachine):
-    """The same with a journal that is folded after a few appends."""
+    """The same with a journal that is folded after a few appends, and with statements that fail."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.max_bytes, journal.MAX_BYTES = journal.MAX_BYTES, 5 * journal.ENTRY_BYTES
+        self.limits = pytest.MonkeyPatch()
+        self.limits.setattr(journal, "MAX_BYTES", 5 * journal.ENTRY_BYTES)
+
+    @rule(group=groups, at=st.integers(1, 5))
+    def fail(self, group: list[Write], at: int) -> None:
+        """Nothing of a group is written when one of its statements fails (the first one looks who the owner is)."""
+        execute, numbers = prepared.execute, itertools.count()
+
+        def failing(*arguments: Any) -> Any:
+            if next(numbers) == at:
+                raise DBAPIError("", None, Exception("no"))
+            return execute(*arguments)
+
+        before, last_sid = copy.deepcopy(self.model), self.last_sid
+        self.now += 1
+        expected = [self.apply(write) for write in group]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prepared, "execute", failing)
+            try:
+                outcomes = self.store.write(group, now=self.now)
+            except StoreError:
+                self.model, self.last_sid = before, last_sid
+                return
+        self.compare(outcomes, expected)
 
     def teardown(self) -> None:
+        self.limits.undo()
         super().teardown()
-        journal.MAX_BYTES = self.max_bytes
 
 
 class MemoryMachine(StoreMachine):
