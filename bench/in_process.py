@@ -86,15 +86,17 @@ async def appends(stage: Scene, quick: bool) -> Figure:
             await engine.create(f"w{number}", SessionSettings(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
         embeddings = np.random.default_rng(0).standard_normal((1, DIM), dtype=np.float32)
         await _write(engine, embeddings, 0.5)
-        before = await _num_commits(engine)
+        before, taken = await _num_commits(engine), machine.thread_seconds()
         ours = await _write(engine, embeddings, seconds)
-        num_groups = await _num_commits(engine) - before
+        num_groups, now = await _num_commits(engine) - before, machine.thread_seconds()
         for number in range(NUM_WRITERS):
             kept = await engine.read(f"w{number}", 0, 1, embeddings=True, payloads=False)
             assert kept.embeddings is not None and np.array_equal(kept.embeddings, embeddings)
     group = max(1, round(ours * seconds / num_groups))
     raw = machine.raw_log_rate(stage.directory, [group] * num_groups, embeddings.nbytes)
     measured = {"ours_per_s": ours, "raw_per_s": raw, "mean_group": group}
+    for kind in ("loop", "device", "store"):
+        measured[f"{kind}_cpu_us"] = (now[kind] - taken[kind]) / (ours * seconds) * 1e6
     return Figure("S7", "durable appends in process, beside a raw log", ours / raw, 0.5, measured=measured)
 
 

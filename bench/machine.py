@@ -1,8 +1,9 @@
-"""What this machine can do at best: the other side of S6 and S7."""
+"""What this machine can do at best, the other side of S6 and S7, and what this process's threads take of it."""
 
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -42,6 +43,18 @@ def sgemm_rate() -> float:
     a, b = torch.randn(size, size), torch.randn(size, size)
     out = torch.empty(size, size)
     return size**3 / best_of(5, lambda: torch.mm(a, b, out=out))
+
+
+def thread_seconds() -> dict[str, float]:
+    """Processor time of this process's threads, by kind: the event loop's, the device's, the store's, the kernel's
+    helpers, and all others by name."""
+    kinds = {"MainThread": "loop", "htm-device": "device", "htm-store": "store", "htm-kernel": "helpers"}
+    seconds: dict[str, float] = {}
+    for thread in threading.enumerate():
+        assert thread.ident is not None, "it runs"
+        kind = next((kind for name, kind in kinds.items() if name in thread.name), thread.name)
+        seconds[kind] = seconds.get(kind, 0.0) + time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    return seconds
 
 
 def raw_log_rate(directory: Path, groups: Sequence[int], record_bytes: int) -> float:

@@ -4,9 +4,6 @@ says how many seconds of processor time each kind of thread has taken."""
 from __future__ import annotations
 
 import argparse
-import threading
-import time
-from collections import Counter
 from pathlib import Path
 
 from starlette.requests import Request
@@ -16,6 +13,7 @@ from starlette.routing import Route
 from api.app import create_app
 from api.serving import serve
 from api.settings import Settings
+from bench import machine
 
 
 async def echo(request: Request) -> Response:
@@ -24,14 +22,8 @@ async def echo(request: Request) -> Response:
 
 
 async def threads(_: Request) -> JSONResponse:
-    """By kind: the event loop's, the device's, the kernel's helpers, and all others by name."""
-    kinds = {"MainThread": "loop", "htm-device": "device", "htm-store": "store", "htm-kernel": "helpers"}
-    seconds: Counter[str] = Counter()
-    for thread in threading.enumerate():
-        assert thread.ident is not None, "it runs"
-        kind = next((kind for name, kind in kinds.items() if name in thread.name), thread.name)
-        seconds[kind] += time.clock_gettime(time.pthread_getcpuclockid(thread.ident))  # type: ignore[assignment]
-    return JSONResponse(seconds)
+    """See `machine.thread_seconds`."""
+    return JSONResponse(machine.thread_seconds())
 
 
 if __name__ == "__main__":
