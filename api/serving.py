@@ -25,7 +25,6 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.settings import Settings
-from api.transport import GatheringProtocol
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a port that is taken is told without it
     from htm_service.engine import Engine
@@ -144,7 +143,6 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
         app = app or create_app(settings)
         config = uvicorn.Config(
             app,
-            http=GatheringProtocol,
             lifespan="off",  # entered below: what goes wrong in it is then an exception, not a log entry
             log_config=None,
             access_log=False,
