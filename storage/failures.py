@@ -14,6 +14,9 @@ from storage.base import CheckSettings, Store, StoreError, StoreFull, StoreUnava
 DISK_FULL = ("SQLITE_FULL", "53100")
 """What SQLite and PostgreSQL call it."""
 
+DAMAGED = ("XX001", "XX002", "58030")
+"""What PostgreSQL calls damage: of a table, of an index, of the disk."""
+
 
 @contextlib.contextmanager
 def translated() -> Iterator[None]:
@@ -44,6 +47,15 @@ def closed_unless_opened(store: Store, name: object) -> Iterator[None]:
     except StoreError as error:
         store.close()
         raise StoreUnavailable(f"{name} cannot be opened: {error}") from error
+
+
+def is_damage(error: DBAPIError) -> bool:
+    """Whether stored bytes are what is wrong. SQLite has its file at hand: whatever fails there, except waiting for
+    another process, does so because of what it reads."""
+    name = getattr(error.orig, "sqlite_errorname", None)
+    if name is not None:
+        return not name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED"))
+    return getattr(error.orig, "sqlstate", None) in DAMAGED
 
 
 def json_object(text: str | bytes) -> dict[str, Any] | None:

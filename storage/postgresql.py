@@ -17,7 +17,8 @@ from storage import schema
 from storage.base import StoreError, StoreUnavailable
 from storage.failures import closed_unless_opened, json_object, translated
 from storage.ownership import Holder, Ownership
-from storage.sql import SqlStore, Upkeep
+from storage.reading import Upkeep
+from storage.sql import SqlStore
 from storage.tables import metadata
 
 CLOCK = "CAST(EXTRACT(EPOCH FROM clock_timestamp()) AS DOUBLE PRECISION)"

@@ -21,7 +21,8 @@ from storage.base import StoreError, StoreUnavailable
 from storage.failures import closed_unless_opened, json_object
 from storage.ownership import Ownership
 from storage.prepared import execute
-from storage.sql import SqlStore, Upkeep
+from storage.reading import Upkeep
+from storage.sql import SqlStore
 
 PAGE_BYTES = 16_384
 VACUUM_PAGES = 512

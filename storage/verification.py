@@ -11,7 +11,7 @@ from sqlalchemy.exc import DatabaseError
 
 from storage import journal
 from storage.base import CheckSettings, Problem
-from storage.failures import trouble_with
+from storage.failures import is_damage, trouble_with
 from storage.journal import Entry
 from storage.tables import blocks, deleted_sessions, idempotency, payloads, sessions, summaries
 
@@ -19,7 +19,10 @@ from storage.tables import blocks, deleted_sessions, idempotency, payloads, sess
 def problems(
     connection: Connection, structure: Callable[[Connection], Iterable[str]], check_settings: CheckSettings
 ) -> Iterator[Problem]:
-    """What is wrong: what `structure` finds, each session's blocks and payloads, rows of no session."""
+    """What is wrong: what `structure` finds, each session's blocks and payloads, rows of no session.
+
+    Raises what has nothing to do with stored bytes: a database that cannot be reached is not damaged.
+    """
     try:
         for message in structure(connection):
             yield Problem(None, f"the database file is damaged: {message}")
@@ -45,6 +48,8 @@ def problems(
         if entries:
             yield Problem(None, f"entries of the journal belong to no session: to {len(entries)} that are not there")
     except DatabaseError as error:
+        if not is_damage(error):
+            raise
         yield Problem(None, f"the database file is damaged: {error.orig}")
 
 

@@ -16,7 +16,9 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from hypothesis import settings
 from hypothesis.stateful import run_state_machine_as_test
+from psycopg.errors import AdminShutdown, DataCorrupted, IndexCorrupted, IoError, OperationalError
 from sqlalchemy import Engine, create_engine, event
+from sqlalchemy.exc import DBAPIError
 
 from storage import postgresql
 from storage.base import (
@@ -30,6 +32,7 @@ from storage.base import (
     StoreFull,
     StoreUnavailable,
 )
+from storage.failures import is_damage
 from storage.resolve import open_for_repair, open_readonly, open_store
 from storage.tables import metadata
 from tests.storage.contract import StoreContract, append, create, ids, read, token, write
@@ -283,12 +286,34 @@ def test_a_full_disk_refuses_the_group_and_goes_on(postgresql_url: str, postgres
     assert read(postgresql_store, sid) == token(1) + token(2)
 
 
+def end_connections(url: str) -> None:
+    """Have the server end all connections but this one."""
+    with psql(url) as connection:
+        others = "application_name = 'htm-service' AND pid <> pg_backend_pid()"
+        connection.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {others}")
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # psycopg: a cursor dies with it, open
+def test_a_connection_that_is_lost_while_verifying_is_no_damage(postgresql_url: str, postgresql_store: Store) -> None:
+    """It was reported as a problem of the data."""
+    create(postgresql_store)
+    with pytest.raises(StoreError, match="terminating connection"):
+        list(postgresql_store.verify(lambda settings: end_connections(postgresql_url)))
+    assert list(postgresql_store.verify()) == []
+
+
+@pytest.mark.parametrize(
+    ("error", "is_damaged"),
+    [(DataCorrupted, True), (IndexCorrupted, True), (IoError, True), (AdminShutdown, False), (OperationalError, False)],
+)
+def test_what_postgresql_calls_damage(error: type[psycopg.Error], is_damaged: bool) -> None:
+    assert is_damage(DBAPIError("SELECT", None, error("why"))) == is_damaged
+
+
 def test_a_lost_connection_is_an_error_once(postgresql_url: str, postgresql_store: Store) -> None:
     sid = create(postgresql_store).sid
     assert postgresql_store.get_session("a") is not None
-    with psql(postgresql_url) as connection:
-        others = "application_name = 'htm-service' AND pid <> pg_backend_pid()"
-        connection.execute(f"SELECT pg_terminate_backend(pid, 5000) FROM pg_stat_activity WHERE {others}")
+    end_connections(postgresql_url)
     with pytest.raises(StoreError):
         append(postgresql_store, sid, 1, 1)
     with pytest.raises(StoreError):
