@@ -1,15 +1,23 @@
-"""What each layer leaves of the rate of a raw log, for durable appends of one token in groups."""
+"""What each layer leaves of the rate of a raw log, for durable appends of one token in groups.
+
+Beside it the same log with writers in front of it: what is left when each append is awaited, and nothing else is done.
+"""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import Callable
 from itertools import count
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 
 import numpy as np
+import uvloop
 
 from bench import machine
 from bench.scene import DIM, Scene
@@ -27,7 +35,8 @@ _VALUES = "(sid, start, num_tokens, episode, checksum, data) VALUES (?, ?, ?, ?,
 
 
 def layers(stage: Scene, quick: bool) -> list[tuple[str, float]]:
-    """Appends per second of a raw log, of bare SQLite in four layouts, and of the store, whose layout is the last one.
+    """Appends per second of a raw log, of one with writers, of bare SQLite in four layouts, and of the store, whose
+    layout is the last one.
 
     All are synced once per group.
     """
@@ -35,6 +44,8 @@ def layers(stage: Scene, quick: bool) -> list[tuple[str, float]]:
     record = np.random.default_rng(0).standard_normal(DIM, dtype=np.float32).tobytes()
     raw = machine.raw_log_rate(stage.directory, [GROUP] * num_groups, len(record))
     found = [("raw log: write and fdatasync", raw)]
+    awaited = uvloop.run(_awaited_log(stage.directory / "awaited.log", record, num_groups))
+    found.append((f"{GROUP} writers that await it, a thread that writes it, nothing else", awaited))
     for name, columns, per_group in (
         ("SQLite: a row per append, by session and start", f"{_COLUMNS}, PRIMARY KEY (sid, start)", GROUP),
         ("SQLite: a row per append, as they come", f"id INTEGER PRIMARY KEY, {_COLUMNS}", GROUP),
@@ -48,6 +59,44 @@ def layers(stage: Scene, quick: bool) -> list[tuple[str, float]]:
         ("the store: owner, lengths, checksums", _store(stage.directory / "store.sqlite3", record, num_groups))
     )
     return found
+
+
+async def _awaited_log(path: Path, record: bytes, num_groups: int) -> float:
+    """Each writer awaits a future per record; all that were made in a turn of the loop are one group."""
+    loop = asyncio.get_running_loop()
+    groups: SimpleQueue[list[asyncio.Future[None]]] = SimpleQueue()
+    waiting: list[asyncio.Future[None]] = []
+
+    def write() -> None:
+        with path.open("ab", buffering=0) as file:
+            while futures := groups.get():
+                file.write(record * len(futures))
+                os.fdatasync(file.fileno())
+                loop.call_soon_threadsafe(resolve, futures)
+
+    def resolve(futures: list[asyncio.Future[None]]) -> None:
+        for future in futures:
+            future.set_result(None)
+
+    def hand_over() -> None:
+        groups.put(waiting.copy())
+        waiting.clear()
+
+    async def writer() -> None:
+        for _ in range(num_groups):
+            if not waiting:
+                loop.call_soon(hand_over)
+            waiting.append(future := loop.create_future())
+            await future
+
+    thread = Thread(target=write)
+    thread.start()
+    began = time.perf_counter()
+    await asyncio.gather(*(writer() for _ in range(GROUP)))
+    rate = GROUP * num_groups / (time.perf_counter() - began)
+    groups.put([])
+    thread.join()
+    return rate
 
 
 def _bare_sqlite(path: Path, columns: str, per_group: int, record: bytes, num_groups: int) -> float:
