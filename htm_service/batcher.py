@@ -4,8 +4,9 @@ The engine uses it twice: for the device (attends become a batch) and for the st
 transaction). There is no artificial delay: an idle worker takes the first item at once, a busy one finds
 what has gathered meanwhile.
 
-Items wait in lanes, one for each session. A batch takes from the lanes in turn, up to a cost, so that no session
-waits behind all of another's; within a lane the order is that of admission.
+What waits is one batch where it fits into one. Where it does not, it waits in lanes, one for each session: a batch
+takes from the lanes in turn, up to a cost, so that no session waits behind all of another's. Within a lane the order
+is always that of admission.
 
 An item that is admitted gets exactly one outcome: a result, an error of its own, or, when the worker dies or
 is closed, an `Unavailable`. Work whose future is done before, cancelled or out of time, is not begun. A batch that
@@ -92,8 +93,10 @@ class Batcher(Generic[Item, Result]):
         self._on_death = on_death
         self._clock = clock
         self._changed = threading.Condition()
+        self._new: list[Ticket[Item, Result]] = []
+        """What waits and is not in a lane yet."""
         self._lanes: OrderedDict[Hashable, deque[Ticket[Item, Result]]] = OrderedDict()
-        """What waits; the lane whose turn it is stands first."""
+        """What waits since it did not fit into a batch; the lane whose turn it is stands first."""
         self._num_waiting = 0
         self._arrived: list[Ticket[Item, Result]] = []
         """What was submitted since the loop's last turn; the loop's."""
@@ -133,13 +136,12 @@ class Batcher(Generic[Item, Result]):
         return ticket.future
 
     def _hand_over(self) -> None:
-        """Put what has arrived into its lanes."""
+        """Let the worker have what has arrived."""
         arrived, self._arrived = self._arrived, []
         with self._changed:
             self._open.update(arrived)
             if self.unhealthy_reason is None:
-                for ticket in arrived:
-                    self._lanes.setdefault(ticket.lane, deque()).append(ticket)
+                self._new += arrived
                 self._num_waiting += len(arrived)
                 self._changed.notify()
                 return
@@ -193,8 +195,9 @@ class Batcher(Generic[Item, Result]):
         if not pairs or self._loop is None:
             return
         with self._changed:
-            self._open.difference_update(ticket for ticket, _ in pairs)
-            self._changed.notify_all()
+            self._open.difference_update([ticket for ticket, _ in pairs])
+            if self._draining:  # `close` waits for this, and nobody else: the worker would wake for nothing
+                self._changed.notify_all()
         try:
             self._loop.call_soon_threadsafe(_resolve, pairs)
         except RuntimeError:
@@ -206,6 +209,7 @@ class Batcher(Generic[Item, Result]):
         """Refuse everything from now on, and fail what was admitted, with `reason`; or with an earlier one."""
         with self._changed:
             reason = self.unhealthy_reason = self.unhealthy_reason or reason
+            self._new.clear()
             self._lanes.clear()
             self._num_waiting = 0
             self._actions.clear()
@@ -230,7 +234,7 @@ class Batcher(Generic[Item, Result]):
     def _take(self) -> tuple[list[Callable[[], None]], list[Ticket[Item, Result]]] | None:
         """All actions and the next batch of what waits; None when there is nothing left and never will be."""
         with self._changed:
-            while not self._actions and not self._lanes:
+            while not self._actions and not self._num_waiting:
                 if self._stopped:
                     return None
                 self._changed.wait()
@@ -239,10 +243,17 @@ class Batcher(Generic[Item, Result]):
             return actions, self._take_batch()
 
     def _take_batch(self) -> list[Ticket[Item, Result]]:
-        """One ticket of each lane in turn, until the next would pass the cost; a dearer one is a batch of its own.
+        """All that waits, if it fits; else one ticket of each lane in turn, until the next would pass the cost.
 
-        One whose future is done goes along to be counted: it takes neither its lane's turn nor room in the batch.
+        One that is dearer than a batch may be is a batch of its own. One whose future is done goes along to be
+        counted: it takes neither its lane's turn nor room in the batch.
         """
+        new, self._new = self._new, []
+        if not self._lanes and sum([ticket.cost for ticket in new]) <= self.max_cost:
+            self._num_waiting = 0
+            return new
+        for ticket in new:
+            self._lanes.setdefault(ticket.lane, deque()).append(ticket)
         tickets: list[Ticket[Item, Result]] = []
         cost = 0
         while self._lanes:

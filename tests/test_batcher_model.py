@@ -163,6 +163,7 @@ class Model:
 
     def judge_batch(self, batch: list[tuple[Job, float]], waiting: list[Job]) -> None:
         self.running = [job for job, _ in batch]
+        left = {job.lane for job in waiting if job not in self.running}  # among those that go together no turn is taken
         for job, queue_s in batch:
             assert job in waiting, f"{job} was run, and is over or was run before"
             first = next(other for other in waiting if other.lane == job.lane)
@@ -170,7 +171,7 @@ class Model:
             assert queue_s == self.clock.now - job.submitted_at
             job.began_at = self.clock.now
             waiting.remove(job)
-            for lane in {other.lane for other in waiting} - {job.lane}:
+            for lane in left - {job.lane}:
                 assert job.lane not in self.passed[lane], f"lane {job.lane} was served twice while {lane} waited"
                 self.passed[lane].add(job.lane)
             self.passed[job.lane] = set()
