@@ -7,7 +7,7 @@ Does not know: the engine, and requests beyond the headers that choose the forma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -25,8 +25,23 @@ from htm_service.records import AppendResult, AttendResult, Recalled, Timing
 Reply = Literal["lists", "b64", "safetensors"]
 """How an answer is written."""
 
+Header = tuple[bytes, bytes]
+"""Name and value as they go out."""
+
+_JSON: Header = (b"content-type", b"application/json")
+_SAFETENSORS: Header = (b"content-type", safetensors.MEDIA_TYPE.encode())
+
 Tensors = dict[str, npt.NDArray[Any]]
 Params = dict[str, Any]
+
+
+class Answer(Response):
+    """A body with headers as they go out; Starlette's own class encodes each anew."""
+
+    def __init__(self, body: bytes, *headers: Header) -> None:
+        self.status_code, self.background = 200, None
+        self.body = body
+        self.raw_headers = [(b"content-length", b"%d" % len(body)), *headers]
 
 
 def reply_of(request: Request, wire: Wire = "json") -> Reply:
@@ -58,14 +73,13 @@ def render(reply: Reply, tensors: Mapping[str, npt.NDArray[Any]], params: Mappin
     return orjson.dumps(content)
 
 
-async def respond(reply: Reply, tensors: Tensors, params: Params, headers: Mapping[str, str] | None = None) -> Response:
+async def respond(reply: Reply, tensors: Tensors, params: Params, headers: Sequence[Header] = ()) -> Answer:
     """The answer; a large one is built in a thread."""
     if sum(array.nbytes for array in tensors.values()) > THREAD_BYTES:
         body = await asyncio.to_thread(render, reply, tensors, params)
     else:
         body = render(reply, tensors, params)
-    media_type = safetensors.MEDIA_TYPE if reply == "safetensors" else "application/json"
-    return Response(body, headers=headers, media_type=media_type)
+    return Answer(body, _SAFETENSORS if reply == "safetensors" else _JSON, *headers)
 
 
 def attend_parts(result: AttendResult, asked: Asked, payloads: bool) -> tuple[Tensors, Params]:
@@ -105,10 +119,10 @@ def raw_json(text: bytes | None) -> orjson.Fragment | None:
     return None if text is None else orjson.Fragment(text)
 
 
-def timing_headers(first: Timing, second: Timing | None = None) -> dict[str, str]:
+def timing_headers(first: Timing, second: Timing | None = None) -> list[Header]:
     """`Server-Timing` in milliseconds, summed over the parts of a step; `X-Batch-Size` of the first part."""
     queue, compute, store = first.queue_s, first.compute_s, first.store_s
     if second is not None:
         queue, compute, store = queue + second.queue_s, compute + second.compute_s, store + second.store_s
-    times = f"queue;dur={queue * 1e3:.3f}, compute;dur={compute * 1e3:.3f}, store;dur={store * 1e3:.3f}"
-    return {"Server-Timing": times, "X-Batch-Size": str(first.batch_size)}
+    times = b"queue;dur=%.3f, compute;dur=%.3f, store;dur=%.3f" % (queue * 1e3, compute * 1e3, store * 1e3)
+    return [(b"server-timing", times), (b"x-batch-size", b"%d" % first.batch_size)]

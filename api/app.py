@@ -18,6 +18,7 @@ from api.machine import free_bytes
 from api.middleware import RequestMiddleware, ShortWay
 from api.routes import inspection, memory, memory_calls, pages, server, sessions
 from api.settings import Settings
+from api.watch import Watch
 from htm_service.config import EngineConfig
 from htm_service.errors import HTMError
 from htm_service.version import __version__
@@ -69,6 +70,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Calla
         },
     )
     app.state.settings = settings
+    app.state.watch = Watch()
     if engine is not None:  # in-process tests need no lifespan
         app.state.engine = engine
     hot = memory.routes()

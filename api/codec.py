@@ -13,8 +13,7 @@ import base64
 import binascii
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -39,8 +38,7 @@ Where = Callable[[int], str]
 """How a sentence names the value at an index."""
 
 
-@dataclass(frozen=True, slots=True)
-class RawTensor:
+class RawTensor(NamedTuple):
     """A tensor as bytes: little-endian, C order, already known to be exactly as long as its shape says."""
 
     dtype: str
@@ -52,7 +50,7 @@ def check_size(name: str, dtype: str, shape: object, num_bytes: int) -> tuple[in
     """The shape of a tensor of `num_bytes`, in exact integers: no dimension overflows or allocates."""
     if dtype not in ITEM_BYTES:
         raise InvalidArgument(f"{name} has dtype {shorten(dtype)}; known are {', '.join(ITEM_BYTES)}")
-    if not isinstance(shape, list) or not all(type(size) is int and size >= 0 for size in shape):
+    if not isinstance(shape, list) or not {int}.issuperset(map(type, shape)) or min(shape, default=0) < 0:
         raise InvalidArgument(f"{name} has shape {shorten(shape)}; it must be a list of non-negative integers")
     if len(shape) not in (1, 2):
         raise InvalidArgument(f"{name} has {len(shape)} dimensions; it must have 1 or 2")
@@ -138,7 +136,7 @@ def _widen(raw: RawTensor) -> Floats:
     elif raw.dtype == "float16":
         array = np.frombuffer(raw.data, "<f2").astype(np.float32)
     else:
-        array = np.frombuffer(bytearray(raw.data), "<f4")  # a copy, because torch takes no read-only memory
+        return np.ndarray(raw.shape, "<f4", bytearray(raw.data))  # a copy, because torch takes no read-only memory
     return array.reshape(raw.shape)
 
 

@@ -6,9 +6,9 @@ Does not know: which fields there are, and ranges and widths, which are the engi
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import orjson
 
@@ -31,8 +31,7 @@ class Table:
     tensors: Mapping[str, Reader]
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(NamedTuple):
     """One object's fields as they came. `tensors` is None in a JSON body, where tensors are fields like the others."""
 
     params: Mapping[str, Any]
@@ -60,13 +59,11 @@ class Body:
                     found[name] = reader(self.where + name, self.tensors[name])
         return found
 
-    def check_tensors(self, *tables: Table) -> None:
-        """Raises InvalidArgument for a tensor that none of the tables has."""
-        if self.tensors is None:
-            return
-        known = [name for table in tables for name in table.tensors]
-        if extra := self.tensors.keys() - known:
-            raise InvalidArgument(f"unknown tensor {min(extra)[:80]}; known are {', '.join(known)}")
+    def check_tensors(self, known: Set[str]) -> None:
+        """Raises InvalidArgument for a tensor whose name is not known."""
+        if self.tensors is not None and not self.tensors.keys() <= known:
+            extra = min(self.tensors.keys() - known)
+            raise InvalidArgument(f"unknown tensor {extra[:80]}; known are {', '.join(known)}")
 
     def inner(self, name: str) -> Body:
         """The fields of an object that must be there; it shares the tensors."""

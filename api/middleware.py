@@ -9,16 +9,18 @@ import itertools
 import logging
 import re
 import secrets
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 
 from starlette.applications import Starlette
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.errors import answer, on_domain_error
 from htm_service.errors import HTMError
+
+Endpoint = Callable[[Request], Awaitable[Response]]
 
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
@@ -28,8 +30,7 @@ class RequestMiddleware:
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
-        # Random once, then counted: the system's random numbers cost more than the rest of this.
-        self._ids = (f"{prefix}{number:08x}" for prefix in [secrets.token_hex(12)] for number in itertools.count())
+        self._ids = new_ids()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
@@ -43,7 +44,7 @@ class RequestMiddleware:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                message["headers"] = [*message["headers"], (b"x-request-id", request_id.encode())]
+                message["headers"] = [*message["headers"], id_header(request_id)]
             await send(message)
 
         try:
@@ -51,60 +52,82 @@ class RequestMiddleware:
         except ClientDisconnect:
             return  # nobody is left to answer
         except Exception:
-            logging.getLogger(__name__).exception(
-                "request %s failed: %s %s", request_id, scope["method"], scope["path"]
-            )
+            failed = on_failure(scope)
             if started:
                 raise  # the server closes the connection, so that half an answer is not taken for a whole
-            detail = "unexpected error; the server's log has it under this request_id"
-            await answer(request_id, "internal_error", detail)(scope, receive, send_with_id)
+            await failed(scope, receive, send_with_id)
 
 
 class ShortWay:
     """Calls the endpoints of hot routes itself; everything else goes the framework's way, `app`.
 
-    The framework's layers and its search for the route cost as much as the rest of a small call.
+    The framework's layers and its search for the route cost as much as the rest of a small call. What is promised
+    for every request is kept here as well, once an endpoint has its whole answer: there is nothing to wrap then.
     """
 
     def __init__(self, app: ASGIApp, routes: Sequence[Route], owner: Starlette) -> None:
         self._app = app
-        self._routes = [
-            (route.path_regex, route.methods or (), RequestMiddleware(_endpoint(route))) for route in routes
-        ]
+        self._routes = [(route.path_regex, route.methods or (), route.endpoint) for route in routes]
         self._owner = owner
+        self._ids = new_ids()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
+        endpoint = self._endpoint(scope)
+        if endpoint is None:
+            await self._app(scope, receive, send)
+            return
+        request_id = scope["htm.request_id"] = incoming_id(scope) or next(self._ids)
+        try:
+            response = await _answer_of(endpoint, _HotRequest(scope, receive, send))
+        except ClientDisconnect:
+            return  # nobody is left to answer
+        except Exception:
+            response = on_failure(scope)
+        response.raw_headers.append(id_header(request_id))
+        await response(scope, receive, send)
+
+    def _endpoint(self, scope: Scope) -> Endpoint | None:
+        """The hot endpoint of a request, which gets what the framework would tell it."""
         if scope["type"] == "http":
-            for path, methods, call in self._routes:
+            for path, methods, endpoint in self._routes:
                 if (found := path.match(scope["path"])) is not None and scope["method"] in methods:
                     scope["app"], scope["path_params"] = self._owner, found.groupdict()
-                    await call(scope, receive, send)
-                    return
-        await self._app(scope, receive, send)
+                    return endpoint
+        return None
 
 
 class _HotRequest(Request):
     """A request whose headers are a dict: Starlette's own search all of them each time."""
 
-    @cached_property
-    def headers(self) -> Mapping[str, str]:  # type: ignore[override]
-        """By lower-case name; of several with one name the first counts, as in Starlette."""
-        return {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(self.scope["headers"])}
+    headers: Mapping[str, str] = {}  # type: ignore[assignment]
+    """By lower-case name; of several with one name the first counts, as in Starlette."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        super().__init__(scope, receive, send)
+        self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
 
 
-def _endpoint(route: Route) -> ASGIApp:
-    """A route's endpoint as an app, with the domain's errors answered as the framework's way answers them."""
+async def _answer_of(endpoint: Endpoint, request: Request) -> Response:
+    """An endpoint's answer, with the domain's errors answered as the framework's way answers them."""
+    try:
+        return await endpoint(request)
+    except HTMError as error:
+        return await on_domain_error(request, error)
 
-    async def call(scope: Scope, receive: Receive, send: Send) -> None:
-        request = _HotRequest(scope, receive, send)
-        try:
-            response = await route.endpoint(request)
-        except HTMError as error:
-            response = await on_domain_error(request, error)
-        await response(scope, receive, send)
 
-    return call
+def on_failure(scope: Scope) -> Response:
+    """The answer to a request that failed with an unexpected exception, which goes to the log."""
+    request_id = scope["htm.request_id"]
+    logging.getLogger(__name__).exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
+    detail = "unexpected error; the server's log has it under this request_id"
+    return answer(request_id, "internal_error", detail)
+
+
+def new_ids() -> Iterator[str]:
+    """Request ids: random once, then counted. The system's random numbers cost more than all else here."""
+    prefix = secrets.token_hex(12)
+    return (f"{prefix}{number:08x}" for number in itertools.count())
 
 
 def incoming_id(scope: Scope) -> str | None:
@@ -113,3 +136,8 @@ def incoming_id(scope: Scope) -> str | None:
         if name == b"x-request-id":
             return value.decode() if _SANE_ID.fullmatch(value) else None
     return None
+
+
+def id_header(request_id: str) -> tuple[bytes, bytes]:
+    """The header of every answer."""
+    return b"x-request-id", request_id.encode()

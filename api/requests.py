@@ -5,8 +5,7 @@ Does not know: HTTP. Raises MalformedBody, InvalidArgument, BodyTooLarge.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import orjson
 
@@ -60,8 +59,11 @@ APPEND = Table(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+STEP_TENSORS = {**ATTEND.tensors, **APPEND.tensors}.keys()
+"""Those of a step stand side by side."""
+
+
+class Asked(NamedTuple):
     """What an attend's `return` asks for."""
 
     output: bool
@@ -84,13 +86,13 @@ def read_body(body: bytes | bytearray, wire: Wire, max_header_bytes: int) -> Bod
 
 def attend(body: Body, request_id: str) -> tuple[AttendRequest, Asked]:
     """The body of an attend."""
-    body.check_tensors(ATTEND)
+    body.check_tensors(ATTEND.tensors.keys())
     return _attend(body, request_id)
 
 
 def append(body: Body, idempotency_key: str | None) -> AppendRequest:
     """The body of an append."""
-    body.check_tensors(APPEND)
+    body.check_tensors(APPEND.tensors.keys())
     return _append(body, idempotency_key)
 
 
@@ -99,7 +101,7 @@ def step(body: Body, request_id: str, idempotency_key: str | None) -> tuple[Atte
     query, tokens = body.inner("attend"), body.inner("append")
     if unknown := body.params.keys() - {"attend", "append"}:
         raise InvalidArgument(f"unknown field {min(unknown)[:80]}; known are append, attend")
-    body.check_tensors(ATTEND, APPEND)
+    body.check_tensors(STEP_TENSORS)
     return *_attend(query, request_id), _append(tokens, idempotency_key)
 
 

@@ -1,33 +1,27 @@
-"""What handlers share: the way from a request to the engine, its end when the client has gone, and the body of the
-calls that are not hot.
+"""What handlers share: the way from a request to the app's parts, and the body of the calls that are not hot.
 
 Does not know: any call in particular.
 """
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING
 
 import orjson
 from fastapi.routing import APIRoute
-from starlette.requests import ClientDisconnect, Request
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
 from api.body import check_encoding, read_body
 from api.errors import shorten
 from api.settings import Settings
+from api.watch import Watch
 from htm_service.errors import MalformedBody, UnsupportedMediaType
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
     from htm_service.engine import Engine
-
-T = TypeVar("T")
-
-WATCH_AFTER_S = 0.1
-"""A request that takes longer is watched for its client going away; to watch them all would cost more than it saves."""
 
 
 def engine_of(request: Request) -> Engine:
@@ -42,39 +36,10 @@ def settings_of(request: Request) -> Settings:
     return settings
 
 
-async def unless_gone(request: Request, work: Awaitable[T]) -> T:
-    """The work's result. It is cancelled, which skips what has not begun, once the client has gone: ClientDisconnect.
-
-    To be called when the body has been read.
-    """
-    caller = asyncio.current_task()
-    assert caller is not None
-    watcher: asyncio.Task[None] | None = None
-    is_gone = False
-
-    async def wait_until_gone() -> None:
-        nonlocal is_gone
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-        is_gone = True
-        caller.cancel()
-
-    def watch() -> None:
-        nonlocal watcher
-        watcher = asyncio.create_task(wait_until_gone())
-
-    timer = asyncio.get_running_loop().call_later(WATCH_AFTER_S, watch)
-    try:
-        return await work
-    except asyncio.CancelledError:
-        if not is_gone:
-            raise
-        caller.uncancel()
-        raise ClientDisconnect from None
-    finally:
-        timer.cancel()
-        if watcher is not None:
-            watcher.cancel()
+def watch_of(request: Request) -> Watch:
+    """The watch over the app's clients."""
+    watch: Watch = request.app.state.watch
+    return watch
 
 
 class JsonRoute(APIRoute):

@@ -21,7 +21,7 @@ from api.body import THREAD_BYTES, read_body, wire_of
 from api.errors import request_id_of, shorten
 from api.fields import Body
 from api.requests import Wire
-from api.routes.door import engine_of, settings_of, unless_gone
+from api.routes.door import engine_of, settings_of, watch_of
 from htm_service.errors import InvalidArgument
 
 T = TypeVar("T")
@@ -50,7 +50,9 @@ async def attend(request: Request) -> Response:
     reply = answers.reply_of(request, wire)
     request_id = request_id_of(request)
     query, asked = await parse(request, wire, lambda body: requests.attend(body, request_id))
-    result = await unless_gone(request, engine_of(request).attend(request.path_params["session_id"], query))
+    result = await watch_of(request).unless_gone(
+        request, engine_of(request).attend(request.path_params["session_id"], query)
+    )
     tensors, params = answers.attend_parts(result, asked, query.payloads)
     return await answers.respond(reply, tensors, params, answers.timing_headers(result.timing))
 
@@ -61,7 +63,9 @@ async def append(request: Request) -> Response:
     reply = answers.reply_of(request, wire)
     key = idempotency_key(request)
     tokens = await parse(request, wire, lambda body: requests.append(body, key))
-    result = await unless_gone(request, engine_of(request).append(request.path_params["session_id"], tokens))
+    result = await watch_of(request).unless_gone(
+        request, engine_of(request).append(request.path_params["session_id"], tokens)
+    )
     headers = answers.timing_headers(result.timing)
     return await answers.respond(reply, {}, answers.append_params(result), headers)
 
@@ -73,7 +77,7 @@ async def step(request: Request) -> Response:
     key, request_id = idempotency_key(request), request_id_of(request)
     query, asked, tokens = await parse(request, wire, lambda body: requests.step(body, request_id, key))
     work = engine_of(request).step(request.path_params["session_id"], query, tokens)
-    attended, appended = await unless_gone(request, work)
+    attended, appended = await watch_of(request).unless_gone(request, work)
     tensors, params = answers.attend_parts(attended, asked, query.payloads)
     return await answers.respond(
         reply,

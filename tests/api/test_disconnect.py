@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 from fastapi import FastAPI
+from starlette.requests import ClientDisconnect, Request
 
+from api import watch
 from api.app import create_app
-from api.routes import door
 from api.settings import Settings
 from tests.api.conftest import fill, talk_to
 
@@ -28,7 +29,7 @@ def scope_of(app: FastAPI, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("goes", [True, False])
 async def test_a_client_that_goes_away(monkeypatch: pytest.MonkeyPatch, goes: bool) -> None:
-    monkeypatch.setattr(door, "WATCH_AFTER_S", 0.01)
+    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.01)
     app = create_app(Settings(store_url="memory://", device="cpu", memory_budget_bytes=64 << 20))
     is_watched, is_gone, release = asyncio.Event(), asyncio.Event(), threading.Event()
     sent: list[Any] = []
@@ -92,3 +93,25 @@ async def test_a_request_that_is_cancelled_by_others_is_cancelled() -> None:
         with pytest.raises(asyncio.CancelledError):
             await calling
         release.set()
+
+
+async def test_one_look_is_not_enough_and_each_request_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one timer ends when nobody waits, and begins anew with the next request."""
+    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.02)
+    over, num_asked = watch.Watch(), 0
+
+    async def receive() -> Any:
+        nonlocal num_asked
+        num_asked += 1
+        return {"type": "http.disconnect"}
+
+    request = Request({"type": "http"}, receive)
+    for _ in range(2):
+        assert await over.unless_gone(request, asyncio.sleep(0, "done")) == "done"
+        await asyncio.sleep(0.1)
+    assert num_asked == 0
+    for number in (1, 2):
+        with pytest.raises(ClientDisconnect):
+            await asyncio.wait_for(over.unless_gone(request, asyncio.sleep(20)), 10)
+        await asyncio.sleep(0.1)
+        assert num_asked == number

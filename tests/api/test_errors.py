@@ -75,6 +75,8 @@ async def test_length_conflict_tells_the_length(client: httpx.AsyncClient) -> No
 
 @pytest.mark.parametrize(("given", "kept"), [("a-Z_0.9", True), ("x" * 65, False), ("two words", False), ("", False)])
 async def test_request_ids(client: httpx.AsyncClient, given: str, kept: bool) -> None:
-    answer = await client.get("/livez", headers={"X-Request-Id": given})
-    assert (answer.headers["x-request-id"] == given) is kept
-    assert len(answer.headers["x-request-id"]) == (len(given) if kept else 32)
+    for method, path in (("GET", "/livez"), ("GET", "/v1/sessions/s/memories"), ("POST", "/v1/sessions/s/attend")):
+        answer = await client.request(method, path, headers={"X-Request-Id": given})
+        (found,) = answer.headers.get_list("x-request-id")
+        assert (found == given) is kept
+        assert len(found) == (len(given) if kept else 32)

@@ -78,6 +78,29 @@ def test_reads_what_the_library_writes() -> None:
     assert queries.flags.writeable
 
 
+def test_a_header_that_came_before() -> None:
+    """What is kept of it is neither the tensors, nor what a caller did to its params, nor that it was sound."""
+    header = {"x": entry(), "__metadata__": {"params": '{"episodes": [1]}'}}
+    for numbers in ([1.0, 2.0], [3.0, 4.0]):
+        raw, params = wire.parse(body(header, np.array(numbers, "<f4").tobytes()), LIMIT)
+        assert codec.floats("x", raw["x"]).tolist() == numbers
+        assert params == {"episodes": [1]}
+        params["episodes"].append(2)
+        raw.clear()
+    for num_bytes in (7, 9):
+        for _ in range(2):
+            with pytest.raises(MalformedBody, match=f"there are {num_bytes} bytes"):
+                wire.parse(body(header, bytes(num_bytes)), LIMIT)
+
+
+def test_payloads_are_not_kept() -> None:
+    """A session's bytes are gone from the whole server when it is deleted."""
+    kept = wire._known_layout.cache_info().currsize
+    for text in ('{"payloads": [{"name": "Ada"}]}', '{"top_k": 3}' + " " * wire.KNOWN_BYTES):
+        wire.parse(body({"x": entry(), "__metadata__": {"params": text}}, EIGHT), LIMIT)
+    assert wire._known_layout.cache_info().currsize == kept
+
+
 EIGHT = bytes(8)
 REJECTED: dict[str, tuple[Callable[[], bytes], type[HTMError], str]] = {
     "empty": (lambda: b"", MalformedBody, "0 bytes"),
