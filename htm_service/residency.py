@@ -192,11 +192,12 @@ class Residency:
             new = _after_evictions(memory, new)
         if new.start != memory.length:
             raise Unhealthy(f"session {session.id!r}: tokens from {new.start} on do not follow {memory.length}")
-        for tokens in new.tokens.split(self._tokens_at_once(memory)):
-            num_pages = memory.num_pages_for(len(tokens))
+        num_tokens, at_once = new.tokens.shape[0], self._tokens_at_once(memory)
+        for first in range(0, num_tokens, at_once):
+            num_pages = memory.num_pages_for(min(at_once, num_tokens - first))
             self._make_room(memory, num_pages, memory.num_key_bytes_for(num_pages), session)
-            memory.append(tokens)
-        if len(new.tokens) and (not session.episodes or session.episodes[-1].episode != new.episode):
+            memory.append(new.tokens[first : first + at_once])
+        if num_tokens and (not session.episodes or session.episodes[-1].episode != new.episode):
             session.episodes.append(EpisodeRun(new.start, new.episode))
 
     def end_load(self, session: Session, error: HTMError | None) -> HTMError | None:

@@ -9,6 +9,7 @@ Does not know stores, batches or HTTP.
 from __future__ import annotations
 
 import itertools
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -115,7 +116,7 @@ def joined(blocks: Sequence[Block], settings: Settings) -> list[NewTokens]:
 
     Tokens that came one by one are made a tensor, and later put on the device, in few steps.
     """
-    runs = (list(run) for _, run in itertools.groupby(blocks, key=lambda block: block.episode))
+    runs = (list(run) for _, run in itertools.groupby(blocks, key=operator.attrgetter("episode")))
     return [
         NewTokens(run[0].start, from_bytes([block.data for block in run], settings.dtype, settings.dim), run[0].episode)
         for run in runs
