@@ -111,8 +111,7 @@ class Timing(NamedTuple):
     batch_size: int = 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AppendRequest:
+class AppendRequest(NamedTuple):
     """Tokens to add. `embeddings` [T, D] or [D]; `payloads` one JSON object as text per token, or None."""
 
     embeddings: Floats

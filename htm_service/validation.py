@@ -23,6 +23,10 @@ from htm_service.session import Settings
 ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 
 
+FEW_NUMBERS = 8192
+"""That numpy's BLAS adds up in the calling thread; others that help it then wait for more, and are busy with that."""
+
+
 def check_id(session_id: str) -> str:
     """A session id: 1 to 128 of letters, digits and `. _ ~ -`, and not a path step (`.` or `..`)."""
     if not ID.fullmatch(session_id) or session_id in {".", ".."}:
@@ -112,7 +116,7 @@ def check_append(request: AppendRequest, dim: int) -> AppendRequest:
         check_range("episode", request.episode, -(2**53), 2**53)
     if request.if_length is not None:
         check_range("if_length", request.if_length, 0, 2**53)
-    return request if embeddings is request.embeddings else replace(request, embeddings=embeddings)
+    return request if embeddings is request.embeddings else request._replace(embeddings=embeddings)
 
 
 def check_attend(request: AttendRequest, dim: int) -> AttendRequest:
@@ -147,7 +151,9 @@ def _check_matrix(name: str, array: Floats, dim: int) -> Floats:
         raise InvalidArgument(f"{name} has shape {list(array.shape)}, it must hold at least one row")
     if matrix.dtype != np.float32:
         raise InvalidArgument(f"{name} has dtype {matrix.dtype}, the engine takes float32")
-    if np.count_nonzero(np.isfinite(matrix)) < matrix.size:  # all() takes longer to begin than one token takes
+    # The sum of squares is finite only where all numbers are, though not for all such; of few it is found sooner.
+    is_finite = matrix.size <= FEW_NUMBERS and math.isfinite(np.vdot(matrix, matrix))
+    if not is_finite and not np.isfinite(matrix).all():
         at = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
         raise InvalidArgument(f"{name}{list(at)} is {array[at]}, it must be a finite float32")
     return matrix

@@ -105,7 +105,7 @@ async def test_appends_of_both_kinds_and_steps_keep_the_order_of_their_acknowled
         position = 0
         while position < 60:
             stop = min(60, position + int(draw.integers(1, 5)))
-            request = replace(quick(position, stop), durability="disk" if draw.random() < 0.3 else "memory")
+            request = quick(position, stop)._replace(durability="disk" if draw.random() < 0.3 else "memory")
             if draw.random() < 0.3:
                 attended, answer = await engine.step(name, QUERY, request)
                 assert attended.length == position and (not position or right(TOKENS[:position], attended))
@@ -138,7 +138,7 @@ async def test_what_only_the_store_can_answer_is_answered_by_the_store(
     await engine.create("s", SessionSettings(dim=DIM, chunk_size=SIZE, max_tokens=31))
     first = await engine.append("s", quick(0, 4, if_length=0))
     assert first.length == 4
-    request = replace(quick(4, 7), **fields)
+    request = quick(4, 7)._replace(**fields)
     task = asyncio.ensure_future(engine.append("s", request))
     await asyncio.sleep(0.02)
     assert task.done() == ("if_length" in fields and error is None)

@@ -120,6 +120,9 @@ async def test_appends_keep_their_order_and_conditions(engine: Engine) -> None:
         ({"embeddings": vectors(0, 0, DIM)}, "at least one row"),
         ({"embeddings": vectors(0, 2, 2, DIM)}, r"shape \[2, 2, 13\]"),
         ({"embeddings": np.array([[1.0] * 12 + [np.inf]], np.float32)}, r"embeddings\[0, 12\] is inf"),
+        ({"embeddings": np.array([[-np.inf] + [1e30] * 12], np.float32)}, r"embeddings\[0, 0\] is -inf"),
+        ({"embeddings": np.array([[1.0] * 13, [1.0] * 6 + [np.nan] * 7], np.float32)}, r"embeddings\[1, 6\] is nan"),
+        ({"embeddings": np.array([[1.0] * 13] * 700 + [[np.nan] * 13], np.float32)}, r"embeddings\[700, 0\] is nan"),
         ({"payloads": [b"{}"]}, "payloads has 1 entries, embeddings has 2 tokens"),
         ({"if_length": -1}, "if_length is -1"),
     ],
@@ -133,6 +136,16 @@ async def test_bad_appends_change_nothing(engine: Engine, fields: dict[str, Any]
         await engine.step("s", QUERY, AppendRequest(**{"embeddings": vectors(0, 2, DIM), **fields}))
     assert (await engine.inspect("s")).length == 7
     assert right(tokens, await engine.attend("s", QUERY))
+
+
+@pytest.mark.parametrize("num_tokens", [2, 701])
+@pytest.mark.parametrize("value", [1e30, -1e30, 1e-45])
+async def test_any_finite_number_is_taken(engine: Engine, value: float, num_tokens: int) -> None:
+    """Also those whose squares are not finite in float32."""
+    tokens = np.full((num_tokens, DIM), value, np.float32)
+    await fill(engine, "s", tokens)
+    kept = await engine.read("s", 0, num_tokens, embeddings=True, payloads=False)
+    np.testing.assert_array_equal(kept.embeddings, tokens)
 
 
 @pytest.mark.parametrize(
@@ -186,10 +199,10 @@ async def test_a_repeated_step_has_masks_of_the_first_ones_length(engine: Engine
     assert again[0].length == first[0].length == SIZE
     assert (again[1].start, again[1].length) == (first[1].start, first[1].length) == (SIZE, 7)
     with pytest.raises(IdempotencyMismatch):
-        await engine.step("s", query, replace(append, episode=3))
+        await engine.step("s", query, append._replace(episode=3))
     for key in (None, "another"):
         with pytest.raises(InvalidArgument, match="mask has shape"):
-            await engine.step("s", query, replace(append, idempotency_key=key))
+            await engine.step("s", query, append._replace(idempotency_key=key))
     assert (await engine.inspect("s")).length == 7
 
 
