@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import tempfile
 import time
 from pathlib import Path
 
 from bench import in_process, over_http
 from bench.figures import Figure, print_figures, say
-from bench.scene import make_scene
+from bench.scene import make_scene, run
 
 OVER_HTTP = ("S1", "S2", "S3", "S8", "S9")
 ALL = tuple(f"S{number}" for number in range(1, 13))
@@ -42,10 +41,10 @@ def main() -> None:
         ):
             if id in wanted:
                 say(id)
-                figures.append(asyncio.run(case(stage, options.quick)))
+                figures.append(run(case(stage, options.quick)))
         if {"S10", "S12"}.intersection(wanted):
             say("S10, S12")
-            found = asyncio.run(in_process.restore(stage, options.quick))
+            found = run(in_process.restore(stage, options.quick))
             figures += [figure for figure in found if figure.id in wanted]
     figures.sort(key=lambda figure: int(figure.id[1:]))
     print_figures(figures, quick=options.quick, sessions=sessions, seconds=round(time.perf_counter() - began))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import torch
+import uvicorn
 from htm_pytorch import HTMAttention
 from torch import Tensor
 
@@ -25,6 +27,8 @@ DIM, HEADS, DIM_HEAD, TOP_K, CHUNK_SIZE, LENGTH = 512, 8, 64, 8, 32, 20_000
 MODEL = "bench"
 PIECE = 5_000
 """Tokens of one append, where many are put in."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -89,6 +93,12 @@ async def running_engine(scene: Scene, url: str, **config: Any) -> AsyncIterator
     finally:
         await engine.close()
         store.close()
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """What work in this process answers, on the event loop that the server runs on."""
+    with asyncio.Runner(loop_factory=uvicorn.Config("").get_loop_factory()) as runner:
+        return runner.run(work)
 
 
 async def fill(engine: Engine, session: str, tokens: Tensor, model: str = MODEL, dtype: Any = "float32") -> None:

@@ -276,10 +276,10 @@ class Memory:
 
     def _add_sealed(self, chunks: Tensor) -> None:
         """Add whole chunks [m, C, D] at a chunk's boundary."""
-        first = self.length // self.chunk_size - self.first_chunk
-        self.arena.put(self._pages[first : first + len(chunks)], chunks)
-        torch.div(sum_slots(chunks), self.chunk_size, out=self.keys[first : first + len(chunks)])
-        self.length += len(chunks) * self.chunk_size
+        first, num_chunks = self.length // self.chunk_size - self.first_chunk, chunks.shape[0]
+        self.arena.put(self._pages[first : first + num_chunks], chunks)
+        torch.div(sum_slots(chunks), self.chunk_size, out=self.keys[first : first + num_chunks])
+        self.length += num_chunks * self.chunk_size
 
     def _capacity_for(self, num_chunks: int) -> int:
         """Chunks there is room for when `num_chunks` are held: grown by half, unless many were let go."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import tempfile
 import time
@@ -45,7 +44,7 @@ def main() -> None:
             say("layers of a write, growth")
             layers = writes.layers(stage, options.quick)
             growths = [growth.over_connections(stage, port, NUM_SESSIONS, options.quick)]
-        growths = [*asyncio.run(growth.in_process(stage, options.quick)), *growths]
+        growths = [*scene.run(growth.in_process(stage, options.quick)), *growths]
     for each in profiles:
         print(f"{as_markdown(each)}\n")
     print(f"{layers_as_markdown(layers)}\n")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
 import urllib.request
@@ -124,7 +123,7 @@ def one_attend(stage: Scene, port: int, quick: bool) -> Profile:
                 ("event loop and threads: checks, queue, two hand-overs", whole - timing.compute_s * 1e6),
             ]
 
-    parts = asyncio.run(in_process())
+    parts = scene.run(in_process())
     binary, _ = over_http.attends(1, query)
     served = over_http.load(stage, port, binary, 0.5 if quick else 3.0, 1)["p50_ms"] * 1e3
     parts.append(("HTTP: sockets, parse, encode, the client", served - sum(figure for _, figure in parts)))
@@ -151,7 +150,7 @@ def one_append(stage: Scene, port: int, quick: bool) -> Profile:
                 ("event loop and threads: checks, queue, three hand-overs", whole - store),
             ]
 
-    parts = asyncio.run(in_process())
+    parts = scene.run(in_process())
     call = over_http.appends(torch.from_numpy(embeddings).expand(over_http.CONNECTIONS, DIM))[:1]
     served = over_http.load(stage, port, call, 0.5 if quick else 3.0, 1)["p50_ms"] * 1e3
     parts.append(("HTTP: sockets, parse, encode, the client", served - sum(figure for _, figure in parts)))

@@ -30,7 +30,7 @@ def latency(stage: Scene, quick: bool) -> dict[str, Any]:
     lengths = LENGTHS[:3] if quick else LENGTHS
     query = torch.randn(1, DIM, generator=torch.Generator().manual_seed(2))
     say(f"latency at n {lengths[0]:,} to {lengths[-1]:,}")
-    ours = asyncio.run(_in_process(stage, lengths, query))
+    ours = scene.run(_in_process(stage, lengths, query))
     oracle = []
     for length in lengths:
         tokens = scene.make_tokens(length)
