@@ -35,7 +35,8 @@ def sum_slots(tokens: Tensor, visible: Tensor | None = None) -> Tensor:
     if visible is None and tokens.device.type == "cpu" and tokens.numel() <= FEW_NUMBERS and tokens.shape[2] > 1:
         # Along an axis that is not the innermost, numpy adds row to row, as the loop below does (a single column it
         # would add in pairs), and all in one call.
-        return torch.from_numpy(np.add.reduce(tokens.float().numpy(), axis=1, initial=np.float32(0)))
+        with np.errstate(over="ignore"):  # torch says nothing either: whoever attends to such a chunk is told
+            return torch.from_numpy(np.add.reduce(tokens.float().numpy(), axis=1, initial=np.float32(0)))
     total = torch.zeros(tokens.shape[0], tokens.shape[2], dtype=torch.float32, device=tokens.device)
     for slot in range(tokens.shape[1]):
         token = tokens[:, slot].float()
@@ -236,7 +237,7 @@ class Memory:
         for chunk, page in zip(chunks, pages, strict=True):
             self._pages[chunk - self.first_chunk] = page
         device = self._page_table.device
-        self._page_table[_ints(chunks, device) + self._row(0)] = _ints(pages, device)
+        self._page_table[_ints([self._row(chunk) for chunk in chunks], device)] = _ints(pages, device)
 
     def contents(self, chunks: Tensor) -> Tensor:
         """A copy of the contents of chunks [N] (int64 indexes) that have pages: [N, C, D].
