@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 
 from htm_service.committer import Change, Written
@@ -41,7 +40,7 @@ class WriteBehind:
             return None
         if self._num_bytes + len(write.data) > MAX_BYTES or not session.settings.has_room(start, write.num_tokens):
             return None
-        future = self._submit(change._replace(write=replace(write, if_length=start)))
+        future = self._submit(change._replace(write=write._replace(if_length=start)))
         session.tip = start + write.num_tokens
         session.unwritten[future] = start
         self._num_bytes += len(write.data)

@@ -16,8 +16,8 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 # --- errors ---------------------------------------------------------------------------------------
 
@@ -103,8 +103,7 @@ class SessionRow:
     """Where the tokens begin: those before were evicted."""
 
 
-@dataclass(frozen=True, slots=True)
-class Block:
+class Block(NamedTuple):
     """`num_tokens` consecutive tokens that were appended together, from position `start` on."""
 
     start: int
@@ -144,8 +143,7 @@ class DeleteSession:
     sid: int
 
 
-@dataclass(frozen=True, slots=True)
-class Append:
+class Append(NamedTuple):
     """Add `num_tokens` tokens at the end of a session.
 
     Refused: NoSuchSession, WrongLength, SessionFull, KeyReused. With an `idempotency_key` that was used
@@ -155,9 +153,9 @@ class Append:
 
     sid: int
     num_tokens: int
-    data: bytes = field(repr=False)
+    data: bytes
     """The tokens, `num_tokens` times the session's bytes per token."""
-    payloads: Sequence[bytes | None] | None = field(default=None, repr=False)
+    payloads: Sequence[bytes | None] | None = None
     """One JSON text per token, or None where a token has none."""
     episode: int | None = None
     if_length: int | None = None
@@ -168,8 +166,7 @@ class Append:
     """Where `max_tokens` would be passed, the oldest chunks of so many tokens go, whole; None: it is refused."""
 
 
-@dataclass(frozen=True, slots=True)
-class Appended:
+class Appended(NamedTuple):
     """Answer to an Append: its tokens are the positions start .. length-1."""
 
     start: int

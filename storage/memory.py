@@ -196,7 +196,7 @@ class MemoryStore(Store):
         if known is not None and known[2] > now - IDEMPOTENCY_SECONDS:
             if known[0] != write.digest:
                 return KeyReused(f"idempotency key {key!r} was used with another body")
-            return replace(known[1], replayed=True, first_position=0)
+            return known[1]._replace(replayed=True, first_position=0)
         if write.if_length is not None and write.if_length != row.length:
             return WrongLength(row.length)
         length = row.length + write.num_tokens

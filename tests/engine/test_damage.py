@@ -5,7 +5,6 @@ import contextlib
 import shutil
 import sqlite3
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +90,7 @@ async def test_gaps_and_missing_tokens_are_found_when_loading(make_engine: MakeE
     monkeypatch.setattr(store, "read_blocks", lambda *args: iter(()))
     with pytest.raises(Unhealthy, match="0 of 9 tokens are stored"):
         await engine.attend("s", QUERY)
-    gap = replace(block, start=3, episode=1)
+    gap = block._replace(start=3, episode=1)
     monkeypatch.setattr(store, "read_blocks", lambda *args: iter((block, gap)))
     with pytest.raises(Unhealthy, match="tokens from 3 on do not follow 9"):
         await engine.attend("s", QUERY)

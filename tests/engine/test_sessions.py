@@ -148,6 +148,17 @@ async def test_any_finite_number_is_taken(engine: Engine, value: float, num_toke
     np.testing.assert_array_equal(kept.embeddings, tokens)
 
 
+async def test_a_chunk_whose_sum_overflows_is_kept_and_told(engine: Engine) -> None:
+    """numpy warned of it, and a warning that is an error ended the device's thread."""
+    tokens = np.full((SIZE, DIM), 3e38, np.float32)
+    for token in tokens:
+        await fill(engine, "s", token[None])
+    with pytest.raises(InvalidArgument):
+        await engine.attend("s", QUERY)
+    kept = await engine.read("s", 0, SIZE, embeddings=True, payloads=False)
+    np.testing.assert_array_equal(kept.embeddings, tokens)
+
+
 @pytest.mark.parametrize(
     ("dtype", "value", "message"),
     [

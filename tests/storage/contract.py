@@ -290,7 +290,7 @@ class StoreContract:
     def test_a_key_may_come_twice_in_one_group(self, store: Store) -> None:
         sid = create(store).sid
         first = Append(sid, 1, token(1), idempotency_key="k", digest=b"d")
-        one, again, reused = write(store, first, first, replace(first, digest=b"e"))
+        one, again, reused = write(store, first, first, first._replace(digest=b"e"))
         assert (one, again) == (Appended(0, 1), Appended(0, 1, replayed=True))
         assert isinstance(reused, KeyReused)
         assert store.totals().num_tokens == 1
