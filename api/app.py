@@ -14,11 +14,13 @@ from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import errors, openapi
+from api.disconnect import Watch
 from api.machine import free_bytes
 from api.middleware import RequestMiddleware, ShortWay
-from api.routes import inspection, memory, memory_calls, pages, server, sessions
+from api.routes import hot as memory
+from api.routes import hot_openapi as memory_calls
+from api.routes import inspection, pages, server, sessions
 from api.settings import Settings
-from api.watch import Watch
 from htm_service.config import EngineConfig
 from htm_service.errors import HTMError
 from htm_service.version import __version__
@@ -116,7 +118,7 @@ async def running_engine(settings: Settings, clock: Callable[[], float]) -> Asyn
 
 def host_budget_bytes(settings: Settings) -> int:
     """The setting, or what it stands for: 0 where the device's memory is host memory already."""
-    from htm_service.device import choose_device
+    from htm_service.memory.device import choose_device
 
     if settings.host_budget_bytes is not None:
         return settings.host_budget_bytes

@@ -160,7 +160,7 @@ def convert(
     with clear_failure():
         if not src.is_file():
             raise OSError(f"{src} is not a file")
-        from htm_service.convert import convert_file
+        from htm_service.attention.convert import convert_file
 
         given: dict[str, Any] = {}
         if top_k is not None:
@@ -178,7 +178,7 @@ def list_models(
 ) -> None:
     """List the models that a server with this directory offers."""
     with clear_failure():
-        from htm_service.models import ModelRegistry
+        from htm_service.attention.model import ModelRegistry
 
         for info in ModelRegistry(models_dir or Settings().directory_of_models, "cpu").infos():
             width = "any width" if info.dim is None else f"width {info.dim}"
@@ -222,7 +222,7 @@ def repair(
     """Keep what can be read of damaged sessions; says first what is lost. The server must be stopped."""
     with clear_failure():
         check_exists(where)
-        from htm_service.session import wrong_with
+        from htm_service.sessions.session import wrong_with
         from storage.resolve import open_for_repair
 
         with closing(open_for_repair(where)) as store:
@@ -245,7 +245,7 @@ def check_exists(where: Path | str) -> None:
 
 def report(where: Path | str) -> int:
     """Print what is wrong with the data, then what there is; how many problems."""
-    from htm_service.session import wrong_with
+    from htm_service.sessions.session import wrong_with
     from storage.resolve import open_readonly
 
     num_problems = 0

@@ -15,8 +15,9 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from api import safetensors, schemas
 from api.errors import MEDIA_TYPE, PROBLEMS, RETRY_STATUSES, document
+from api.schemas import bodies as schemas
+from api.wire import safetensors
 
 REF = "#/components/schemas/{model}"
 

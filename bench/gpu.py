@@ -17,10 +17,10 @@ from torch import Tensor
 
 from bench.figures import Figure, print_figures, say
 from bench.scene import CHUNK_SIZE, DIM, HEADS, TOP_K
-from htm_service.arena import Arena, Budget
+from htm_service.attention.positions import position_table
 from htm_service.kernels import Attended, Batch, Kernel, Search, resolve_kernel
-from htm_service.memory import KEY_ITEMSIZE, Memory
-from htm_service.positions import position_table
+from htm_service.memory.arena import Arena, Budget
+from htm_service.memory.chunks import KEY_ITEMSIZE, Memory
 
 QUERIES, SESSIONS, SHORTEST, LONGEST = 4, 256, 1_000, 1_000_000
 """Queries per session, sessions, and their lengths in tokens."""

@@ -17,12 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from htm_service import behind, parts, validation
-from htm_service.committer import Change, Committer
+from htm_service.attention.model import Model, ModelRegistry, RetrievalModel
 from htm_service.config import EngineConfig
-from htm_service.device import choose_device
-from htm_service.device_worker import Attend, DeviceWorker
-from htm_service.directory import Directory, compare
 from htm_service.errors import (
     DeadlineExceeded,
     Draining,
@@ -35,8 +31,11 @@ from htm_service.errors import (
 )
 from htm_service.inspection import Inspection, engine_info
 from htm_service.kernels import resolve_kernel
-from htm_service.models import Model, ModelRegistry, RetrievalModel
-from htm_service.reader import Reader
+from htm_service.memory.device import choose_device
+from htm_service.reads import cost as parts
+from htm_service.reads.runner import Reader
+from htm_service.reads.visibility import Evicted
+from htm_service.reads.worker import Attend, DeviceWorker
 from htm_service.records import (
     AppendRequest,
     AppendResult,
@@ -53,12 +52,15 @@ from htm_service.records import (
     SessionPage,
     SessionSettings,
 )
-from htm_service.sealer import Sealer
-from htm_service.session import Session
-from htm_service.supervision import Supervisor
-from htm_service.sweeper import Sweeper
-from htm_service.visibility import Evicted
-from htm_service.writing import Writing
+from htm_service.sessions import validation
+from htm_service.sessions.directory import Directory, compare
+from htm_service.sessions.session import Session
+from htm_service.threads.supervision import Supervisor
+from htm_service.writes import behind
+from htm_service.writes.appends import Writing
+from htm_service.writes.committer import Change, Committer
+from htm_service.writes.compaction import Sealer
+from htm_service.writes.expiry import Sweeper
 from storage.base import Store, Write
 
 SEALING_SHARE = 0.2

@@ -14,14 +14,11 @@ from dataclasses import replace
 import numpy as np
 
 from htm_service import config as limits
-from htm_service import validation
-from htm_service.committer import Committer
 from htm_service.config import EngineConfig
-from htm_service.device_worker import DeviceWorker, Probe
-from htm_service.directory import decode_cursor, encode_cursor
 from htm_service.dtypes import from_bytes
 from htm_service.errors import ChunkNotFound, InvalidArgument, SessionNotFound, Unhealthy
-from htm_service.memory import NO_PAGE, Memory
+from htm_service.memory.chunks import NO_PAGE, Memory
+from htm_service.reads.worker import DeviceWorker, Probe
 from htm_service.records import (
     AttendResult,
     ChunkDetail,
@@ -33,8 +30,11 @@ from htm_service.records import (
     ModelInfo,
     Tier,
 )
-from htm_service.session import Session
+from htm_service.sessions import validation
+from htm_service.sessions.directory import decode_cursor, encode_cursor
+from htm_service.sessions.session import Session
 from htm_service.version import __version__
+from htm_service.writes.committer import Committer
 from storage.base import Store, StoreError
 
 CHUNK_NUMBER = re.compile(r"[0-9]{1,15}")

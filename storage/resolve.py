@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from storage import backup
 from storage.base import Store, StoreUnavailable
-from storage.memory import MemoryStore
-from storage.postgresql import open_postgresql, open_postgresql_readonly
-from storage.sql import SqlStore
-from storage.sqlite import open_sqlite, open_sqlite_readonly
+from storage.databases import backup
+from storage.databases.postgresql import open_postgresql, open_postgresql_readonly
+from storage.databases.sqlite import open_sqlite, open_sqlite_readonly
+from storage.in_memory import MemoryStore
+from storage.sql.store import SqlStore
 
 DATABASE_NAME = "htm.sqlite3"
 """Name of the database file within a data directory."""

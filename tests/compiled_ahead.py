@@ -19,9 +19,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from htm_service.arena import Arena, Budget
 from htm_service.kernels import Batch, Search, triton_loops
 from htm_service.kernels.triton_gpu import TritonKernel
+from htm_service.memory.arena import Arena, Budget
 
 KERNELS = ("score_keys", "choose", "score_tokens", "add_up")
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"

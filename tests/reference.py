@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from htm_service.model_config import ModelConfig
+from htm_service.attention.model_config import ModelConfig
 
 Array = npt.NDArray[np.float64]
 

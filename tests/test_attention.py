@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from htm_service.attention import HTMAttention, HTMBlock, select_chunks
-from htm_service.model_config import ModelConfig
-from htm_service.positions import position_table
+from htm_service.attention.model_config import ModelConfig
+from htm_service.attention.modules import HTMAttention, HTMBlock, select_chunks
+from htm_service.attention.positions import position_table
 from tests.reference import htm_reference, relative_error
 
 EXACT = 1e-5

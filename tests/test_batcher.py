@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from htm_service.batcher import LATER, Batcher, Outcome, Ticket
 from htm_service.errors import DeadlineExceeded, Draining, Overloaded, Unhealthy
+from htm_service.threads.batcher import LATER, Batcher, Outcome, Ticket
 
 IntTicket = Ticket[int, int]
 Run = Callable[[Sequence[IntTicket]], Sequence[Outcome[int]]]

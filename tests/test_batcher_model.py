@@ -14,9 +14,9 @@ from dataclasses import dataclass
 
 import pytest
 
-from htm_service.batcher import Batcher, Outcome, Ticket
 from htm_service.engine import _within
 from htm_service.errors import DeadlineExceeded
+from htm_service.threads.batcher import Batcher, Outcome, Ticket
 
 NUM_STEPS, MAX_COST, NUM_LANES = 80, 20, 4
 ENTER_S = 5.0

@@ -13,10 +13,10 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from htm_service.attention import HTMAttention, HTMBlock
-from htm_service.convert import convert_file, from_haiku, from_htm_pytorch, from_module
+from htm_service.attention.convert import convert_file, from_haiku, from_htm_pytorch, from_module
+from htm_service.attention.model import ProjectedModel, load_model, save_model
+from htm_service.attention.modules import HTMAttention, HTMBlock
 from htm_service.errors import InvalidArgument
-from htm_service.models import ProjectedModel, load_model, save_model
 from tests.reference import htm_reference, relative_error
 
 HAIKU = "agent/~/hierarchical_memory_attention"

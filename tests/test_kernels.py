@@ -14,15 +14,15 @@ import pytest
 import torch
 from numba.core.codegen import get_host_cpu_features
 
-from htm_service import arena as arena_module
-from htm_service.arena import Arena, Budget
 from htm_service.errors import OutOfMemory
 from htm_service.kernels import Batch, Kernel, Projections, Search, View, loops, resolve, resolve_kernel
 from htm_service.kernels.base import answer_in_steps
 from htm_service.kernels.compiled import CompiledKernel
 from htm_service.kernels.reference import ReferenceKernel
 from htm_service.kernels.resolve import KERNELS
-from htm_service.memory import Memory, sum_slots
+from htm_service.memory import arena as arena_module
+from htm_service.memory.arena import Arena, Budget
+from htm_service.memory.chunks import Memory, sum_slots
 
 DIM, SIZE, HEADS = 13, 5, 3
 NAMES = [name for name in KERNELS if name != "triton" or "TRITON_INTERPRET" in os.environ]
@@ -325,8 +325,8 @@ def test_a_gpu_s_kernel_is_triton_s(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_bad_devices_are_refused() -> None:
-    from htm_service.device import choose_device
     from htm_service.errors import InvalidArgument
+    from htm_service.memory.device import choose_device
 
     assert choose_device("cpu")[0].type == "cpu"
     assert choose_device("auto")[1].startswith("auto: ")

@@ -29,7 +29,7 @@ AT_IMPORT = {
     "re.compile", "frozenset", "set", "dict", "tuple", "list", "range", "sorted", "enumerate",
     "np.dtype", "bindparam", "delete", "exists", "insert", "or_", "select", "update",
     "tl.constexpr", "triton.jit",  # in kernels/triton_loops.py: nothing is compiled before it is launched
-    "threading.Lock",  # in storage/schema.py: what it guards is a global of Alembic
+    "threading.Lock",  # in storage/sql/schema.py: what it guards is a global of Alembic
 }  # fmt: skip
 """Functions that modules may call when they are imported: they make constants and touch nothing outside the module."""
 

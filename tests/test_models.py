@@ -16,10 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from htm_service.attention import HTMAttention, HTMBlock
-from htm_service.convert import from_module
-from htm_service.errors import InvalidArgument, ModelNotFound
-from htm_service.models import (
+from htm_service.attention.convert import from_module
+from htm_service.attention.model import (
     FoldedQueries,
     Model,
     ModelConfig,
@@ -31,7 +29,9 @@ from htm_service.models import (
     parse_model,
     save_model,
 )
-from htm_service.positions import position_table
+from htm_service.attention.modules import HTMAttention, HTMBlock
+from htm_service.attention.positions import position_table
+from htm_service.errors import InvalidArgument, ModelNotFound
 from tests.reference import htm_reference, relative_error
 
 CONFIG = ModelConfig(dim=13, heads=3, dim_head=7, top_k=2, chunk_size=5)

@@ -2,8 +2,8 @@
 
 import numpy as np
 
-from htm_service.recalls import FORGOTTEN_TOGETHER, QUERIES_KEPT, RecallLog
 from htm_service.records import AttendRequest, AttendResult
+from htm_service.sessions.recalls import FORGOTTEN_TOGETHER, QUERIES_KEPT, RecallLog
 
 
 def add(log: RecallLog, index: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:

@@ -16,13 +16,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from htm_service.arena import Arena, Budget
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
 from htm_service.kernels import Batch, Projections, Search
 from htm_service.kernels.reference import ReferenceKernel
 from htm_service.kernels.triton_gpu import TritonKernel
-from htm_service.memory import Memory
+from htm_service.memory.arena import Arena, Budget
+from htm_service.memory.chunks import Memory
 from htm_service.records import AppendRequest, AttendRequest, SessionSettings
 from storage.resolve import open_store
 from tests.engine.models import write_model

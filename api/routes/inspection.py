@@ -10,12 +10,12 @@ from fastapi import APIRouter, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.answers import raw_json
-from api.codec import to_lists
 from api.openapi import SESSION_CODES, problems
-from api.routes.door import JsonRoute, engine_of
-from api.routes.memory import included
-from api.views import Chunk, ChunkDetail, ChunkPage, Recall, Recalls
+from api.routes.context import JsonRoute, engine_of
+from api.routes.hot import included
+from api.schemas.views import Chunk, ChunkDetail, ChunkPage, Recall, Recalls
+from api.wire.answers import raw_json
+from api.wire.tensors import to_lists
 from htm_service import records
 
 

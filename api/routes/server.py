@@ -6,8 +6,8 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from api.openapi import problems
-from api.routes.door import JsonRoute, engine_of, settings_of
-from api.views import Health, Info, Model, Models
+from api.routes.context import JsonRoute, engine_of, settings_of
+from api.schemas.views import Health, Info, Model, Models
 from htm_service.errors import Draining, ModelNotFound, Unhealthy
 
 

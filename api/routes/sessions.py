@@ -10,9 +10,9 @@ from starlette.responses import Response
 
 from api.errors import shorten
 from api.openapi import BODY_CODES, SESSION_CODES, WRITE_CODES, problems
-from api.routes.door import JsonRoute, engine_of
-from api.schemas import SessionChange, SessionSettings
-from api.views import Session, SessionPage
+from api.routes.context import JsonRoute, engine_of
+from api.schemas.bodies import SessionChange, SessionSettings
+from api.schemas.views import Session, SessionPage
 from htm_service.errors import InvalidArgument
 
 _CREATE_CODES = (

@@ -22,10 +22,10 @@ import uvloop
 from bench import machine
 from bench.scene import DIM, Scene
 from storage.base import Append, CreateSession, SessionRow
-from storage.journal import ENTRY_BYTES, MAX_BYTES
+from storage.databases.sqlite import PAGE_BYTES
 from storage.resolve import open_store
-from storage.rows import BLOCK_BYTES
-from storage.sqlite import PAGE_BYTES
+from storage.sql.journal import ENTRY_BYTES, MAX_BYTES
+from storage.sql.rows import BLOCK_BYTES
 
 GROUP = 32
 NUM_BEFORE = 1_000

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from htm_service.arena import Arena, Budget
+from htm_service.attention.positions import position_table
 from htm_service.kernels import Batch, Kernel, Projections, Search, View
 from htm_service.kernels.reference import ReferenceKernel
-from htm_service.memory import Memory
-from htm_service.positions import position_table
+from htm_service.memory.arena import Arena, Budget
+from htm_service.memory.chunks import Memory
 
 
 @dataclass(frozen=True)

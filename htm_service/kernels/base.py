@@ -14,7 +14,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from htm_service.arena import Arena
+from htm_service.memory.arena import Arena
 
 
 class Projections(NamedTuple):

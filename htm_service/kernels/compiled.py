@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from htm_service.arena import Arena, Budget
 from htm_service.kernels import loops
 from htm_service.kernels.base import Attended, Batch, Projections, Search, View, answer_in_steps
 from htm_service.kernels.loops import Array
+from htm_service.memory.arena import Arena, Budget
 
 _ENCODINGS = {
     torch.float32: loops.FLOAT32,

@@ -19,10 +19,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from htm_service.arena import Arena, Budget
 from htm_service.kernels import triton_loops as loops
 from htm_service.kernels.base import Attended, Batch, Search
 from htm_service.kernels.reference import ReferenceKernel
+from htm_service.memory.arena import Arena, Budget
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 MIN_PIECE = 128

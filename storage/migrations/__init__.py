@@ -1,1 +1,1 @@
-"""The schema's versions, run by Alembic; see `storage/schema.py`."""
+"""The schema's versions, run by Alembic; see `storage/sql/schema.py`."""

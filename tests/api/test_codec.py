@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from api import codec
+from api.wire import tensors as codec
 from htm_service.errors import HTMError, InvalidArgument, MalformedBody
 
 FLOATS = hnp.arrays(

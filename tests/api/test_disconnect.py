@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 
-from api import watch
+from api import disconnect as watch
 from api.app import create_app
 from api.settings import Settings
 from tests.api.conftest import fill, talk_to

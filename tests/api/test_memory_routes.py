@@ -11,8 +11,8 @@ import numpy as np
 import orjson
 import pytest
 
-from api import codec
-from api import safetensors as wire
+from api.wire import safetensors as wire
+from api.wire import tensors as codec
 from tests.api.conftest import Serve
 from tests.api.test_errors import check_problem
 

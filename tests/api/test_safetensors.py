@@ -15,8 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from api import codec
-from api import safetensors as wire
+from api.wire import safetensors as wire
+from api.wire import tensors as codec
 from htm_service.errors import BodyTooLarge, HTMError, InvalidArgument, MalformedBody
 
 LIMIT = 1 << 20

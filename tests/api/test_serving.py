@@ -15,8 +15,8 @@ import uvicorn
 
 from api import serving
 from api.serving import EXIT_UNHEALTHY, STOP_MARGIN_S, Server, last_resort
-from storage.sql import CLOSE_SECONDS
-from storage.sqlite import READERS_MS
+from storage.databases.sqlite import READERS_MS
+from storage.sql.store import CLOSE_SECONDS
 
 
 async def nothing(*_: Any) -> None:

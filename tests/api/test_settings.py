@@ -13,7 +13,7 @@ from api import app
 from api.app import HOST_SHARE, engine_config
 from api.machine import free_bytes, memory_bytes
 from api.settings import Settings, env_name, flag_name, parse_bytes, sentence
-from htm_service import device
+from htm_service.memory import device
 
 
 @pytest.mark.parametrize(

@@ -10,9 +10,11 @@ import numpy as np
 import pytest
 from pydantic import TypeAdapter
 
-from api import codec, schemas, views
 from api.app import create_app
+from api.schemas import bodies as schemas
+from api.schemas import views
 from api.settings import Settings
+from api.wire import tensors as codec
 from tests.api.conftest import Serve, fill, talk_to
 from tests.api.exercised import CALLS, ON_SESSION, WITH_BODY, Call, FailingEngine, domain_error
 from tests.api.test_errors import check_problem

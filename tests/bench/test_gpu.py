@@ -10,8 +10,8 @@ import torch
 
 from bench import gpu
 from bench.scene import CHUNK_SIZE, DIM
-from htm_service.arena import Budget
 from htm_service.kernels.reference import ReferenceKernel
+from htm_service.memory.arena import Budget
 
 PAGE_BYTES, KEY_BYTES = CHUNK_SIZE * DIM * 2, DIM * 4
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import torch
 
-from htm_service.attention import HTMAttention, HTMBlock
-from htm_service.convert import from_module
-from htm_service.model_config import ModelConfig
-from htm_service.models import save_model
+from htm_service.attention.convert import from_module
+from htm_service.attention.model import save_model
+from htm_service.attention.model_config import ModelConfig
+from htm_service.attention.modules import HTMAttention, HTMBlock
 
 Weights = Mapping[str, torch.Tensor]
 

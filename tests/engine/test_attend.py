@@ -11,10 +11,10 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from htm_service.attention.model import RetrievalModel
+from htm_service.attention.model_config import ModelConfig
 from htm_service.engine import Engine
 from htm_service.errors import InvalidArgument, ModelNotFound
-from htm_service.model_config import ModelConfig
-from htm_service.models import RetrievalModel
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
 from tests.engine.conftest import MakeEngine
 from tests.engine.models import Weights, write_model

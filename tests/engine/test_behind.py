@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from htm_service import behind
 from htm_service.engine import Engine
 from htm_service.errors import (
     DeadlineExceeded,
@@ -22,8 +21,9 @@ from htm_service.errors import (
     Unhealthy,
 )
 from htm_service.records import AppendRequest, SessionSettings
+from htm_service.writes import behind
 from storage.base import Append, Store, StoreError, StoreFull
-from storage.memory import MemoryStore
+from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, SIZE, fill, vectors
@@ -319,7 +319,7 @@ async def test_deleting_the_session_is_no_loss(make_engine: MakeEngine, store: S
 
 
 def _change(engine: Engine, session: Any) -> Any:
-    from htm_service.writing import _prepare
+    from htm_service.writes.appends import _prepare
 
     return _prepare(session, quick(3, 5), False)
 

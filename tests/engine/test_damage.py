@@ -13,11 +13,11 @@ import pytest
 from htm_service.engine import Engine
 from htm_service.errors import SessionDamaged, SessionNotFound, Unhealthy
 from htm_service.records import AppendRequest, AttendRequest, SessionSettings
-from htm_service.session import wrong_with
+from htm_service.sessions.session import wrong_with
 from storage.base import StoreDamaged, StoreError
-from storage.memory import MemoryStore
+from storage.in_memory import MemoryStore
 from storage.resolve import open_for_repair, open_store
-from storage.sql import SqlStore
+from storage.sql.store import SqlStore
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, fill, vectors
 

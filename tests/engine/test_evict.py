@@ -12,16 +12,16 @@ import numpy as np
 import pytest
 import torch
 
-from htm_service.arena import Arena, Budget
+from htm_service.attention.model_config import ModelConfig
 from htm_service.engine import Engine
 from htm_service.errors import ChunkNotFound, InvalidArgument, LengthConflict, SessionNotFound, Unhealthy
-from htm_service.loader import Fetch
-from htm_service.memory import Memory
-from htm_service.model_config import ModelConfig
+from htm_service.memory.arena import Arena, Budget
+from htm_service.memory.chunks import Memory
+from htm_service.memory.loader import Fetch
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
-from htm_service.session import Session
+from htm_service.sessions.session import Session
 from storage.base import Append, Appended, Block, DeleteSession, Seal, Store, Summary
-from storage.memory import MemoryStore
+from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.models import Weights

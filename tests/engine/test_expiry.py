@@ -10,12 +10,13 @@ from typing import Any
 
 import pytest
 
-from htm_service import directory, sweeper
-from htm_service.committer import Step
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
 from htm_service.errors import DiskFull, SessionExpired, SessionNotFound, Unhealthy
 from htm_service.records import AppendRequest, AppendResult, SessionSettings
+from htm_service.sessions import directory
+from htm_service.writes import expiry as sweeper
+from htm_service.writes.committer import Step
 from storage.base import DeleteSession, Store, StoreError, StoreFull
 from storage.resolve import open_store
 from tests.engine.test_attend import DIM, fill, vectors

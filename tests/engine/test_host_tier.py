@@ -9,20 +9,22 @@ import numpy as np
 import pytest
 import torch
 
-from htm_service import device_worker, host_tier, residency
-from htm_service.arena import Arena, Budget
-from htm_service.device import sent
-from htm_service.device_worker import DeviceWorker
 from htm_service.engine import Engine
 from htm_service.errors import SessionExpired, SessionNotFound
-from htm_service.host_tier import Chunk, HostTier
-from htm_service.loader import Fetch
-from htm_service.memory import Memory
-from htm_service.recalls import RecallLog
+from htm_service.memory import cache as residency
+from htm_service.memory import host_tier
+from htm_service.memory.arena import Arena, Budget
+from htm_service.memory.chunks import Memory
+from htm_service.memory.device import sent
+from htm_service.memory.host_tier import Chunk, HostTier
+from htm_service.memory.loader import Fetch
+from htm_service.reads import worker as device_worker
+from htm_service.reads.worker import DeviceWorker
 from htm_service.records import AppendRequest
-from htm_service.session import Session, Settings
+from htm_service.sessions.recalls import RecallLog
+from htm_service.sessions.session import Session, Settings
 from storage.base import Store
-from storage.memory import MemoryStore
+from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, check, expect, fill, vectors

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from htm_service.errors import DeadlineExceeded, InvalidArgument
-from htm_service.parts import PRODUCTS_OF_ANY_QUERY
-from htm_service.reader import Read
+from htm_service.reads.cost import PRODUCTS_OF_ANY_QUERY
+from htm_service.reads.runner import Read
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, SIZE, fill, vectors

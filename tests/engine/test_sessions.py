@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import pytest
 
+from htm_service.attention.model import RetrievalModel
 from htm_service.config import EngineConfig
-from htm_service.directory import encode_cursor
 from htm_service.engine import Engine
 from htm_service.errors import (
     ChunkNotFound,
@@ -26,10 +26,10 @@ from htm_service.errors import (
     SessionNotFound,
     Unhealthy,
 )
-from htm_service.models import RetrievalModel
 from htm_service.records import AppendRequest, AttendRequest, SessionChange, SessionSettings
+from htm_service.sessions.directory import encode_cursor
 from storage.base import StoreFull
-from storage.memory import MemoryStore
+from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, SIZE, fill, vectors

@@ -11,7 +11,7 @@ from htm_service.engine import Engine
 from htm_service.errors import Draining, Unhealthy
 from htm_service.records import AppendRequest, AttendRequest
 from storage.base import Block
-from storage.memory import MemoryStore
+from storage.in_memory import MemoryStore
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, fill, vectors
 

@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from htm_service import sealer
+from htm_service.attention.model_config import ModelConfig
 from htm_service.engine import Engine
 from htm_service.errors import OutOfMemory, SessionDamaged, SessionNotFound, Unhealthy
-from htm_service.loader import Fetch
-from htm_service.model_config import ModelConfig
+from htm_service.memory.loader import Fetch
 from htm_service.records import AppendRequest, AttendRequest, SessionSettings
+from htm_service.writes import compaction as sealer
 from storage.base import Block, DeleteSession, StoreDamaged
-from storage.memory import MemoryStore
+from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.models import Weights

@@ -24,9 +24,9 @@ from api import serving
 from api.app import create_app
 from api.cli import build
 from api.settings import Settings
-from htm_service import sealer
-from htm_service.batcher import Ticket
 from htm_service.engine import Engine
+from htm_service.threads.batcher import Ticket
+from htm_service.writes import compaction as sealer
 
 POISON = 13.0
 

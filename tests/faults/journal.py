@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from htm_client import AsyncHTMClient, ConnectionFailed, NotFound
 
-from htm_service.models import RetrievalModel
+from htm_service.attention.model import RetrievalModel
 from tests.faults.report import Tally
 from tests.faults.wire import Floats
 from tests.reference import htm_reference, relative_error

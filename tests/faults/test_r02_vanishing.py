@@ -7,7 +7,7 @@ from collections.abc import Awaitable, Callable
 
 import numpy as np
 
-from htm_service.models import RetrievalModel
+from htm_service.attention.model import RetrievalModel
 from tests.faults.conftest import StartServer
 from tests.faults.report import Tally
 from tests.faults.scale import Scale

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from htm_service.models import RetrievalModel
+from htm_service.attention.model import RetrievalModel
 from tests.faults.conftest import StartServer
 from tests.faults.faulty_server import POISON
 from tests.faults.report import Tally

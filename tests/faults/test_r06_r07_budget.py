@@ -9,7 +9,7 @@ import time
 import numpy as np
 from htm_client import AsyncHTMClient
 
-from htm_service.models import RetrievalModel
+from htm_service.attention.model import RetrievalModel
 from tests.faults.conftest import StartServer
 from tests.faults.report import Tally
 from tests.faults.scale import Scale

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from htm_client import AsyncHTMClient, RequestRefused
 
-from storage.sqlite import MAX_POOLED_READERS
+from storage.databases.sqlite import MAX_POOLED_READERS
 from tests.faults.conftest import StartServer
 from tests.faults.report import Tally
 from tests.faults.scale import Scale

@@ -13,7 +13,8 @@ from typing import Any
 from tests.served.server import Server
 
 FORKS = multiprocessing.get_context("forkserver")
-PRELOADED = ["api.cli", "api.serving", "api.safetensors", "htm_service.engine", "storage.resolve", "storage.sqlite"]
+PRELOADED = ["api.cli", "api.serving", "api.wire.safetensors", "htm_service.engine", "storage.resolve"]
+PRELOADED += ["storage.databases.sqlite"]
 PRELOADED += ["htm_service.kernels.loops", "uvicorn.protocols.http.httptools_impl", "uvloop", "alembic.command"]
 
 

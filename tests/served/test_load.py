@@ -5,7 +5,7 @@ import asyncio
 import numpy as np
 from htm_client import AsyncHTMClient
 
-from htm_service.models import RetrievalModel
+from htm_service.attention.model import RetrievalModel
 from tests.reference import htm_reference, relative_error
 from tests.served.probe import end_probe, start_probe
 from tests.served.server import Server

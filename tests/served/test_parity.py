@@ -9,7 +9,7 @@ import torch
 from htm_client import HTMClient
 from htm_pytorch import HTMAttention, HTMBlock
 
-from htm_service.convert import convert_file
+from htm_service.attention.convert import convert_file
 from tests.reference import relative_error
 from tests.served.server import Server
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from storage import group
 from storage.base import Store
 from storage.resolve import DATABASE_NAME, open_store
+from storage.sql import write_group as group
 
 
 @pytest.fixture

@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 from sqlalchemy import Engine, event
 
-from storage import group
 from storage.base import Append, Appended, NoSuchSession, Store, StoreError
-from storage.sqlite import open_sqlite
+from storage.databases.sqlite import open_sqlite
+from storage.sql import write_group as group
 from tests.storage.contract import create, token, write
 
 pytestmark = pytest.mark.usefixtures("no_journal")  # test_journal.py is about the other way

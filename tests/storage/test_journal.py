@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-from storage import journal
 from storage.base import (
     IDEMPOTENCY_SECONDS,
     Append,
@@ -27,11 +26,12 @@ from storage.base import (
     UpdateSession,
     Write,
 )
-from storage.group import WriteGroup
-from storage.journal import MAX_ENTRY_BYTES
+from storage.databases.sqlite import open_sqlite
 from storage.resolve import open_for_repair, open_readonly, open_store
-from storage.sql import SqlStore
-from storage.sqlite import open_sqlite
+from storage.sql import journal
+from storage.sql.journal import MAX_ENTRY_BYTES
+from storage.sql.store import SqlStore
+from storage.sql.write_group import WriteGroup
 from tests.storage.contract import NOW, append, create, ids, read, token, write
 from tests.storage.test_group import noted, verbs
 

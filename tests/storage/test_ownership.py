@@ -11,11 +11,11 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, NullPool, create_engine, select, text, update
 
-from storage import postgresql, sqlite
 from storage.base import Appended, StoreFenced
-from storage.ownership import Holder, Ownership
+from storage.databases import postgresql, sqlite
 from storage.resolve import open_store
-from storage.tables import owners
+from storage.sql.ownership import Holder, Ownership
+from storage.sql.tables import owners
 from tests.storage.contract import append, create, read, token
 
 LONG_S, SHORT_S = 1_000.0, 0.03

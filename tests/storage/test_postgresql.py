@@ -20,7 +20,6 @@ from psycopg.errors import AdminShutdown, DataCorrupted, IndexCorrupted, IoError
 from sqlalchemy import Engine, create_engine, event
 from sqlalchemy.exc import DBAPIError
 
-from storage import postgresql
 from storage.base import (
     Append,
     Appended,
@@ -32,9 +31,10 @@ from storage.base import (
     StoreFull,
     StoreUnavailable,
 )
-from storage.failures import is_damage
+from storage.databases import postgresql
 from storage.resolve import open_for_repair, open_readonly, open_store
-from storage.tables import metadata
+from storage.sql.failures import is_damage
+from storage.sql.tables import metadata
 from tests.storage.contract import StoreContract, append, create, ids, read, token, write
 from tests.storage.test_state_machine import SETTINGS, StoreMachine
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
-from storage import backup
 from storage.base import Append, Appended, Seal, StoreDamaged, StoreError, StoreUnavailable, Summary
+from storage.databases import backup
 from storage.resolve import DATABASE_NAME, back_up, open_for_repair, open_readonly, open_store
 from tests.storage.contract import append, create, read, token, write
 

@@ -18,7 +18,7 @@ from sqlalchemy import create_engine
 
 from storage.base import Append, Appended, Block, SessionFull, SessionRow, StoreUnavailable
 from storage.resolve import open_readonly, open_store
-from storage.tables import metadata
+from storage.sql.tables import metadata
 
 DATA = Path(__file__).parent / "data"
 KEPT = {

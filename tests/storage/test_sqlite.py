@@ -29,10 +29,10 @@ from storage.base import (
     StoreUnavailable,
     Summary,
 )
+from storage.databases.sqlite import PAGE_BYTES, VACUUM_PAGES
 from storage.resolve import open_readonly, open_store
-from storage.rows import BLOCK_BYTES
-from storage.sql import KEPT_FREE_BYTES
-from storage.sqlite import PAGE_BYTES, VACUUM_PAGES
+from storage.sql.rows import BLOCK_BYTES
+from storage.sql.store import KEPT_FREE_BYTES
 from tests.storage.contract import NOW, StoreContract, append, create, ids, read, token, write
 
 

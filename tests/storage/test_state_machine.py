@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from sqlalchemy.exc import DBAPIError
 
-from storage import journal, prepared
 from storage.base import (
     IDEMPOTENCY_SECONDS,
     Append,
@@ -39,6 +38,7 @@ from storage.base import (
     WrongLength,
 )
 from storage.resolve import open_store
+from storage.sql import journal, prepared
 
 IDS = ("a", "a%", "b", "ключ", "\U0001f600")
 TOKEN = b"token!!"

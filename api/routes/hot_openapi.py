@@ -1,0 +1,104 @@
+"""What openapi.json says of the hot calls. Does not know: how they are carried out."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from api.openapi import BODY_CODES, IDEMPOTENCY_KEY, SESSION_CODES, WRITE_CODES, HotCall
+from api.schemas import bodies as schemas
+
+_ATTEND_BODY = {"queries": [[0.6, 0.8]], "top_k": 8, "return": ["output", "chunks", "payloads"]}
+_APPEND_BODY = {"embeddings": [[1.0, 0.0]], "payloads": [{"text": "the key is under the mat"}]}
+_APPENDED = {"start": 40, "length": 41, "num_chunks": 2}
+_ATTENDED = {
+    "output": [[0.62, 0.78]],
+    "chunks": {"index": [[1, 0]], "weight": [[0.75, 0.25]]},
+    "recalled": [
+        [{"position": 39, "weight": 0.5, "score": 19.2, "chunk": 1, "payload": {"text": "the door is locked"}}]
+    ],
+    "length": 40,
+}
+_READ = {
+    "start": 0,
+    "stop": 1,
+    "length": 41,
+    "embeddings": [[1.0, 0.0]],
+    "payloads": [{"text": "the key is under the mat"}],
+}
+
+_ATTEND_CODES = (
+    *BODY_CODES,
+    *SESSION_CODES,
+    "model_not_found",
+    "length_conflict",
+    "deadline_exceeded",
+    "out_of_memory",
+)
+_APPEND_CODES = (*BODY_CODES, *SESSION_CODES, *WRITE_CODES, "length_conflict", "idempotency_mismatch")
+
+
+def calls() -> list[HotCall]:
+    """The hot calls."""
+    session = "/v1/sessions/{session_id}"
+    return [
+        HotCall(
+            path=f"{session}/memories",
+            method="post",
+            operation_id="append",
+            summary="Append tokens",
+            body=schemas.AppendBody,
+            body_example=_APPEND_BODY,
+            answer=schemas.AppendAnswer,
+            example=_APPENDED,
+            tensors="Binary: tensor `embeddings`; the answer has none.",
+            parameters=(IDEMPOTENCY_KEY,),
+            codes=_APPEND_CODES,
+        ),
+        HotCall(
+            path=f"{session}/memories",
+            method="get",
+            operation_id="read_memories",
+            summary="Read tokens back",
+            answer=schemas.MemoriesAnswer,
+            example=_READ,
+            tensors="Binary (by `Accept`): tensor `embeddings`.",
+            parameters=(
+                _query(
+                    "start", "First position; where the tokens begin if left out, or if they begin later.", "integer"
+                ),
+                _query("stop", "End of the positions; the length if left out.", "integer"),
+                _query("include", "`embeddings`, `payloads`, or both with a comma; both if left out.", "string"),
+            ),
+            codes=SESSION_CODES,
+        ),
+        HotCall(
+            path=f"{session}/attend",
+            method="post",
+            operation_id="attend",
+            summary="Attend to the memory",
+            body=schemas.AttendBody,
+            body_example=_ATTEND_BODY,
+            answer=schemas.AttendAnswer,
+            example=_ATTENDED,
+            tensors="Binary: tensors `queries`, `mask`, `chunk_mask`; `output`, `chunks.index`, `chunks.weight`.",
+            codes=_ATTEND_CODES,
+        ),
+        HotCall(
+            path=f"{session}/step",
+            method="post",
+            operation_id="step",
+            summary="Attend, then append",
+            body=schemas.StepBody,
+            body_example={"attend": _ATTEND_BODY, "append": _APPEND_BODY},
+            answer=schemas.StepAnswer,
+            example={"attend": _ATTENDED, "append": _APPENDED},
+            tensors="Binary: tensors `queries`, `mask`, `chunk_mask`, `embeddings`; `attend.output`, "
+            "`attend.chunks.index`, `attend.chunks.weight`.",
+            parameters=(IDEMPOTENCY_KEY,),
+            codes=tuple(dict.fromkeys((*_ATTEND_CODES, *_APPEND_CODES))),
+        ),
+    ]
+
+
+def _query(name: str, description: str, kind: str) -> dict[str, Any]:
+    return {"name": name, "in": "query", "description": description, "schema": {"type": kind}}

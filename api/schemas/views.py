@@ -1,0 +1,209 @@
+"""Answers made of the engine's records: sessions, chunks, recalls, models, the server.
+
+Does not know: how a call came to its record.
+"""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Literal, Self
+
+from pydantic import Field
+
+from api.schemas.bodies import Base64Tensor, Body, Chunks, RecalledToken, Row
+from htm_service import records
+from htm_service.records import DType, OnFull, OpenChunk, Residency, Tier
+
+
+def when(seconds: float) -> datetime:
+    """A time in an answer: RFC 3339 in UTC."""
+    return datetime.fromtimestamp(seconds, UTC)
+
+
+class Bytes(Body):
+    """Where a session's bytes are: pages and summary keys on the device, chunks in host memory, tokens in the store."""
+
+    device: int
+    device_keys: int = Field(description="Of `device`, the summary keys.")
+    host: int = Field(description="Chunks that had to leave the device and are kept in host memory.")
+    stored: int
+
+
+class Session(Body):
+    """A session under inspection. The counters count since the server started."""
+
+    id: str
+    dim: int
+    chunk_size: int
+    model: str
+    dtype: DType
+    open_chunk: OpenChunk
+    labels: dict[str, str]
+    ttl_s: float | None
+    max_tokens: int | None
+    on_full: OnFull
+    first_position: int = Field(description="The tokens before this position were evicted.")
+    length: int
+    num_chunks: int
+    num_sealed_chunks: int
+    residency: Residency
+    bytes: Bytes
+    created_at: datetime
+    updated_at: datetime
+    last_used_at: datetime
+    num_appends: int
+    num_attends: int
+    num_queries: int
+    num_lost_tokens: int = Field(description="Acknowledged with durability `memory`, and never written.")
+    damage: str | None = Field(description="What was found wrong with its bytes at rest since the server started.")
+
+    @classmethod
+    def of(cls, info: records.SessionInfo) -> Self:
+        """The view of a record."""
+        return cls(
+            bytes=Bytes(
+                device=info.device_bytes,
+                device_keys=info.device_key_bytes,
+                host=info.host_bytes,
+                stored=info.stored_bytes,
+            ),
+            labels=dict(info.labels),
+            created_at=when(info.created_at),
+            updated_at=when(info.updated_at),
+            last_used_at=when(info.last_used_at),
+            **{name: getattr(info, name) for name in cls.model_fields.keys() - _SESSION_DERIVED},
+        )
+
+
+_SESSION_DERIVED = {"bytes", "labels", "created_at", "updated_at", "last_used_at"}
+
+
+class SessionPage(Body):
+    """One page of sessions, by id; `cursor` continues it, null at the end."""
+
+    sessions: list[Session]
+    cursor: str | None
+
+
+class Chunk(Body):
+    """One chunk: positions `start` to `stop` - 1. The recall counters count since the server started."""
+
+    index: int
+    start: int
+    stop: int
+    sealed: bool
+    tier: Tier = Field(description="The fastest one that has its contents; the store, `cold`, has everything.")
+    key_norm: float
+    num_recalls: int
+    mass: float
+    last_recalled_at: datetime | None
+    key: Row | None = Field(None, description="The summary key, when asked for.")
+
+    @classmethod
+    def of(cls, info: records.ChunkInfo) -> Self:
+        """The view of a record."""
+        at, key = info.last_recalled_at, info.key
+        return cls(
+            last_recalled_at=None if at is None else when(at),
+            key=None if key is None else key.tolist(),
+            **{name: getattr(info, name) for name in cls.model_fields.keys() - {"last_recalled_at", "key"}},
+        )
+
+
+class ChunkPage(Body):
+    """One page of chunks; `cursor` continues it, null at the end."""
+
+    chunks: list[Chunk]
+    cursor: str | None
+
+
+class ChunkDetail(Body):
+    """One chunk with the payloads of its tokens, and their embeddings when asked for."""
+
+    chunk: Chunk
+    payloads: list[dict[str, Any] | None]
+    embeddings: list[Row] | Base64Tensor | None = None
+
+
+class Recall(Body):
+    """The account of one attend: what it took, with weights, for its first queries."""
+
+    at: datetime
+    request_id: str
+    model: str
+    length: int
+    start: int
+    stop: int
+    top_k: int
+    num_queries: int
+    chunks: Chunks
+    recalled: list[list[RecalledToken]] | None
+
+    @classmethod
+    def of(cls, recall: records.Recall) -> Self:
+        """The view of a record."""
+        rows = recall.recalled
+        derived = {"at", "chunks", "recalled"}
+        return cls(
+            at=when(recall.at),
+            chunks=Chunks(index=recall.chunk_index.tolist(), weight=recall.chunk_weight.tolist()),
+            recalled=None if rows is None else [[_recalled(item) for item in row] for row in rows],
+            **{name: getattr(recall, name) for name in cls.model_fields.keys() - derived},
+        )
+
+
+def _recalled(item: records.Recalled) -> RecalledToken:
+    return RecalledToken(position=item.position, weight=item.weight, score=item.score, chunk=item.chunk)
+
+
+class Recalls(Body):
+    """The last recalls of a session, newest first."""
+
+    recalls: list[Recall]
+
+
+class Model(Body):
+    """A model as served; `dim` is null when it takes any width."""
+
+    name: str
+    hash: str
+    dim: int | None
+    heads: int
+    dim_head: int | None
+    top_k: int
+    chunk_size: int
+    position_encoding: bool
+    block: bool
+    summary_scale: float
+    attention_scale: float
+
+    @classmethod
+    def of(cls, info: records.ModelInfo) -> Self:
+        """The view of a record."""
+        return cls(**{name: getattr(info, name) for name in cls.model_fields})
+
+
+class Models(Body):
+    """All models, by name."""
+
+    models: list[Model]
+
+
+class Info(Body):
+    """The server: version, device and dtype with the reason for both, limits, totals."""
+
+    version: str
+    device: str
+    device_reason: str
+    dtype: DType
+    dtype_reason: str
+    kernel: str
+    models: list[str]
+    limits: dict[str, int | float]
+    totals: dict[str, int | float]
+
+
+class Health(Body):
+    """A sign of life."""
+
+    status: Literal["alive", "ready"]

@@ -1,0 +1,138 @@
+"""Bodies of the hot calls, JSON or safetensors, to the engine's records: pure functions of bytes.
+
+Does not know: HTTP. Raises MalformedBody, InvalidArgument, BodyTooLarge.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import orjson
+
+from api.errors import shorten
+from api.wire import fields, safetensors
+from api.wire import tensors as codec
+from api.wire.fields import Body, Table
+from htm_service.errors import InvalidArgument, MalformedBody
+from htm_service.records import AppendRequest, AttendRequest
+
+Wire = Literal["json", "safetensors"]
+"""How a body is written."""
+
+
+def returns(name: str, value: Any) -> set[str]:
+    """The field `return`."""
+    return fields.some_of(name, value, ("output", "chunks", "tokens", "payloads"))
+
+
+def rank_by(name: str, value: Any) -> str:
+    """The field `rank_by`."""
+    return fields.one_of(name, value, ("weight", "score"))
+
+
+def durability(name: str, value: Any) -> str:
+    """The field `durability`."""
+    return fields.one_of(name, value, ("disk", "memory"))
+
+
+ATTEND = Table(
+    params={
+        "return": returns,
+        "model": fields.text,
+        "top_k": fields.integer,
+        "start": fields.integer,
+        "stop": fields.integer,
+        "episodes": fields.integers,
+        "max_recalled": fields.integer,
+        "rank_by": rank_by,
+        "timeout_ms": fields.number,
+    },
+    tensors={"queries": codec.floats, "mask": codec.bools, "chunk_mask": codec.bools},
+)
+APPEND = Table(
+    params={
+        "payloads": fields.payloads,
+        "episode": fields.integer,
+        "if_length": fields.integer,
+        "durability": durability,
+    },
+    tensors={"embeddings": codec.floats},
+)
+
+
+STEP_TENSORS = {**ATTEND.tensors, **APPEND.tensors}.keys()
+"""Those of a step stand side by side."""
+
+
+class Asked(NamedTuple):
+    """What an attend's `return` asks for."""
+
+    output: bool
+    chunks: bool
+
+
+def read_body(body: bytes | bytearray, wire: Wire, max_header_bytes: int) -> Body:
+    """The fields of a body."""
+    if wire == "safetensors":
+        tensors, params = safetensors.parse(body, max_header_bytes)
+        return Body(params, tensors)
+    try:
+        value = orjson.loads(body)
+    except orjson.JSONDecodeError as error:
+        raise MalformedBody(f"the body is not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise InvalidArgument(f"the body is {shorten(value)}; it must be a JSON object")
+    return Body(value, None)
+
+
+def attend(body: Body, request_id: str) -> tuple[AttendRequest, Asked]:
+    """The body of an attend."""
+    body.check_tensors(ATTEND.tensors.keys())
+    return _attend(body, request_id)
+
+
+def append(body: Body, idempotency_key: str | None) -> AppendRequest:
+    """The body of an append."""
+    body.check_tensors(APPEND.tensors.keys())
+    return _append(body, idempotency_key)
+
+
+def step(body: Body, request_id: str, idempotency_key: str | None) -> tuple[AttendRequest, Asked, AppendRequest]:
+    """The body of a step: an attend and an append, each under its name; their tensors side by side."""
+    query, tokens = body.inner("attend"), body.inner("append")
+    if unknown := body.params.keys() - {"attend", "append"}:
+        raise InvalidArgument(f"unknown field {min(unknown)[:80]}; known are append, attend")
+    body.check_tensors(STEP_TENSORS)
+    return *_attend(query, request_id), _append(tokens, idempotency_key)
+
+
+def _attend(body: Body, request_id: str) -> tuple[AttendRequest, Asked]:
+    found = body.read(ATTEND)
+    _require("queries", found, body)
+    wanted: set[str] | None = found.pop("return", None)
+    timeout_ms: float | None = found.pop("timeout_ms", None)
+    if wanted is None:
+        return AttendRequest(**found, timeout_s=_seconds(timeout_ms), request_id=request_id), Asked(True, False)
+    request = AttendRequest(
+        **found,
+        tokens=not wanted.isdisjoint(("tokens", "payloads")),
+        payloads="payloads" in wanted,
+        timeout_s=_seconds(timeout_ms),
+        request_id=request_id,
+    )
+    return request, Asked("output" in wanted, "chunks" in wanted)
+
+
+def _append(body: Body, idempotency_key: str | None) -> AppendRequest:
+    found = body.read(APPEND)
+    _require("embeddings", found, body)
+    return AppendRequest(**found, idempotency_key=idempotency_key)
+
+
+def _require(name: str, found: dict[str, Any], body: Body) -> None:
+    if name not in found:
+        raise InvalidArgument(f"{body.where}{name} is required")
+
+
+def _seconds(milliseconds: float | None) -> float | None:
+    return None if milliseconds is None else milliseconds / 1e3

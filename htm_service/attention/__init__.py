@@ -1,0 +1,1 @@
+"""HTM attention: readable modules, models as they are served, their files and names."""

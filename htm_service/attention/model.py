@@ -1,0 +1,349 @@
+"""Models as the serving path uses them: every projection folded into the query, none into the store.
+
+Shapes: R rows (queries of one batch), D width, H heads, E width per head, C chunk size.
+
+A reader of memory does `folded = model.fold(queries)`, scores summary keys against `folded.summary`, attends
+to raw tokens (plus `positions`) with `folded.heads`, sums them over the selected chunks to `z`, and
+finishes with `model.project(z, folded, any_visible)`. Exact algebra, see docs/attention.md. A kernel does the
+arithmetic; without one, the reference does.
+
+Owns: models, their file format, and the names they are served under.
+Does not know: sessions, chunks, how memory is read, training (`attention.py`).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple, Self
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from htm_service.attention.model_config import MAX_TOP_K, ModelConfig, check_tensors, content_hash
+from htm_service.attention.positions import position_table
+from htm_service.errors import InvalidArgument, ModelNotFound
+from htm_service.kernels.base import Attended, Kernel, Projections, View
+from htm_service.kernels.reference import ReferenceKernel
+from htm_service.records import ModelInfo
+
+__all__ = [
+    "MAX_TOP_K",
+    "FoldedQueries",
+    "Model",
+    "ModelConfig",
+    "ModelRegistry",
+    "ProjectedModel",
+    "RetrievalModel",
+    "load_model",
+    "model_bytes",
+    "parse_model",
+    "save_model",
+]
+
+FILE_FORMAT = "htm-service-model"
+FILE_VERSION = "1"
+RETRIEVAL = "retrieval"
+LAYER_NORM_EPS = 1e-5
+
+_NAME = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+_MAX_POSITION_TABLES = 64
+
+
+class FoldedQueries(NamedTuple):
+    """Queries ready to meet raw memory, float32."""
+
+    residual: Tensor | None
+    """[R, D], added to the output; None unless the model is a block."""
+    summary: Tensor
+    """[R, D]: its dot product with a summary key is the summary logit, up to a constant per query."""
+    heads: Tensor
+    """[R, H, D]: its dot product with a token (plus position) is the head's logit, up to a constant."""
+
+
+class Model(ABC):
+    """One HTM attention. Immutable; inference only; float32 in and out, on `device`."""
+
+    config: ModelConfig
+    hash: str
+    """Sha256 (hex) of the canonical content: the model's identity."""
+    device: torch.device
+
+    def __init__(self, config: ModelConfig, content: str, device: torch.device | str) -> None:
+        self.config = config
+        self.hash = content
+        self.device = torch.device(device)
+        self._tables: dict[int, Tensor] = {}
+        self._tables_lock = threading.Lock()
+
+    @property
+    def dim(self) -> int | None:
+        """Width D; None when the model takes any."""
+        return self.config.dim
+
+    @property
+    def heads(self) -> int:
+        """Number of heads H."""
+        return self.config.heads
+
+    @abstractmethod
+    def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
+        """Fold the projections of keys into `queries` [R, D]."""
+
+    @abstractmethod
+    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
+        """Turn weighted sums of tokens `z` [R, H, D] into outputs [R, D].
+
+        `any_visible` [R] bool: rows without a visible token are zero (a block: the normed query), whatever
+        `z` holds there.
+        """
+
+    def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
+        """What `queries` [R, D] take of a view, and the outputs [R, D]; zero, in a block the normed query, for none."""
+        folded = self.fold(queries, kernel)
+        attended = kernel.attend(view.batch(folded.summary, folded.heads))
+        return attended, self.project(attended.z, folded, (attended.chunk_index >= 0).any(dim=-1), kernel)
+
+    @abstractmethod
+    def to(self, device: torch.device | str) -> Self:
+        """The same model on `device`; itself when it is there already."""
+
+    def positions(self, chunk_size: int) -> Tensor | None:
+        """What is added to the tokens of a chunk, [C, D] on `device`, or None without position encoding."""
+        if not self.config.position_encoding or self.config.dim is None:
+            return None
+        with self._tables_lock:
+            table = self._tables.get(chunk_size)
+            if table is None:
+                if len(self._tables) >= _MAX_POSITION_TABLES:
+                    self._tables.clear()  # sessions choose chunk sizes: tables must not pile up
+                table = position_table(chunk_size, self.config.dim).to(self.device)
+                self._tables[chunk_size] = table
+        return table
+
+    def info(self, name: str) -> ModelInfo:
+        """What the API tells about this model when it is served under `name`."""
+        config = self.config
+        return ModelInfo(
+            name=name,
+            hash=self.hash,
+            dim=config.dim,
+            heads=config.heads,
+            dim_head=config.dim_head,
+            top_k=config.top_k,
+            chunk_size=config.chunk_size,
+            position_encoding=config.position_encoding,
+            block=config.block,
+            summary_scale=config.resolved_summary_scale,
+            attention_scale=config.resolved_attention_scale,
+        )
+
+
+class ProjectedModel(Model):
+    """A model with weights; `tensors` by htm-pytorch's names, see docs/attention.md.
+
+    Raises InvalidArgument when `tensors` are not those that `config` calls for.
+    """
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Tensor], device: torch.device | str = "cpu") -> None:
+        check_tensors(config, tensors)
+        super().__init__(config, content_hash(config, tensors), device)
+        self._tensors = {name: tensor.detach().cpu() for name, tensor in tensors.items()}
+        self._load()
+
+    def _load(self) -> None:
+        """Fold the weights, in float64 so that the product of two matrices costs no precision."""
+        heads = self.config.heads
+        full = {name: tensor.double() for name, tensor in self._tensors.items()}
+
+        def put(tensor: Tensor) -> Tensor:
+            return tensor.float().contiguous().to(self.device)
+
+        def bias(name: str, size: int) -> Tensor:
+            return full.get(name, torch.zeros(size, dtype=torch.float64))
+
+        out = full["attn.to_out.weight"]
+        dim, inner = out.shape
+        w_sk = full["to_summary_keys.weight"] * self.config.resolved_summary_scale
+        scale = self.config.resolved_attention_scale
+        w_k, w_v = full["attn.to_kv.weight"].chunk(2)  # [H E, D] each
+        _, b_v = bias("attn.to_kv.bias", 2 * inner).chunk(2)
+        self._projections = Projections(
+            summary=put(w_sk.T @ full["to_summary_queries.weight"]),
+            summary_bias=put(w_sk.T @ bias("to_summary_queries.bias", dim)),
+            query=put(full["attn.to_q.weight"] * scale),
+            query_bias=put(bias("attn.to_q.bias", inner) * scale),
+            key=put(w_k.reshape(heads, -1, dim)),
+            value=put(w_v.reshape(heads, -1, dim)),
+            output=put(out),
+            output_bias=put(out @ b_v + full["attn.to_out.bias"]),
+        )
+        if self.config.block:
+            self._norm = (put(full["norm.weight"]), put(full["norm.bias"]))  # [D], [D]
+
+    def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
+        """Fold the projections of keys into `queries` [R, D], layer-normed first in a block."""
+        queries = self._normed(queries)
+        residual = queries if self.config.block else None
+        return FoldedQueries(residual, *(kernel or ReferenceKernel()).fold(self._projections, queries))
+
+    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
+        """Project `z` [R, H, D] by values and output to [R, D]; see `Model.project`."""
+        output = (kernel or ReferenceKernel()).project(self._projections, z)
+        output = torch.where(any_visible[:, None], output, 0.0)
+        return output if folded.residual is None else output + folded.residual
+
+    def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
+        """In one call of the kernel; see `Model.answer`."""
+        queries = self._normed(queries)
+        attended, output = kernel.answer(self._projections, queries, view)
+        return attended, output + queries if self.config.block else output
+
+    def _normed(self, queries: Tensor) -> Tensor:
+        """Queries [R, D], layer-normed in a block."""
+        if not self.config.block:
+            return queries
+        return functional.layer_norm(queries, queries.shape[-1:], *self._norm, eps=LAYER_NORM_EPS)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same model on `device`; itself when it is there already."""
+        device = torch.device(device)
+        return self if device == self.device else type(self)(self.config, self._tensors, device)
+
+
+class RetrievalModel(Model):
+    """The built-in model without weights, for any D: identity projections, one head, no positions.
+
+    A scale of 20 is a softmax temperature of 0.05 for embeddings of unit norm. Raises InvalidArgument when
+    an argument is out of range.
+    """
+
+    def __init__(
+        self,
+        summary_scale: float = 20.0,
+        attention_scale: float = 20.0,
+        top_k: int = 8,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        config = ModelConfig(
+            dim=None,
+            heads=1,
+            dim_head=None,
+            top_k=top_k,
+            position_encoding=False,
+            summary_scale=summary_scale,
+            attention_scale=attention_scale,
+        )
+        super().__init__(config, content_hash(config, {}), device)
+
+    def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
+        """Scale `queries` [R, D]."""
+        summary = queries * self.config.resolved_summary_scale  # [R, D]
+        heads = (queries * self.config.resolved_attention_scale)[:, None]  # [R, 1, D]
+        return FoldedQueries(None, summary, heads)
+
+    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
+        """`z` [R, 1, D] itself, as [R, D]; zero where nothing is visible."""
+        return torch.where(any_visible[:, None], z[:, 0], 0.0)
+
+    def to(self, device: torch.device | str) -> Self:
+        """The same model on `device`; itself when it is there already."""
+        device = torch.device(device)
+        if device == self.device:
+            return self
+        config = self.config
+        return type(self)(config.resolved_summary_scale, config.resolved_attention_scale, config.top_k, device=device)
+
+
+def model_bytes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> bytes:
+    """The model file as bytes. Raises InvalidArgument when `tensors` are not those of `config`."""
+    check_tensors(config, tensors)
+    metadata = {"format": FILE_FORMAT, "version": FILE_VERSION, "config": config.to_json()}
+    # Copies, because safetensors refuses tensors that share memory.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
+    return safetensors.torch.save(copies, metadata)
+
+
+def parse_model(data: bytes, source: str, device: torch.device | str = "cpu") -> ProjectedModel:
+    """The model in the bytes of a model file; `source` names them in errors.
+
+    Raises InvalidArgument when they are not safetensors, of another format or version, or when the config
+    or a tensor is wrong; the message names the source, the tensor or field, its value and what is allowed.
+    """
+    try:
+        tensors = safetensors.torch.load(data)
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise InvalidArgument(f"{source}: not a safetensors file: {error}") from error
+    (header_bytes,) = struct.unpack_from("<Q", data)
+    metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
+    if metadata.get("format") != FILE_FORMAT:
+        raise InvalidArgument(
+            f"{source}: its metadata says format {metadata.get('format')!r}; a model file says "
+            f"{FILE_FORMAT!r} (`htm-service models convert` makes one)"
+        )
+    if metadata.get("version") != FILE_VERSION:
+        raise InvalidArgument(f"{source}: version {metadata.get('version')!r}; this server reads {FILE_VERSION!r}")
+    try:
+        return ProjectedModel(ModelConfig.from_json(metadata.get("config", "")), tensors, device)
+    except InvalidArgument as error:
+        raise InvalidArgument(f"{source}: {error.detail}") from error
+
+
+def save_model(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
+    """Write a model file. Raises InvalidArgument when `tensors` are not those of `config`, and OSError."""
+    path.write_bytes(model_bytes(config, tensors))
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> ProjectedModel:
+    """Read a model file. Raises InvalidArgument as `parse_model`, also when it cannot be read."""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise InvalidArgument(f"{path}: cannot be read: {error.strerror}") from error
+    return parse_model(data, str(path), device)
+
+
+class ModelRegistry:
+    """The names models are served under: `retrieval`, and NAME for each NAME.safetensors of a directory.
+
+    The directory is read once. Raises InvalidArgument when it does not exist or a file in it is bad, and
+    when a file would take the name of the built-in model.
+    """
+
+    def __init__(
+        self,
+        models_dir: Path | None = None,
+        device: torch.device | str = "cpu",
+        retrieval: RetrievalModel | None = None,
+    ) -> None:
+        self._models: dict[str, Model] = {RETRIEVAL: (retrieval or RetrievalModel()).to(device)}
+        if models_dir is None:
+            return
+        if not models_dir.is_dir():
+            raise InvalidArgument(f"models directory {models_dir} is not a directory")
+        for path in sorted(models_dir.glob("*.safetensors")):
+            if path.stem == RETRIEVAL:
+                raise InvalidArgument(f"{path}: the name {RETRIEVAL!r} belongs to the built-in model")
+            if not _NAME.fullmatch(path.stem):
+                raise InvalidArgument(f"{path}: a model's name must match {_NAME.pattern}")
+            self._models[path.stem] = load_model(path, device)
+
+    def get(self, name: str) -> Model:
+        """The model of this name. Raises ModelNotFound, which names those that exist."""
+        try:
+            return self._models[name]
+        except KeyError:
+            names = ", ".join(sorted(self._models))
+            raise ModelNotFound(f"no model is named {name!r}; there are: {names}", model=name) from None
+
+    def infos(self) -> list[ModelInfo]:
+        """All models, by name."""
+        return [self._models[name].info(name) for name in sorted(self._models)]

@@ -1,0 +1,63 @@
+"""What an attend costs, and how one that costs more than a batch may is done in parts that others come between.
+
+Shapes: Q queries, D width, H heads, E width per head, C chunk size, M chunks, K selected chunks.
+Does not know queues, devices or storage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from htm_service.attention.model_config import ModelConfig
+from htm_service.records import AttendRequest, AttendResult, Timing
+
+PRODUCTS_OF_ANY_QUERY = 1 << 20
+"""What a query costs before any arithmetic, in multiply-adds: about 30 us of a core."""
+
+
+def products_per_query(config: ModelConfig, *, dim: int, length: int, chunk_size: int, top_k: int) -> int:
+    """Multiply-adds of one query: its projections, M summary keys, and K chunks, twice for each head."""
+    num_chunks = -(-length // chunk_size)
+    tokens = min(top_k, num_chunks) * chunk_size
+    projections = 0 if config.dim_head is None else dim + 4 * config.heads * config.dim_head
+    return PRODUCTS_OF_ANY_QUERY + dim * (num_chunks + 2 * config.heads * tokens + projections)
+
+
+def split(request: AttendRequest, max_queries: int, length: int) -> list[AttendRequest]:
+    """A checked request in equal parts of at most `max_queries`, itself when it is small; all see one `length`."""
+    num_queries = len(request.queries)
+    if num_queries <= max_queries:
+        return [request]
+    size = -(-num_queries // -(-num_queries // max_queries))
+    stop = length if request.stop is None else request.stop
+    parts = []
+    for first in range(0, num_queries, size):
+        rows = slice(first, first + size)
+        chunk_mask = request.chunk_mask
+        if chunk_mask is not None and chunk_mask.ndim == 2:
+            chunk_mask = chunk_mask[rows]
+        parts.append(replace(request, queries=request.queries[rows], stop=stop, chunk_mask=chunk_mask))
+    return parts
+
+
+def merge(results: Sequence[AttendResult], length: int) -> AttendResult:
+    """The parts' results as that of the whole, which saw `length` tokens."""
+    if len(results) == 1:
+        return results[0]
+    return AttendResult(
+        output=np.concatenate([result.output for result in results]),
+        chunk_index=np.concatenate([result.chunk_index for result in results]),
+        chunk_weight=np.concatenate([result.chunk_weight for result in results]),
+        recalled=None
+        if results[0].recalled is None
+        else [row for result in results if result.recalled is not None for row in result.recalled],
+        length=length,
+        timing=Timing(
+            queue_s=results[0].timing.queue_s,
+            compute_s=sum(result.timing.compute_s for result in results),
+            batch_size=results[0].timing.batch_size,
+        ),
+    )

@@ -1,0 +1,166 @@
+"""Which tokens and chunks one attend may see, and the summary keys of the chunks it sees only in part.
+
+Shapes: D width, C chunk size, n the tokens up to `stop`, m the chunks that touch the visible range, Q queries.
+Implements "Visibility of a token" of docs/attention.md. Does not know batches, models or kernels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence, Set
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from htm_service.errors import InvalidArgument
+from htm_service.memory.chunks import Memory, sum_slots
+from htm_service.records import AttendRequest, Bools, OpenChunk
+
+CHUNKS_AT_ONCE = 256
+"""Chunks whose contents are copied together to recompute their keys, or from the host tier: bounds the workspace."""
+
+
+class Evicted(InvalidArgument):
+    """Of what an attend was to see, as of then, all was evicted."""
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRun:
+    """Tokens from position `start` on, until the next run, were appended under `episode`."""
+
+    start: int
+    episode: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Visibility:
+    """Tokens `start` .. `stop`-1 are visible, less those that `token_mask` [n] bool (host) hides."""
+
+    start: int
+    stop: int
+    token_mask: Bools | None
+    chunk_mask: Bools | None
+    """[M] or [Q, M] bool (host), M the chunks of the n tokens that the request speaks of."""
+
+    def chunk_range(self, chunk_size: int) -> tuple[int, int]:
+        """The chunks first .. last-1 that touch the visible range."""
+        if self.start >= self.stop:
+            return 0, 0
+        return self.start // chunk_size, -(-self.stop // chunk_size)
+
+    def slots(self, chunks: Tensor, chunk_size: int) -> Tensor:
+        """Visible slots of chunks [...] (int64 indexes): [..., C] bool."""
+        positions = chunks[..., None] * chunk_size + torch.arange(chunk_size, device=chunks.device)
+        visible = (positions >= self.start) & (positions < self.stop)
+        if self.token_mask is not None:
+            mask = torch.from_numpy(self.token_mask).to(chunks.device)
+            visible &= mask[positions.clamp(0, len(mask) - 1)]
+        return visible
+
+    def allowed(self, first: int, last: int, num_queries: int) -> Bools | None:
+        """`chunk_mask` for chunks first .. last-1 as [Q, m], or None when it hides nothing."""
+        if self.chunk_mask is None:
+            return None
+        return np.broadcast_to(np.atleast_2d(self.chunk_mask)[:, first:last], (num_queries, last - first))
+
+
+def plan_visibility(
+    request: AttendRequest,
+    *,
+    length: int,
+    first_position: int = 0,
+    chunk_size: int,
+    num_queries: int,
+    open_chunk: OpenChunk,
+    episodes: Sequence[EpisodeRun],
+) -> Visibility:
+    """What `request` sees of a session's tokens `first_position` .. `length`-1. Raises InvalidArgument, Evicted."""
+    stop = length if request.stop is None else request.stop
+    if stop > length:
+        raise InvalidArgument(f"stop is {stop}, the session's length is {length}")
+    if stop < first_position:
+        raise Evicted(f"stop is {stop}, the session's tokens before {first_position} were evicted")
+    if request.start > stop:
+        raise InvalidArgument(f"start is {request.start}, it must be at most {stop}, where the visible range stops")
+    num_chunks = -(-stop // chunk_size)
+    mask, chunk_mask = request.mask, request.chunk_mask
+    if mask is not None and mask.shape != (stop,):
+        raise InvalidArgument(f"mask has shape {list(mask.shape)}, it must be [{stop}], one value per token")
+    if chunk_mask is not None and chunk_mask.shape not in {(num_chunks,), (num_queries, num_chunks)}:
+        raise InvalidArgument(
+            f"chunk_mask has shape {list(chunk_mask.shape)}, it must be [{num_chunks}] or [{num_queries}, {num_chunks}]"
+        )
+    if request.episodes is not None:
+        of_episodes = _episode_mask(episodes, frozenset(request.episodes), stop)
+        mask = of_episodes if mask is None else mask & of_episodes
+    if open_chunk == "exclude":
+        stop = stop // chunk_size * chunk_size
+        mask = None if mask is None else mask[:stop]
+    return Visibility(max(request.start, first_position), stop, mask if stop else None, chunk_mask)
+
+
+@dataclass(frozen=True, slots=True)
+class SeenInPart:
+    """The chunks of a range that a request sees in part, `chunks` [p] int64, and which of their `slots` [p, C] bool;
+    `hidden` [h] int64, those it does not see at all. On the memory's device.
+    """
+
+    chunks: Tensor
+    slots: Tensor
+    hidden: Tensor
+
+
+def seen_in_part(memory: Memory, visibility: Visibility, first: int, last: int) -> SeenInPart | None:
+    """Of the chunks first .. last-1: those seen in part or not at all.
+
+    None when every chunk is seen as far as it is filled, which is the common case.
+    """
+    size = memory.chunk_size
+    if visibility.token_mask is None:
+        edges = {chunk for chunk in (first, last - 1) if _is_cut(memory, visibility, chunk)}
+        if not edges:
+            return None
+        suspects = torch.tensor(sorted(edges), dtype=torch.int64, device=memory.keys.device)
+    else:
+        suspects = torch.arange(first, last, device=memory.keys.device)
+    slots = visibility.slots(suspects, size)  # [s, C]
+    seen = slots.sum(dim=1)
+    stored = (memory.length - suspects * size).clamp(max=size)
+    in_part = (seen > 0) & (seen < stored)
+    return SeenInPart(suspects[in_part], slots[in_part], suspects[seen == 0])
+
+
+def keys_of(contents: Tensor, slots: Tensor) -> Tensor:
+    """Summary keys [p, D] float32 of chunks [p, C, D] over some of their slots [p, C] bool."""
+    return sum_slots(contents, slots) / slots.sum(dim=1, keepdim=True)
+
+
+def partial_keys(memory: Memory, part: SeenInPart, known: Mapping[int, Tensor]) -> Tensor:
+    """The keys [p, D] of the chunks seen in part: those that are `known`, and the others from their contents."""
+    keys = torch.empty(len(part.chunks), memory.keys.shape[1], device=memory.keys.device)
+    rows = torch.arange(len(part.chunks), device=keys.device)
+    if known:
+        chunks = part.chunks.tolist()
+        for row, chunk in enumerate(chunks):
+            if chunk in known:
+                keys[row] = known[chunk]
+        rows = rows[torch.tensor([chunk not in known for chunk in chunks], device=keys.device)]
+    for some in rows.split(CHUNKS_AT_ONCE):
+        keys[some] = keys_of(memory.contents(part.chunks[some]), part.slots[some])
+    return keys
+
+
+def _is_cut(memory: Memory, visibility: Visibility, chunk: int) -> bool:
+    """Whether the range's start or stop lies inside what the memory holds of this chunk."""
+    begin = chunk * memory.chunk_size
+    end = min(begin + memory.chunk_size, memory.length)
+    return visibility.start > begin or visibility.stop < end
+
+
+def _episode_mask(runs: Sequence[EpisodeRun], wanted: Set[int], stop: int) -> Bools:
+    mask = np.zeros(stop, dtype=np.bool_)
+    for index, run in enumerate(runs):
+        if run.episode in wanted:
+            mask[run.start : runs[index + 1].start if index + 1 < len(runs) else stop] = True
+    return mask

@@ -1,0 +1,1 @@
+"""Sessions as the event loop knows them: found, checked, accounted for."""

@@ -1,0 +1,292 @@
+"""The sessions by id: found in the store on first use, created, changed, deleted, expired.
+
+Writes go through the one writer, so the store decides who was first. Runs on the event loop.
+Does not know tokens, attention or what is on the device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import re
+import uuid
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+from weakref import WeakValueDictionary
+
+from htm_service.errors import (
+    InvalidArgument,
+    SessionConflict,
+    SessionDamaged,
+    SessionExpired,
+    SessionNotFound,
+    Unavailable,
+    Unhealthy,
+)
+from htm_service.records import SessionChange, SessionInfo, SessionPage
+from htm_service.sessions import validation
+from htm_service.sessions.recalls import RecallLog
+from htm_service.sessions.session import Session, Settings, wrong_with
+from storage.base import (
+    CreateSession,
+    DeleteSession,
+    NoSuchSession,
+    SessionExists,
+    SessionRow,
+    Store,
+    StoreError,
+    UpdateSession,
+    Write,
+)
+
+EXPIRED_REMEMBERED = 10_000
+"""Ids of expired sessions, the last ones, that are answered `session_expired` rather than `session_not_found`."""
+SCAN_LIMIT = 200
+"""Sessions that one step of the sweep looks at."""
+
+
+class Directory:
+    """See the head of this module. `write` makes one write durable and answers its outcome, or raises it."""
+
+    def __init__(
+        self,
+        store: Store,
+        write: Callable[[Write, Session | None], Awaitable[object]],
+        clock: Callable[[], float],
+        recalls_per_session: int,
+    ) -> None:
+        self._store = store
+        self._write = write
+        self._clock = clock
+        self._recalls_per_session = recalls_per_session
+        self._started_at = clock()
+        self._sessions: dict[str, Session] = {}
+        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._expired: OrderedDict[str, None] = OrderedDict()
+        self.num_expired = 0
+
+    def sessions(self) -> Iterable[Session]:
+        """Those that were used since the start."""
+        return self._sessions.values()
+
+    def totals(self) -> dict[str, int]:
+        """What became of sessions since the start."""
+        num_damaged = sum(session.damage is not None for session in self._sessions.values())
+        return {"expired_sessions": self.num_expired, "damaged_sessions": num_damaged}
+
+    def known(self, session_id: str) -> Session | None:
+        """The session, which counts as used now, when nothing has to be waited for; None: ask `get`."""
+        session, now = self._sessions.get(session_id), self._clock()
+        if session is None or session.is_expired(now):
+            return None
+        session.last_used_at = now
+        return session
+
+    async def get(self, session_id: str) -> Session:
+        """The session, which counts as used now. Raises SessionNotFound or SessionExpired."""
+        session = self._sessions.get(session_id) or await self._find(session_id)
+        now = self._clock()
+        if session is not None and session.is_expired(now):
+            with contextlib.suppress(Unavailable):  # that it could not be deleted yet changes nothing for the caller
+                await asyncio.shield(self._expire(session))  # who asked may go: half of it would leave its pages behind
+            session = self._sessions.get(session_id)  # used meanwhile, maybe
+            session = None if session is not None and session.is_expired(now) else session
+        if session is None:
+            if session_id in self._expired:
+                raise SessionExpired(f"session {session_id!r} was idle for longer than its ttl_s and is gone")
+            raise SessionNotFound(f"there is no session {session_id!r}")
+        session.last_used_at = now
+        return session
+
+    async def create(self, session_id: str | None, settings: Settings) -> tuple[Session, bool]:
+        """The new session, or the one that is there (False). Its settings are the caller's to compare."""
+        session_id = session_id or uuid.uuid4().hex
+        now = self._clock()
+        while True:
+            try:
+                return await self.get(session_id), False
+            except SessionExpired:  # where it could not be deleted, say why: its id is not free before
+                if (expired := self._sessions.get(session_id)) is not None:
+                    await self._expire(expired)
+            except SessionNotFound:
+                pass
+            row = SessionRow(session_id, settings.stored(), now, max_tokens=settings.max_tokens, updated_at=now)
+            async with self._lock(session_id):
+                try:
+                    written = await self._write(CreateSession(row), None)
+                except SessionExists:  # by a create that was faster: look again
+                    continue
+                assert isinstance(written, SessionRow)
+                self._expired.pop(session_id, None)
+                return self._add(written), True
+
+    async def update(self, session: Session, change: SessionChange) -> None:
+        """Change labels, ttl_s or model, durably."""
+        async with self._lock(session.id):
+            settings = session.settings
+            if change.labels is not None:
+                settings = replace(settings, labels=change.labels)
+            if change.model is not None:
+                settings = replace(settings, model=change.model)
+            if change.ttl_s is not None or change.clear_ttl:
+                settings = replace(settings, ttl_s=change.ttl_s)
+            try:
+                await self._write(UpdateSession(session.sid, settings.stored()), session)
+            except NoSuchSession:
+                raise SessionNotFound(f"there is no session {session.id!r}") from None
+            session.settings = settings
+
+    async def delete(self, session: Session) -> None:
+        """Delete durably."""
+        async with self._lock(session.id):
+            await self._delete(session)
+
+    async def _delete(self, session: Session) -> None:
+        # Out of the table first: whoever asks meanwhile waits for the lock and then asks the store.
+        self._sessions.pop(session.id, None)
+        try:
+            await self._write(DeleteSession(session.sid), session)
+        except NoSuchSession:
+            raise SessionNotFound(f"there is no session {session.id!r}") from None
+        except Exception:
+            self._sessions[session.id] = session
+            raise
+
+    async def delete_unreadable(self, session_id: str) -> int:
+        """Delete durably a session whose settings cannot be read, so that it never came in here; its `sid`."""
+        async with self._lock(session_id):
+            row = await self._look_up(session_id)
+            if row is None or wrong_with(row.settings) is None:  # deleted meanwhile, and maybe made anew
+                raise SessionNotFound(f"there is no session {session_id!r}")
+            await self._write(DeleteSession(row.sid), None)
+            return row.sid
+
+    async def list_page(
+        self, prefix: str, labels: Mapping[str, str] | None, cursor: str | None, limit: int
+    ) -> SessionPage:
+        """One page of the sessions in the order of their ids."""
+        after = decode_cursor(cursor, validation.ID)
+        rows = await self._list(prefix=prefix, labels=labels, after=after, limit=limit + 1)
+        now = self._clock()
+        infos = [info for row in rows[:limit] if (info := self._info(row, now)) is not None]
+        return SessionPage(infos, encode_cursor(rows[limit - 1].id) if len(rows) > limit else None)
+
+    async def expire(self) -> AsyncIterator[int]:
+        """Delete the sessions that are past their ttl_s, a page of sessions at a time; how many of each page."""
+        after: str | None = ""
+        while after is not None:
+            rows = await self._list(after=after, limit=SCAN_LIMIT)
+            mortal = [row for row in rows if row.settings.get("ttl_s") is not None]
+            sessions = [session for row in mortal if (session := self._of(row)) is not None]
+            expired = [session for session in sessions if session.is_expired(self._clock())]
+            await asyncio.gather(*map(self._expire, expired))  # one transaction, more or less
+            yield len(expired)
+            after = rows[-1].id if len(rows) == SCAN_LIMIT else None
+
+    def _info(self, row: SessionRow, now: float) -> SessionInfo | None:
+        session = self._of(row)
+        return None if session is None or session.is_expired(now) else session.info()
+
+    def _of(self, row: SessionRow) -> Session | None:
+        """The session of a listed row; None where its settings are damaged, as the store leaves out such rows."""
+        try:
+            return self._sessions.get(row.id) or self._new(row)
+        except SessionDamaged:
+            return None
+
+    async def _find(self, session_id: str) -> Session | None:
+        async with self._lock(session_id):
+            if session_id in self._sessions:
+                return self._sessions[session_id]
+            row = await self._look_up(session_id)
+            return None if row is None else self._add(row)
+
+    async def _look_up(self, session_id: str) -> SessionRow | None:
+        try:
+            return await asyncio.to_thread(self._store.get_session, session_id)
+        except StoreError as error:
+            raise Unhealthy(f"session {session_id!r} cannot be looked up: {error}") from error
+
+    async def _list(self, **which: Any) -> list[SessionRow]:
+        try:
+            return await asyncio.to_thread(self._store.list_sessions, **which)
+        except StoreError as error:
+            raise Unhealthy(f"sessions cannot be listed: {error}") from error
+
+    async def _expire(self, session: Session) -> None:
+        """Delete a session that is past its ttl_s, unless it was used or changed while this waited for its lock."""
+        async with self._lock(session.id):
+            session = self._sessions.get(session.id, session)
+            if session.is_deleted or not session.is_expired(self._clock()):
+                return
+            self._expired[session.id] = None
+            while len(self._expired) > EXPIRED_REMEMBERED:
+                self._expired.popitem(last=False)
+            with contextlib.suppress(SessionNotFound):
+                await self._delete(session)
+                self.num_expired += 1
+
+    def _lock(self, session_id: str) -> asyncio.Lock:
+        return self._locks.setdefault(session_id, asyncio.Lock())
+
+    def _add(self, row: SessionRow) -> Session:
+        session = self._sessions[row.id] = self._new(row)
+        return session
+
+    def _new(self, row: SessionRow) -> Session:
+        settings = Settings.of_row(row)
+        return Session(
+            id=row.id,
+            sid=row.sid,
+            settings=settings,
+            created_at=row.created_at,
+            updated_at=row.updated_at,
+            # Reads are not stored: after a restart a session counts as used when the server started.
+            last_used_at=max(row.updated_at, self._started_at),
+            length=row.length,
+            tip=row.length,
+            first_position=row.first_position,
+            recalls=RecallLog(self._recalls_per_session, row.first_position // settings.chunk_size),
+        )
+
+
+def compare(session: Session, wanted: Settings, explicit: frozenset[str]) -> None:
+    """Raise SessionConflict unless `session` has the settings `wanted`.
+
+    What PATCH may change (labels, ttl_s, model) counts only when it was named (`explicit`).
+    """
+    for name in (
+        "dim",
+        "chunk_size",
+        "dtype",
+        "open_chunk",
+        "max_tokens",
+        "on_full",
+        "labels",
+        "ttl_s",
+        "model",
+    ):
+        if name in {"labels", "ttl_s", "model"} and name not in explicit:
+            continue
+        has, want = getattr(session.settings, name), getattr(wanted, name)
+        if has != want:
+            raise SessionConflict(f"session {session.id!r} exists with {name} {has!r}, and {want!r} was asked for")
+
+
+def encode_cursor(key: str) -> str:
+    """An opaque cursor that continues after `key`."""
+    return base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
+
+
+def decode_cursor(cursor: str | None, keys: re.Pattern[str]) -> str:
+    """The key of a cursor, "" for none. Raises InvalidArgument for what does not look like one of the `keys`."""
+    if not cursor:
+        return ""
+    with contextlib.suppress(ValueError):  # not ASCII, not base64, not UTF-8
+        key = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
+        if keys.fullmatch(key):
+            return key
+    raise InvalidArgument(f"cursor is {cursor[:80]!r}, which no listing gave out")

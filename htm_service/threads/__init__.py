@@ -1,0 +1,1 @@
+"""Worker threads: batches, and whether the threads work."""

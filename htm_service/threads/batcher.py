@@ -1,0 +1,327 @@
+"""A queue with one worker thread: what waits is taken together, run as one batch, delivered in one hop.
+
+The engine uses it twice: for the device (attends become a batch) and for the store (appends become a
+transaction). There is no artificial delay: an idle worker takes the first item at once, a busy one finds
+what has gathered meanwhile.
+
+What waits is one batch where it fits into one. Where it does not, it waits in lanes, one for each session: a batch
+takes from the lanes in turn, up to a cost, so that no session waits behind all of another's. Within a lane the order
+is always that of admission.
+
+An item that is admitted gets exactly one outcome: a result, an error of its own, or, when the worker dies or
+is closed, an `Unavailable`. Work whose future is done before, cancelled or out of time, is not begun. A batch that
+fails as a whole is run again item by item.
+Does not know: what the items are. Asyncio futures are touched on their loop only.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Generic, TypeAlias, TypeVar
+
+from htm_service.errors import DeadlineExceeded, Draining, Overloaded, Unhealthy
+from htm_service.threads.heartbeat import Heartbeat
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+class Later(Enum):
+    """The outcome of an item whose runner will `finish` or has parked it."""
+
+    LATER = "later"
+
+
+LATER = Later.LATER
+
+
+@dataclass(slots=True, eq=False)
+class Ticket(Generic[Item, Result]):
+    """One admitted item on its way: its cost, at least 1, and its future."""
+
+    item: Item
+    future: asyncio.Future[Result]
+    cost: int
+    submitted_at: float
+    lane: Hashable = None
+    started_at: float = field(default=0.0)
+
+    @property
+    def queue_s(self) -> float:
+        """Seconds between admission and the start of its batch."""
+        return self.started_at - self.submitted_at
+
+
+Outcome: TypeAlias = Result | Exception | Later
+Finished: TypeAlias = tuple[Ticket[Item, Result], Result | Exception]
+
+
+class Batcher(Generic[Item, Result]):
+    """See the head of this module.
+
+    `run` gets the tickets of one batch and answers one outcome for each: a result, an exception, or LATER.
+    `clock` (seconds) says how long they waited.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        run: Callable[[Sequence[Ticket[Item, Result]]], Sequence[Outcome[Result]]],
+        *,
+        max_waiting: int,
+        max_cost: int,
+        on_death: Callable[[str], None] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.name = name
+        self.max_waiting = max_waiting
+        self.max_cost = max_cost
+        self.num_batches = 0
+        self.num_items = 0
+        self.num_skipped = 0
+        """Items whose caller had gone, or was told that its time is over, before their work began."""
+        self.unhealthy_reason: str | None = None
+        self.heartbeat = Heartbeat()
+        self._run = run
+        self._on_death = on_death
+        self._clock = clock
+        self._changed = threading.Condition()
+        self._new: list[Ticket[Item, Result]] = []
+        """What waits and is not in a lane yet."""
+        self._lanes: OrderedDict[Hashable, deque[Ticket[Item, Result]]] = OrderedDict()
+        """What waits since it did not fit into a batch; the lane whose turn it is stands first."""
+        self._num_waiting = 0
+        self._arrived: list[Ticket[Item, Result]] = []
+        """What was submitted since the loop's last turn; the loop's."""
+        self._actions: deque[Callable[[], None]] = deque()
+        self._open: set[Ticket[Item, Result]] = set()
+        self._draining = False
+        self._stopped = False
+        self._thread: threading.Thread | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+
+    # --- the callers' side (the loop) ---
+
+    def start(self) -> None:
+        """Start the worker; futures will belong to the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._thread = threading.Thread(target=self._work, name=f"htm-{self.name}", daemon=True)
+        self._thread.start()
+
+    def submit(self, item: Item, *, cost: int = 1, lane: Hashable = None) -> asyncio.Future[Result]:
+        """Admit an item. Raises Overloaded, Draining or Unhealthy at once when it cannot be.
+
+        The worker learns of it at the end of the loop's turn: what arrives in one turn goes together, and the two
+        threads meet once for all of it. (An idle worker that was handed the first few at once would work beside the
+        loop, but on twice as many batches of half the size: appends became a fifth fewer.)
+        """
+        assert self._loop is not None, "the batcher is not started"
+        if self.unhealthy_reason is not None:
+            raise Unhealthy(self.unhealthy_reason)
+        if self._draining:
+            raise Draining("the server is stopping and takes no new work")
+        if self.num_waiting >= self.max_waiting:
+            raise Overloaded(f"{self.num_waiting} requests wait for the {self.name}, the limit is {self.max_waiting}")
+        ticket = Ticket(item, self._loop.create_future(), cost, self._clock(), lane)
+        if not self._arrived:
+            self._loop.call_soon(self._hand_over)
+        self._arrived.append(ticket)
+        return ticket.future
+
+    def _hand_over(self) -> None:
+        """Let the worker have what has arrived."""
+        arrived, self._arrived = self._arrived, []
+        with self._changed:
+            self._open.update(arrived)
+            if self.unhealthy_reason is None:
+                self._new += arrived
+                self._num_waiting += len(arrived)
+                self._changed.notify()
+                return
+        self.finish((ticket, Unhealthy(self.unhealthy_reason)) for ticket in arrived)
+
+    async def close(self, timeout_s: float) -> None:
+        """Stop admitting, let what was admitted finish, fail the rest after `timeout_s`. Safe to call twice."""
+        self._hand_over()
+        with self._changed:
+            self._draining = True
+            self._changed.notify()
+        if self._thread is None:
+            return
+        await asyncio.to_thread(self._wait_until_drained, timeout_s)
+        with self._changed:
+            self._stopped = True
+            rest = list(self._open)
+            self._changed.notify()
+        self.finish((ticket, Draining("the server stopped before this was done")) for ticket in rest)
+        await asyncio.to_thread(self._thread.join, max(1.0, timeout_s))
+        if self._thread.is_alive():
+            logging.getLogger(__name__).error("the %s thread did not stop within %.0f s", self.name, timeout_s)
+
+    @property
+    def num_waiting(self) -> int:
+        """Items that wait for their batch."""
+        return self._num_waiting + len(self._arrived)
+
+    # --- the runners' side (any thread) ---
+
+    @property
+    def is_running(self) -> bool:
+        """Whether the worker will still do what is posted."""
+        return not self._stopped and self.unhealthy_reason is None
+
+    def post(self, action: Callable[[], None]) -> bool:
+        """Have the worker call `action` before its next batch; actions run in the order of their posting.
+
+        False when the worker has stopped. An action must not raise: an exception there ends the worker.
+        """
+        with self._changed:
+            if not self.is_running:
+                return False
+            self._actions.append(action)
+            self._changed.notify()
+        return True
+
+    def finish(self, finished: Iterable[Finished[Item, Result]]) -> None:
+        """Give tickets their outcomes, all in one hop to the loop."""
+        pairs = list(finished)
+        if not pairs or self._loop is None:
+            return
+        with self._changed:
+            self._open.difference_update([ticket for ticket, _ in pairs])
+            if self._draining:  # `close` waits for this, and nobody else: the worker would wake for nothing
+                self._changed.notify_all()
+        try:
+            self._loop.call_soon_threadsafe(_resolve, pairs)
+        except RuntimeError:
+            logging.getLogger(__name__).warning(
+                "%s: %d answers came after their loop was closed", self.name, len(pairs)
+            )
+
+    def fail(self, reason: str) -> None:
+        """Refuse everything from now on, and fail what was admitted, with `reason`; or with an earlier one."""
+        with self._changed:
+            reason = self.unhealthy_reason = self.unhealthy_reason or reason
+            self._new.clear()
+            self._lanes.clear()
+            self._num_waiting = 0
+            self._actions.clear()
+            rest = list(self._open)
+        self.finish((ticket, Unhealthy(reason)) for ticket in rest)
+
+    # --- the worker ---
+
+    def _work(self) -> None:
+        try:
+            while (work := self._take()) is not None:
+                actions, tickets = work
+                for action in actions:
+                    self.heartbeat.beat()
+                    action()
+                if tickets:
+                    self.run_now(tickets)
+                self.heartbeat.rest()
+        except BaseException as error:
+            self._die(error)
+
+    def _take(self) -> tuple[list[Callable[[], None]], list[Ticket[Item, Result]]] | None:
+        """All actions and the next batch of what waits; None when there is nothing left and never will be."""
+        with self._changed:
+            while not self._actions and not self._num_waiting:
+                if self._stopped:
+                    return None
+                self._changed.wait()
+            actions = list(self._actions)
+            self._actions.clear()
+            return actions, self._take_batch()
+
+    def _take_batch(self) -> list[Ticket[Item, Result]]:
+        """All that waits, if it fits; else one ticket of each lane in turn, until the next would pass the cost.
+
+        One that is dearer than a batch may be is a batch of its own. One whose future is done goes along to be
+        counted: it takes neither its lane's turn nor room in the batch.
+        """
+        new, self._new = self._new, []
+        if not self._lanes and sum([ticket.cost for ticket in new]) <= self.max_cost:
+            self._num_waiting = 0
+            return new
+        for ticket in new:
+            self._lanes.setdefault(ticket.lane, deque()).append(ticket)
+        tickets: list[Ticket[Item, Result]] = []
+        cost = 0
+        while self._lanes:
+            lane, waiting = next(iter(self._lanes.items()))
+            is_done, own_cost = waiting[0].future.done(), waiting[0].cost
+            if cost and not is_done and cost + own_cost > self.max_cost:
+                break
+            tickets.append(waiting.popleft())
+            if not waiting:
+                del self._lanes[lane]
+            elif not is_done:
+                self._lanes.move_to_end(lane)
+            cost += 0 if is_done else own_cost
+        self._num_waiting -= len(tickets)
+        return tickets
+
+    def run_now(self, taken: list[Ticket[Item, Result]]) -> None:
+        """Run admitted tickets as a batch (worker's thread): what the loop took, or what was parked."""
+        now = self._clock()
+        tickets: list[Ticket[Item, Result]] = []
+        finished: list[Finished[Item, Result]] = []
+        for ticket in taken:
+            ticket.started_at = now
+            if ticket.future.done():  # cancelled, or out of time
+                finished.append((ticket, DeadlineExceeded("the caller has gone")))
+            else:
+                tickets.append(ticket)
+        num_skipped = len(finished)
+        if tickets:
+            self.num_batches += 1
+            for ticket, outcome in zip(tickets, self._outcomes(tickets), strict=True):
+                if not isinstance(outcome, Later):
+                    finished.append((ticket, outcome))
+        self.num_skipped += num_skipped
+        self.num_items += len(finished) - num_skipped
+        self.finish(finished)
+
+    def _outcomes(self, tickets: list[Ticket[Item, Result]]) -> Sequence[Outcome[Result]]:
+        self.heartbeat.beat()
+        try:
+            return self._run(tickets)
+        except Exception as error:
+            if len(tickets) == 1:
+                return [error]
+            logging.getLogger(__name__).warning(
+                "%s: a batch of %d failed and is run item by item: %r", self.name, len(tickets), error
+            )
+            return [self._outcomes([ticket])[0] for ticket in tickets]
+
+    def _die(self, error: BaseException) -> None:
+        logging.getLogger(__name__).critical("the %s thread died", self.name, exc_info=error)
+        reason = f"the {self.name} thread died: {error!r}"
+        self.fail(reason)
+        if self._on_death is not None:
+            self._on_death(reason)
+
+    def _wait_until_drained(self, timeout_s: float) -> None:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: (not self._open and not self._actions) or self.unhealthy_reason is not None, timeout_s
+            )
+
+
+def _resolve(pairs: list[Finished[Item, Result]]) -> None:
+    for ticket, outcome in pairs:
+        if ticket.future.done():
+            continue
+        if isinstance(outcome, Exception):
+            ticket.future.set_exception(outcome)
+        else:
+            ticket.future.set_result(outcome)

@@ -1,0 +1,1 @@
+"""What changes sessions: appends, compaction, expiry. Imports downward: reads, sessions, memory, threads."""

@@ -1,0 +1,84 @@
+"""Putting whole chunks in order at rest: their summaries kept, the small blocks that they came in joined.
+
+A session that grows token by token is stored token by token; read back that way it would cost a row for each.
+Runs within a write's transaction. Does not know what a summary says.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+from sqlalchemy import Connection, delete, func, insert, select
+
+from storage.base import Refused, Seal, WrongLength
+from storage.sql.prepared import Values
+from storage.sql.rows import BLOCK_BYTES, INSERT_BLOCKS
+from storage.sql.tables import blocks, summaries
+
+
+def seal(connection: Connection, write: Seal, first_position: int) -> Refused | None:
+    """Keep the summary and join the blocks of its chunks; None, or why not. The session begins at `first_position`."""
+    table, summary = summaries.c, write.summary
+    last = select(func.max(table.first + table.num_chunks)).where(table.sid == write.sid)
+    end = max(connection.execute(last).scalar() or 0, first_position // write.chunk_size)
+    if summary.first != end:
+        return WrongLength(end)
+    values = {
+        "sid": write.sid,
+        "first": summary.first,
+        "num_chunks": summary.num_chunks,
+        "checksum": zlib.crc32(summary.data),
+        "data": summary.data,
+    }
+    connection.execute(insert(summaries).values(values))
+    start = summary.first * write.chunk_size
+    _join(connection, write.sid, start, start + summary.num_chunks * write.chunk_size)
+    return None
+
+
+def _join(connection: Connection, sid: int, start: int, stop: int) -> None:
+    """Join the blocks that lie wholly within positions start .. stop-1."""
+    columns = blocks.c
+    inside = (columns.sid == sid, columns.start >= start, columns.start + columns.num_tokens <= stop)
+    count, num_bytes = connection.execute(
+        select(func.count(), func.coalesce(func.sum(func.length(columns.data)), 0)).where(*inside)
+    ).one()
+    if count <= num_bytes // BLOCK_BYTES + 1:
+        return  # large already
+    rows = connection.execute(select(blocks).where(*inside).order_by(columns.start)).all()
+    connection.execute(delete(blocks).where(*inside))
+    INSERT_BLOCKS.run(connection, list(joined(rows, are_known=False)))
+
+
+def joined(rows: Iterable[Any], *, are_known: bool) -> Iterator[Values]:
+    """Rows in the order of their positions as fewer blocks: of neighbours of one episode, and at most BLOCK_BYTES
+    unless one row is larger.
+
+    Unless they `are_known` to be as they were, what is damaged stays by itself, under the checksum that shows it.
+    """
+    lot: list[Any] = []
+    num_bytes = end = 0
+    for row in rows:
+        is_sound = are_known or zlib.crc32(row.data) == row.checksum
+        is_next = row.start == end and lot and row.episode == lot[-1].episode  # after a gap no token moves
+        num_bytes += len(row.data)
+        if lot and not (is_sound and is_next and num_bytes <= BLOCK_BYTES):
+            yield _joined(lot)
+            lot, num_bytes = [], len(row.data)
+        lot.append(row)
+        end = row.start + row.num_tokens
+        if not is_sound:
+            yield _joined(lot)
+            lot, num_bytes = [], 0
+    if lot:
+        yield _joined(lot)
+
+
+def _joined(lot: Sequence[Any]) -> Values:
+    first = lot[0]
+    if len(lot) == 1:
+        return first.sid, first.start, first.num_tokens, first.episode, first.checksum, first.data
+    data = b"".join(row.data for row in lot)
+    return first.sid, first.start, sum(row.num_tokens for row in lot), first.episode, zlib.crc32(data), data

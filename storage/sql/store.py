@@ -1,0 +1,166 @@
+"""The contract on a SQL database, through SQLAlchemy Core: one connection writes, within a transaction per group.
+
+Does not know which database it is (see `sqlite.py`, `postgresql.py`), nor what the settings mean. The reading half
+is `reading.py`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
+
+from sqlalchemy import Connection, Engine
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from storage.base import CheckSettings, Outcome, StoreDamaged, StoreError, StoreFenced, Write
+from storage.sql import journal, repair
+from storage.sql.deletion import purge_more
+from storage.sql.failures import translated
+from storage.sql.ownership import Ownership
+from storage.sql.reader import SqlReader, Upkeep
+from storage.sql.repair import Repair
+from storage.sql.write_group import Tally, WriteGroup
+
+T = TypeVar("T")
+
+KEPT_FREE_BYTES = 8 << 20
+"""Free space that a running server keeps in the file, because the next appends will want it."""
+CLOSE_SECONDS = 0.5
+"""How long closing may give free space back; the rest waits for the next start."""
+
+
+class SqlStore(SqlReader):
+    """See the head of this module. Without `writer` and `ownership` it is for reading only."""
+
+    def __init__(
+        self, url: str, writer: Engine | None, readers: Engine, upkeep: Upkeep, ownership: Ownership | None
+    ) -> None:
+        super().__init__(url, readers, upkeep, is_owner=ownership is not None)
+        self._writer_engine = writer
+        self._ownership = ownership
+        self._writer: Connection | None = None
+        self._tallies: dict[int, Tally] = {}
+        """What the connection that writes has found out about sessions; dropped with it."""
+        self._write_lock = threading.Lock()
+
+    def write(self, writes: Sequence[Write], *, now: float) -> list[Outcome]:
+        """See `Store.write`."""
+
+        def run(connection: Connection) -> tuple[WriteGroup, list[Outcome]]:
+            group = WriteGroup(connection, writes, now, self._tallies, self._journal)
+            return group, group.run()
+
+        _, outcomes = self._transact(run, lambda done: done[0].publish())
+        return outcomes
+
+    def recover(self, connection: Connection) -> None:
+        """Take over the journal that the last owner left, in the transaction in which this one becomes the owner."""
+        self._journal = journal.recover(connection)
+
+    def purge(self, sid: int | None = None) -> bool:
+        """See `Store.purge`."""
+        return self._transact(lambda connection: purge_more(connection, sid))
+
+    def give_back(self) -> bool:
+        """See `Store.give_back`."""
+        with self._writing() as (connection, _):
+            return self._upkeep.give_back(connection, KEPT_FREE_BYTES)
+
+    def watch(self, on_fenced: Callable[[str], None]) -> None:
+        """See `Store.watch`."""
+        if self._ownership is not None:
+            self._ownership.watch(on_fenced)
+
+    def plan_repair(self, check_settings: CheckSettings = lambda settings: None) -> list[Repair]:
+        """What can be kept of each damaged session; one snapshot. Raises StoreDamaged when the file itself is."""
+        with self._reading() as (connection, _):
+            for message in self._upkeep.structure(connection):
+                raise StoreDamaged(f"the database itself is damaged: {message}; a backup may help")
+            return repair.plan(connection, check_settings)
+
+    def carry_out_repair(self, repairs: list[Repair]) -> None:
+        """Do what was planned, in one transaction, then delete what was left. No server may use the store."""
+        self._transact(lambda connection: repair.carry_out(connection, repairs))
+        self._tallies.clear()
+        while self.purge():
+            pass
+
+    def close(self) -> None:
+        """Fold the journal, give free space back for a moment, end the connections, release the rest."""
+        if self._journal.num_bytes and not self._is_closed:
+            with contextlib.suppress(StoreError):  # else the next start does it
+                self._transact(self._journal.fold, lambda _: self._journal.clear())
+        with self._write_lock:
+            self._is_closed = True
+            self._readers.dispose()  # before the writer's: SQLite folds its log in when the last one closes
+            if self._writer is not None:
+                deadline = time.monotonic() + CLOSE_SECONDS
+                with contextlib.suppress(StoreError), translated():
+                    while self._upkeep.give_back(self._writer, 0) and time.monotonic() < deadline:
+                        pass
+                    self._upkeep.finish(self._writer)
+                self._drop_writer()
+            if self._ownership is not None:
+                self._ownership.release()
+            if self._writer_engine is not None:
+                self._writer_engine.dispose()
+            self._upkeep.release()
+
+    def _was_committed(self, transaction: str | None) -> bool:
+        """Whether a commit that raised was one. Not to know is the end: memory and store would part."""
+        try:
+            return self._upkeep.has_committed(transaction)
+        except StoreError as error:
+            assert self._ownership is not None
+            reason = f"whether the last group was written cannot be known: {error}"
+            self._ownership.fence(reason)
+            raise StoreFenced(reason) from error
+
+    def _transact(self, work: Callable[[Connection], T], committed: Callable[[T], None] = lambda result: None) -> T:
+        """One transaction, by the owner only; what `work` answers, once it is known to be committed.
+
+        `committed` is told first, before anybody else may write: to a fold, what it does not know of is not there.
+        """
+        with self._writing() as (connection, ownership):
+            results: list[T] = []
+            transaction: str | None = None
+            try:
+                with connection.begin():
+                    transaction = ownership.check(connection)
+                    results.append(work(connection))
+            except StoreFenced as error:
+                ownership.fence(str(error))
+                raise
+            except DBAPIError:
+                if not results:
+                    raise
+                self._drop_writer()
+                if not self._was_committed(transaction):
+                    raise
+            committed(results[0])
+            return results[0]
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[tuple[Connection, Ownership]]:
+        """The connection that writes. Whatever state a failure left it in, the next one gets a fresh one."""
+        with self._write_lock, translated():
+            self._check_open()
+            if self._writer_engine is None or self._ownership is None:
+                raise StoreError(f"the store {self.url} was opened for reading only")
+            if self._writer is None:
+                self._writer = self._writer_engine.connect()
+            try:
+                yield self._writer, self._ownership
+            except BaseException:
+                self._drop_writer()
+                raise
+
+    def _drop_writer(self) -> None:
+        self._tallies.clear()
+        if self._writer is not None:
+            with contextlib.suppress(SQLAlchemyError):
+                self._writer.close()
+            self._writer = None
