@@ -222,7 +222,7 @@ def repair(
     """Keep what can be read of damaged sessions; says first what is lost. The server must be stopped."""
     with clear_failure():
         check_exists(where)
-        from htm_service.sessions.session import wrong_with
+        from htm_service.session_settings import wrong_with
         from storage.resolve import open_for_repair
 
         with closing(open_for_repair(where)) as store:
@@ -245,7 +245,7 @@ def check_exists(where: Path | str) -> None:
 
 def report(where: Path | str) -> int:
     """Print what is wrong with the data, then what there is; how many problems."""
-    from htm_service.sessions.session import wrong_with
+    from htm_service.session_settings import wrong_with
     from storage.resolve import open_readonly
 
     num_problems = 0

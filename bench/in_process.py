@@ -18,7 +18,7 @@ from bench import machine, scene
 from bench.figures import Figure, say
 from bench.scene import CHUNK_SIZE, DIM, HEADS, LENGTH, TOP_K, Scene
 from htm_service.engine import Engine
-from htm_service.records import AppendRequest, SessionSettings
+from htm_service.records import AppendRequest, CreateRequest
 
 NUM_WRITERS = 32
 LENGTHS = (2_000, 20_000, 200_000, 2_000_000)
@@ -83,7 +83,7 @@ async def appends(stage: Scene, quick: bool) -> Figure:
     seconds = 1.0 if quick else 5.0
     async with scene.running_engine(stage, f"sqlite:///{stage.directory / 's7.sqlite3'}") as engine:
         for number in range(NUM_WRITERS):
-            await engine.create(f"w{number}", SessionSettings(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
+            await engine.create(f"w{number}", CreateRequest(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
         embeddings = np.random.default_rng(0).standard_normal((1, DIM), dtype=np.float32)
         await _write(engine, embeddings, 0.5)
         before, taken = await _num_commits(engine), machine.thread_seconds()
@@ -143,7 +143,7 @@ async def _disk_of_single_appends(stage: Scene, length: int) -> Figure:
     tokens = scene.make_tokens(length)
     async with scene.running_engine(stage, f"sqlite:///{path}") as engine:
         for number in range(NUM_WRITERS):
-            await engine.create(f"w{number}", SessionSettings(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
+            await engine.create(f"w{number}", CreateRequest(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
 
         async def stream(number: int) -> None:
             for token in tokens[number::NUM_WRITERS]:

@@ -20,7 +20,7 @@ from htm_service.attention.convert import from_htm_pytorch
 from htm_service.attention.model import save_model
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
-from htm_service.records import AppendRequest, AttendRequest, SessionSettings
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest
 from storage.resolve import open_store
 
 DIM, HEADS, DIM_HEAD, TOP_K, CHUNK_SIZE, LENGTH = 512, 8, 64, 8, 32, 20_000
@@ -103,7 +103,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 async def fill(engine: Engine, session: str, tokens: Tensor, model: str = MODEL, dtype: Any = "float32") -> None:
     """Create a session and put tokens [n, D] in."""
-    settings = SessionSettings(dim=tokens.shape[1], chunk_size=CHUNK_SIZE, model=model, dtype=dtype)
+    settings = CreateRequest(dim=tokens.shape[1], chunk_size=CHUNK_SIZE, model=model, dtype=dtype)
     await engine.create(session, settings)
     for piece in tokens.split(PIECE):
         await engine.append(session, AppendRequest(embeddings=piece.numpy()))

@@ -43,6 +43,7 @@ from htm_service.records import (
     AttendResult,
     ChunkDetail,
     ChunkPage,
+    CreateRequest,
     EngineInfo,
     Memories,
     ModelInfo,
@@ -50,7 +51,6 @@ from htm_service.records import (
     SessionChange,
     SessionInfo,
     SessionPage,
-    SessionSettings,
 )
 from htm_service.sessions import validation
 from htm_service.sessions.directory import Directory, compare
@@ -133,7 +133,7 @@ class Engine:
 
     # --- sessions ---
 
-    async def create(self, session_id: str | None, settings: SessionSettings) -> tuple[SessionInfo, bool]:
+    async def create(self, session_id: str | None, settings: CreateRequest) -> tuple[SessionInfo, bool]:
         """Create a session (True) or confirm that it exists with these settings. Raises SessionConflict."""
         self._check_open()
         if session_id is not None:
@@ -298,7 +298,7 @@ class Engine:
                 raise
         dim = int(request.embeddings.shape[-1])
         validation.check_append(request, dim)  # what is refused makes no session
-        await self.create(session_id, SessionSettings(dim=dim))
+        await self.create(session_id, CreateRequest(dim=dim))
         return await self._session(session_id)
 
     async def _settled(self, session_id: str) -> Session:

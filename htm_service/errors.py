@@ -5,7 +5,7 @@ HTMError
 ├── MalformedBody        malformed_body        bytes that cannot be parsed at all
 ├── BodyTooLarge         body_too_large        more bytes than the server takes in one request
 ├── UnsupportedMediaType unsupported_media_type
-├── Missing
+├── NotFound
 │   ├── SessionNotFound  session_not_found
 │   ├── SessionExpired   session_expired       it existed, and was idle for longer than its ttl_s
 │   ├── ModelNotFound    model_not_found
@@ -67,29 +67,29 @@ class UnsupportedMediaType(HTMError):
     code = "unsupported_media_type"
 
 
-class Missing(HTMError):
+class NotFound(HTMError):
     """What the request names is not there."""
 
 
-class SessionNotFound(Missing):
+class SessionNotFound(NotFound):
     """No session has this id."""
 
     code = "session_not_found"
 
 
-class SessionExpired(Missing):
+class SessionExpired(NotFound):
     """The session was idle for longer than its `ttl_s`."""
 
     code = "session_expired"
 
 
-class ModelNotFound(Missing):
+class ModelNotFound(NotFound):
     """No model has this name."""
 
     code = "model_not_found"
 
 
-class ChunkNotFound(Missing):
+class ChunkNotFound(NotFound):
     """The session has no chunk of this index."""
 
     code = "chunk_not_found"

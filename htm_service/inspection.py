@@ -15,6 +15,7 @@ import numpy as np
 
 from htm_service import config as limits
 from htm_service.config import EngineConfig
+from htm_service.cursors import decode_cursor, encode_cursor
 from htm_service.dtypes import from_bytes
 from htm_service.errors import ChunkNotFound, InvalidArgument, SessionNotFound, Unhealthy
 from htm_service.memory.chunks import NO_PAGE, Memory
@@ -31,7 +32,6 @@ from htm_service.records import (
     Tier,
 )
 from htm_service.sessions import validation
-from htm_service.sessions.directory import decode_cursor, encode_cursor
 from htm_service.sessions.session import Session
 from htm_service.version import __version__
 from htm_service.writes.committer import Committer

@@ -28,7 +28,7 @@ Tier = Literal["resident", "host", "cold"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SessionSettings:
+class CreateRequest:
     """The settings of a session; None means that the server decides (from the model, or the default)."""
 
     dim: int | None = None

@@ -1,4 +1,4 @@
-"""The README: its examples run against a real server, its links lead somewhere, its folders are those that git tracks."""
+"""The README: its examples run against a real server, its links lead somewhere, its folders are what git tracks."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ from htm_service.kernels.reference import ReferenceKernel
 from htm_service.kernels.triton_gpu import TritonKernel
 from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.chunks import Memory
-from htm_service.records import AppendRequest, AttendRequest, SessionSettings
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest
 from storage.resolve import open_store
 from tests.engine.models import write_model
 from tests.interpreter import INTERPRETED
@@ -207,7 +207,7 @@ async def test_an_engine_serves_with_it(device: str, tmp_path: Path, monkeypatch
     engine = Engine(EngineConfig(device=device, models_dir=tmp_path), store := open_store("memory://"))
     await engine.start()
     try:
-        await engine.create("s", SessionSettings(dim=DIM, chunk_size=SIZE, model="trained"))
+        await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE, model="trained"))
         await engine.append("s", AppendRequest(embeddings=tokens))
         requests = [AttendRequest(queries=queries, **options) for options, _ in asked]
         results = await asyncio.gather(*(engine.attend("s", request) for request in requests))

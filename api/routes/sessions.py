@@ -11,7 +11,7 @@ from starlette.responses import Response
 from api.errors import shorten
 from api.openapi import BODY_CODES, SESSION_CODES, WRITE_CODES, problems
 from api.routes.context import JsonRoute, engine_of
-from api.schemas.bodies import SessionChange, SessionSettings
+from api.schemas.bodies import CreateBody, SessionChange
 from api.schemas.views import Session, SessionPage
 from htm_service.errors import InvalidArgument
 
@@ -27,7 +27,7 @@ _CREATE_CODES = (
 )
 _EXAMPLE = {"dim": 512, "chunk_size": 32, "labels": {"agent": "7"}, "ttl_s": 86400}
 
-Settings = Annotated[SessionSettings, Body(openapi_examples={"usual": {"value": _EXAMPLE}})]
+Settings = Annotated[CreateBody, Body(openapi_examples={"usual": {"value": _EXAMPLE}})]
 Change = Annotated[SessionChange, Body(openapi_examples={"usual": {"value": {"labels": {"agent": "8"}}}})]
 
 

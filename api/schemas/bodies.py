@@ -24,7 +24,7 @@ class Body(BaseModel):
 # --- requests -------------------------------------------------------------------------------------
 
 
-class SessionSettings(Body):
+class CreateBody(Body):
     """Settings at creation. What is left out is decided by the model or by the server's defaults."""
 
     dim: int | None = Field(None, description="Width of the tokens; required unless the model fixes it.")
@@ -39,9 +39,9 @@ class SessionSettings(Body):
         "reject", description="An append beyond `max_tokens` is refused, or whole oldest chunks go."
     )
 
-    def record(self) -> records.SessionSettings:
+    def record(self) -> records.CreateRequest:
         """As the engine takes it."""
-        return records.SessionSettings(**self.model_dump())
+        return records.CreateRequest(**self.model_dump())
 
 
 class SessionChange(Body):

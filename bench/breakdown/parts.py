@@ -19,7 +19,7 @@ from bench.processes import Call
 from bench.scene import CHUNK_SIZE, DIM, LENGTH, Scene
 from htm_service.kernels import Attended, Batch, Kernel, Projections, View
 from htm_service.kernels.base import answer_in_steps
-from htm_service.records import AppendRequest, SessionSettings, Timing
+from htm_service.records import AppendRequest, CreateRequest, Timing
 
 Part = tuple[str, float]
 T = TypeVar("T")
@@ -136,7 +136,7 @@ def one_append(stage: Scene, port: int, quick: bool) -> Profile:
 
     async def in_process() -> list[Part]:
         async with scene.running_engine(stage, f"sqlite:///{stage.directory / 'breakdown.sqlite3'}") as engine:
-            await engine.create("s", SessionSettings(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
+            await engine.create("s", CreateRequest(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
 
             async def append() -> Timing:
                 return (await engine.append("s", AppendRequest(embeddings=embeddings))).timing

@@ -29,7 +29,8 @@ from htm_service.memory.chunks import NO_PAGE, Memory
 from htm_service.memory.host_tier import HostTier
 from htm_service.reads.visibility import EpisodeRun
 from htm_service.records import Ints
-from htm_service.sessions.session import NewTokens, Session, Shape, joined
+from htm_service.session_settings import Shape
+from htm_service.sessions.session import NewTokens, Session, joined
 from storage.base import Block
 
 DROP_SHARE = 32

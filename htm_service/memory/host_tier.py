@@ -33,7 +33,8 @@ from torch import Tensor
 
 from htm_service.errors import OutOfMemory
 from htm_service.memory.arena import Arena, Budget
-from htm_service.sessions.session import Session, Shape
+from htm_service.session_settings import Shape
+from htm_service.sessions.session import Session
 
 SLAB_BYTES = 32 << 20
 """Size of one allocation of page-locked memory, for which the device thread waits; smaller under a small budget."""

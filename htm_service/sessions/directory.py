@@ -7,9 +7,7 @@ Does not know tokens, attention or what is on the device.
 from __future__ import annotations
 
 import asyncio
-import base64
 import contextlib
-import re
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -17,8 +15,8 @@ from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
+from htm_service.cursors import decode_cursor, encode_cursor
 from htm_service.errors import (
-    InvalidArgument,
     SessionConflict,
     SessionDamaged,
     SessionExpired,
@@ -27,9 +25,10 @@ from htm_service.errors import (
     Unhealthy,
 )
 from htm_service.records import SessionChange, SessionInfo, SessionPage
+from htm_service.session_settings import SessionSettings, wrong_with
 from htm_service.sessions import validation
 from htm_service.sessions.recalls import RecallLog
-from htm_service.sessions.session import Session, Settings, wrong_with
+from htm_service.sessions.session import Session
 from storage.base import (
     CreateSession,
     DeleteSession,
@@ -101,7 +100,7 @@ class Directory:
         session.last_used_at = now
         return session
 
-    async def create(self, session_id: str | None, settings: Settings) -> tuple[Session, bool]:
+    async def create(self, session_id: str | None, settings: SessionSettings) -> tuple[Session, bool]:
         """The new session, or the one that is there (False). Its settings are the caller's to compare."""
         session_id = session_id or uuid.uuid4().hex
         now = self._clock()
@@ -237,7 +236,7 @@ class Directory:
         return session
 
     def _new(self, row: SessionRow) -> Session:
-        settings = Settings.of_row(row)
+        settings = SessionSettings.of_row(row)
         return Session(
             id=row.id,
             sid=row.sid,
@@ -253,7 +252,7 @@ class Directory:
         )
 
 
-def compare(session: Session, wanted: Settings, explicit: frozenset[str]) -> None:
+def compare(session: Session, wanted: SessionSettings, explicit: frozenset[str]) -> None:
     """Raise SessionConflict unless `session` has the settings `wanted`.
 
     What PATCH may change (labels, ttl_s, model) counts only when it was named (`explicit`).
@@ -274,19 +273,3 @@ def compare(session: Session, wanted: Settings, explicit: frozenset[str]) -> Non
         has, want = getattr(session.settings, name), getattr(wanted, name)
         if has != want:
             raise SessionConflict(f"session {session.id!r} exists with {name} {has!r}, and {want!r} was asked for")
-
-
-def encode_cursor(key: str) -> str:
-    """An opaque cursor that continues after `key`."""
-    return base64.urlsafe_b64encode(key.encode()).decode().rstrip("=")
-
-
-def decode_cursor(cursor: str | None, keys: re.Pattern[str]) -> str:
-    """The key of a cursor, "" for none. Raises InvalidArgument for what does not look like one of the `keys`."""
-    if not cursor:
-        return ""
-    with contextlib.suppress(ValueError):  # not ASCII, not base64, not UTF-8
-        key = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
-        if keys.fullmatch(key):
-            return key
-    raise InvalidArgument(f"cursor is {cursor[:80]!r}, which no listing gave out")

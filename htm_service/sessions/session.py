@@ -10,96 +10,20 @@ from __future__ import annotations
 
 import itertools
 import operator
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from htm_service.dtypes import TORCH_DTYPES, from_bytes, itemsize
+from htm_service.dtypes import from_bytes
 from htm_service.errors import HTMError, SessionDamaged, Unhealthy
 from htm_service.memory.chunks import Memory
 from htm_service.reads.visibility import EpisodeRun
-from htm_service.records import DType, OnFull, OpenChunk, Residency, SessionInfo
+from htm_service.records import Residency, SessionInfo
+from htm_service.session_settings import SessionSettings
 from htm_service.sessions.recalls import RecallLog
-from storage.base import Block, SessionRow, StoreDamaged, StoreError, first_to_keep
-
-Shape = tuple[int, int, torch.dtype]
-"""D, C and the dtype of chunks."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settings:
-    """The resolved settings of a session, as they are stored."""
-
-    dim: int
-    chunk_size: int
-    model: str
-    dtype: DType
-    open_chunk: OpenChunk
-    labels: Mapping[str, str]
-    ttl_s: float | None
-    on_full: OnFull
-    max_tokens: int | None
-
-    @property
-    def shape(self) -> Shape:
-        """D, C and the dtype: sessions of one shape share arenas."""
-        return self.dim, self.chunk_size, TORCH_DTYPES[self.dtype]
-
-    @property
-    def itemsize(self) -> int:
-        """Bytes of one number."""
-        return itemsize(self.dtype)
-
-    def has_room(self, length: int, num_tokens: int) -> bool:
-        """Whether an append to a session of this length is certain not to be refused for `max_tokens`."""
-        if self.max_tokens is None:
-            return True
-        return num_tokens <= self.max_append if self.evicts else length + num_tokens <= self.max_tokens
-
-    @property
-    def evicts(self) -> bool:
-        """Whether the oldest chunks make room where `max_tokens` would be passed."""
-        return self.on_full == "evict_oldest"
-
-    def first_position(self, length: int) -> int:
-        """Where a session of this length begins."""
-        if self.max_tokens is None or not self.evicts:
-            return 0
-        return max(0, first_to_keep(length, 0, self.max_tokens, self.chunk_size) or 0)
-
-    @property
-    def max_append(self) -> int:
-        """Tokens of one append for which there is always room, in a session that evicts."""
-        assert self.max_tokens is not None, "validation asks for it"
-        return self.max_tokens - self.chunk_size + 1
-
-    @classmethod
-    def of_row(cls, row: SessionRow) -> Settings:
-        """What `stored` gave to the store. Raises SessionDamaged for anything else."""
-        if (wrong := wrong_with(row.settings)) is not None:
-            raise SessionDamaged(f"session {row.id!r} is damaged: its settings cannot be read, {wrong}")
-        return cls(**row.settings, max_tokens=row.max_tokens)
-
-    def stored(self) -> dict[str, Any]:
-        """As a JSON object for the store, which keeps `max_tokens` itself."""
-        stored = asdict(self)
-        del stored["max_tokens"]
-        return stored
-
-
-def wrong_with(stored: Mapping[str, Any]) -> str | None:
-    """What makes stored settings others than `Settings.stored` gave to the store, or None."""
-    names = {one.name for one in fields(Settings)} - {"max_tokens"}
-    if lost := sorted(names - stored.keys()):
-        return f"they lack {', '.join(lost)}"
-    if unknown := sorted(stored.keys() - names):
-        return f"they have the unknown {', '.join(map(repr, unknown))}"
-    if stored["dtype"] not in list(TORCH_DTYPES):
-        return f"their dtype is {stored['dtype']!r}"
-    return None
+from storage.base import Block, StoreDamaged, StoreError
 
 
 @dataclass(slots=True)
@@ -111,7 +35,7 @@ class NewTokens:
     episode: int | None
 
 
-def joined(blocks: Sequence[Block], settings: Settings) -> list[NewTokens]:
+def joined(blocks: Sequence[Block], settings: SessionSettings) -> list[NewTokens]:
     """The tokens of blocks that follow each other, neighbours of one episode as one.
 
     Tokens that came one by one are made a tensor, and later put on the device, in few steps.
@@ -129,7 +53,7 @@ class Session:
 
     id: str
     sid: int
-    settings: Settings
+    settings: SessionSettings
     created_at: float
     updated_at: float
     last_used_at: float

@@ -17,8 +17,8 @@ from htm_service import config as limits
 from htm_service.attention.model import Model
 from htm_service.dtypes import TORCH_DTYPES
 from htm_service.errors import InvalidArgument
-from htm_service.records import AppendRequest, AttendRequest, DType, Floats, SessionSettings
-from htm_service.sessions.session import Settings
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest, DType, Floats
+from htm_service.session_settings import SessionSettings
 
 ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 
@@ -71,7 +71,7 @@ def check_range(name: str, value: int, low: int, high: int) -> int:
     return value
 
 
-def resolve_settings(wish: SessionSettings, model_name: str, model: Model, dtype: DType) -> Settings:
+def resolve_settings(wish: CreateRequest, model_name: str, model: Model, dtype: DType) -> SessionSettings:
     """The settings of a new session: what was asked for, else the model's, else the default."""
     dim = wish.dim if wish.dim is not None else model.dim
     if dim is None:
@@ -87,7 +87,7 @@ def resolve_settings(wish: SessionSettings, model_name: str, model: Model, dtype
         check_range("max_tokens", wish.max_tokens, chunk_size if wish.on_full == "evict_oldest" else 1, 2**53)
     elif wish.on_full == "evict_oldest":
         raise InvalidArgument("on_full is 'evict_oldest', and max_tokens is missing")
-    return Settings(
+    return SessionSettings(
         dim=dim,
         chunk_size=check_range("chunk_size", chunk_size, 1, limits.MAX_CHUNK_SIZE),
         model=model_name,

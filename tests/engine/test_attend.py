@@ -15,7 +15,7 @@ from htm_service.attention.model import RetrievalModel
 from htm_service.attention.model_config import ModelConfig
 from htm_service.engine import Engine
 from htm_service.errors import InvalidArgument, ModelNotFound
-from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
+from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest
 from tests.engine.conftest import MakeEngine
 from tests.engine.models import Weights, write_model
 from tests.reference import Reference, htm_reference, relative_error
@@ -29,7 +29,7 @@ def vectors(seed: int, *shape: int) -> Any:
 
 
 async def fill(engine: Engine, name: str, tokens: Any, **options: Any) -> None:
-    await engine.create(name, SessionSettings(**{"dim": DIM, "chunk_size": SIZE, **options}))
+    await engine.create(name, CreateRequest(**{"dim": DIM, "chunk_size": SIZE, **options}))
     if len(tokens):
         await engine.append(name, AppendRequest(embeddings=tokens))
 
@@ -144,7 +144,7 @@ async def test_stored_dtypes(engine: Engine, dtype: str, tolerance: float) -> No
 
 async def test_recalled_tokens_are_ranked_and_their_weights_sum_to_one(engine: Engine) -> None:
     tokens = vectors(3, 23, DIM)
-    await engine.create("s", SessionSettings(dim=DIM, chunk_size=SIZE))
+    await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE))
     payloads = [f'{{"i": {i}}}'.encode() if i % 2 else None for i in range(23)]
     await engine.append("s", AppendRequest(embeddings=tokens, payloads=payloads))
     queries = vectors(4, 2, DIM) / np.float32(20)

@@ -20,7 +20,7 @@ from htm_service.errors import (
     SessionNotFound,
     Unhealthy,
 )
-from htm_service.records import AppendRequest, SessionSettings
+from htm_service.records import AppendRequest, CreateRequest
 from htm_service.writes import behind
 from storage.base import Append, Store, StoreError, StoreFull
 from storage.in_memory import MemoryStore
@@ -135,7 +135,7 @@ async def test_what_only_the_store_can_answer_is_answered_by_the_store(
     make_engine: MakeEngine, store: Store, gate: Gate, fields: dict[str, Any], error: type[Exception] | None
 ) -> None:
     engine = await make_engine(store)
-    await engine.create("s", SessionSettings(dim=DIM, chunk_size=SIZE, max_tokens=31))
+    await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=31))
     first = await engine.append("s", quick(0, 4, if_length=0))
     assert first.length == 4
     request = quick(4, 7)._replace(**fields)

@@ -12,8 +12,8 @@ import pytest
 
 from htm_service.engine import Engine
 from htm_service.errors import SessionDamaged, SessionNotFound, Unhealthy
-from htm_service.records import AppendRequest, AttendRequest, SessionSettings
-from htm_service.sessions.session import wrong_with
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest
+from htm_service.session_settings import wrong_with
 from storage.base import StoreDamaged, StoreError
 from storage.in_memory import MemoryStore
 from storage.resolve import open_for_repair, open_store
@@ -169,7 +169,7 @@ async def test_a_session_of_damaged_settings_can_be_deleted(
     totals = store.totals()
     assert (totals.num_sessions, totals.num_tokens) == (1, 9)
     assert list(store.verify(wrong_with)) == []
-    await engine.create("bad", SessionSettings(dim=DIM))
+    await engine.create("bad", CreateRequest(dim=DIM))
     assert (await engine.inspect("bad")).length == 0
 
 

@@ -18,7 +18,7 @@ from htm_service.errors import ChunkNotFound, InvalidArgument, LengthConflict, S
 from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.chunks import Memory
 from htm_service.memory.loader import Fetch
-from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
+from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest
 from htm_service.sessions.session import Session
 from storage.base import Append, Appended, Block, DeleteSession, Seal, Store, Summary
 from storage.in_memory import MemoryStore
@@ -42,7 +42,7 @@ def first_of(length: int, max_tokens: int = MAX_TOKENS) -> int:
 
 
 async def create(engine: Engine, name: str = "s", max_tokens: int = MAX_TOKENS) -> None:
-    settings = SessionSettings(dim=DIM, chunk_size=SIZE, max_tokens=max_tokens, on_full="evict_oldest")
+    settings = CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=max_tokens, on_full="evict_oldest")
     await engine.create(name, settings)
 
 
@@ -391,9 +391,9 @@ async def test_a_repeated_step_whose_tokens_were_evicted_says_so(make_engine: Ma
 async def test_what_an_evicting_session_refuses(make_engine: MakeEngine) -> None:
     engine = await make_engine()
     for settings, message in (
-        (SessionSettings(dim=DIM, on_full="evict_oldest"), "max_tokens is missing"),
-        (SessionSettings(dim=DIM, max_tokens=31, on_full="evict_oldest"), "max_tokens is 31, it must be 32 to"),
-        (SessionSettings(dim=DIM, on_full="forget"), "on_full is 'forget'"),  # type: ignore[arg-type]
+        (CreateRequest(dim=DIM, on_full="evict_oldest"), "max_tokens is missing"),
+        (CreateRequest(dim=DIM, max_tokens=31, on_full="evict_oldest"), "max_tokens is 31, it must be 32 to"),
+        (CreateRequest(dim=DIM, on_full="forget"), "on_full is 'forget'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InvalidArgument, match=message):
             await engine.create("s", settings)

@@ -13,7 +13,7 @@ import pytest
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
 from htm_service.errors import DiskFull, SessionExpired, SessionNotFound, Unhealthy
-from htm_service.records import AppendRequest, AppendResult, SessionSettings
+from htm_service.records import AppendRequest, AppendResult, CreateRequest
 from htm_service.sessions import directory
 from htm_service.writes import expiry as sweeper
 from htm_service.writes.committer import Step
@@ -87,7 +87,7 @@ async def test_a_large_session_goes_by_steps_that_appends_come_between(
     engine: Engine, store: Store, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     width = 16_384  # one token is a block
-    await engine.create("large", SessionSettings(dim=width, ttl_s=60))
+    await engine.create("large", CreateRequest(dim=width, ttl_s=60))
     for _ in range(4):
         await engine.append("large", AppendRequest(embeddings=vectors(2, 61, width)))
     await fill(engine, "other", TOKENS[:0])
@@ -114,7 +114,7 @@ def _recorded(order: list[str], name: str, call: Any) -> Any:
 
 
 async def test_a_deleted_session_is_off_the_disk_when_that_is_answered(engine: Engine, tmp_path: Path) -> None:
-    await engine.create("s", SessionSettings(dim=DIM))
+    await engine.create("s", CreateRequest(dim=DIM))
     for number in range(131):
         await engine.append("s", AppendRequest(embeddings=TOKENS, payloads=[b"{}"] * 9, idempotency_key=str(number)))
     await engine.delete("s")
@@ -165,7 +165,7 @@ async def test_what_cannot_be_deleted_has_expired_all_the_same(
     with pytest.raises(DiskFull):
         await engine._sweeper.sweep()
     with pytest.raises(DiskFull):
-        await engine.create("s", SessionSettings(dim=DIM))
+        await engine.create("s", CreateRequest(dim=DIM))
     monkeypatch.undo()
     await engine._sweeper.sweep()
     assert store.get_session("s") is None
@@ -242,7 +242,7 @@ async def test_who_goes_while_a_session_expires_leaves_nothing_behind(
         return write(writes, now=now)
 
     monkeypatch.setattr(store, "write", wait)
-    other = asyncio.create_task(engine.create("other", SessionSettings(dim=DIM)))
+    other = asyncio.create_task(engine.create("other", CreateRequest(dim=DIM)))
     await asyncio.to_thread(is_writing.wait)
     submit = batcher.submit
 

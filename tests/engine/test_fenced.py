@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from htm_service.errors import Unhealthy
-from htm_service.records import AppendRequest, AttendRequest, SessionSettings
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 
@@ -17,7 +17,7 @@ from tests.engine.conftest import MakeEngine
 async def test_it_refuses_everything_from_the_first_write_on(make_engine: MakeEngine, tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/htm.sqlite3"
     engine = await make_engine(open_store(url))
-    await engine.create("a", SessionSettings(dim=3))
+    await engine.create("a", CreateRequest(dim=3))
     tokens = np.ones((2, 3), np.float32)
     await engine.append("a", AppendRequest(embeddings=tokens))
     (tmp_path / "htm.sqlite3.lock").unlink()
@@ -28,7 +28,7 @@ async def test_it_refuses_everything_from_the_first_write_on(make_engine: MakeEn
         lambda: engine.inspect("a"),
         lambda: engine.recalls("a"),
         lambda: engine.list_sessions(),
-        lambda: engine.create("a", SessionSettings(dim=3)),
+        lambda: engine.create("a", CreateRequest(dim=3)),
         lambda: engine.delete("a"),
     ]
     for call in calls:

@@ -21,8 +21,9 @@ from htm_service.memory.loader import Fetch
 from htm_service.reads import worker as device_worker
 from htm_service.reads.worker import DeviceWorker
 from htm_service.records import AppendRequest
+from htm_service.session_settings import SessionSettings
 from htm_service.sessions.recalls import RecallLog
-from htm_service.sessions.session import Session, Settings
+from htm_service.sessions.session import Session
 from storage.base import Store
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
@@ -37,7 +38,7 @@ NUM_PAGES = 16
 
 def make_session(dim: int = DIM, num_chunks: int = 40, seed: int = 0) -> Session:
     """A session whose chunks are all on the device."""
-    settings = Settings(
+    settings = SessionSettings(
         dim=dim,
         chunk_size=SIZE,
         model="retrieval",

@@ -12,7 +12,7 @@ import pytest
 from htm_service.errors import DeadlineExceeded, InvalidArgument
 from htm_service.reads.cost import PRODUCTS_OF_ANY_QUERY
 from htm_service.reads.runner import Read
-from htm_service.records import AppendRequest, AttendRequest, AttendResult, SessionSettings
+from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, SIZE, fill, vectors
 
@@ -90,7 +90,7 @@ async def test_all_parts_see_one_length(make_engine: MakeEngine) -> None:
 async def test_a_small_attend_is_not_kept_waiting_by_a_large_one(make_engine: MakeEngine) -> None:
     engine = await make_engine(max_batch_products=TWO_QUERIES)
     for name in ("large", "small"):
-        await engine.create(name, SessionSettings(dim=DIM, chunk_size=SIZE))
+        await engine.create(name, CreateRequest(dim=DIM, chunk_size=SIZE))
         await engine.append(name, AppendRequest(embeddings=vectors(0, 20, DIM)))
     large = asyncio.create_task(engine.attend("large", AttendRequest(queries=vectors(1, 1_000, DIM))))
     await asyncio.sleep(0)

@@ -10,6 +10,7 @@ import pytest
 
 from htm_service.attention.model import RetrievalModel
 from htm_service.config import EngineConfig
+from htm_service.cursors import encode_cursor
 from htm_service.engine import Engine
 from htm_service.errors import (
     ChunkNotFound,
@@ -26,8 +27,7 @@ from htm_service.errors import (
     SessionNotFound,
     Unhealthy,
 )
-from htm_service.records import AppendRequest, AttendRequest, SessionChange, SessionSettings
-from htm_service.sessions.directory import encode_cursor
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest, SessionChange
 from storage.base import StoreFull
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
@@ -45,21 +45,21 @@ def right(tokens: Any, result: Any) -> bool:
 
 
 async def test_create_confirm_conflict(engine: Engine) -> None:
-    settings = SessionSettings(dim=DIM, chunk_size=SIZE, labels={"team": "a"}, max_tokens=100)
+    settings = CreateRequest(dim=DIM, chunk_size=SIZE, labels={"team": "a"}, max_tokens=100)
     info, is_new = await engine.create("s", settings)
     assert is_new and (info.dim, info.chunk_size, info.model, info.dtype) == (DIM, SIZE, "retrieval", "float32")
     again, is_new = await engine.create("s", settings)
     assert not is_new and again.created_at == info.created_at
     for other in ({"dim": 7}, {"chunk_size": 7}, {"labels": {"team": "b"}}, {"max_tokens": None}, {"dtype": "float16"}):
-        wish = SessionSettings(**{"dim": DIM, "chunk_size": SIZE, "max_tokens": 100, **other})  # type: ignore[arg-type]
+        wish = CreateRequest(**{"dim": DIM, "chunk_size": SIZE, "max_tokens": 100, **other})  # type: ignore[arg-type]
         with pytest.raises(SessionConflict, match=next(iter(other))):
             await engine.create("s", wish)
-    made, is_new = await engine.create(None, SessionSettings(dim=3))
+    made, is_new = await engine.create(None, CreateRequest(dim=3))
     assert is_new and len(made.id) == 32 and made.chunk_size == 32
 
 
 async def test_many_creates_at_once_make_one_session(engine: Engine) -> None:
-    answers = await asyncio.gather(*(engine.create("s", SessionSettings(dim=DIM)) for _ in range(20)))
+    answers = await asyncio.gather(*(engine.create("s", CreateRequest(dim=DIM)) for _ in range(20)))
     assert sum(is_new for _, is_new in answers) == 1
 
 
@@ -80,7 +80,7 @@ async def test_many_creates_at_once_make_one_session(engine: Engine) -> None:
 )
 async def test_bad_settings(engine: Engine, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InvalidArgument, match=message):
-        await engine.create("s", SessionSettings(**settings))
+        await engine.create("s", CreateRequest(**settings))
     with pytest.raises(SessionNotFound):
         await engine.inspect("s")
 
@@ -92,7 +92,7 @@ async def test_bad_ids(engine: Engine, name: str) -> None:
 
 
 async def test_appends_keep_their_order_and_conditions(engine: Engine) -> None:
-    await engine.create("s", SessionSettings(dim=DIM, chunk_size=SIZE, max_tokens=30))
+    await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=30))
     tokens = vectors(1, 23, DIM)
     first = await engine.append("s", AppendRequest(embeddings=tokens[:7], if_length=0))
     assert (first.start, first.length, first.num_chunks) == (0, 7, 2)
@@ -322,7 +322,7 @@ async def test_deletes_race_with_everything_else(engine: Engine) -> None:
     async def churn(seed: int) -> None:
         tokens = vectors(seed, 9, DIM)
         for _ in range(5):
-            await engine.create("s", SessionSettings(dim=DIM, chunk_size=SIZE))
+            await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE))
             for call in (engine.append("s", AppendRequest(embeddings=tokens)), engine.attend("s", QUERY)):
                 with contextlib.suppress(SessionNotFound):
                     await call
@@ -340,8 +340,8 @@ async def test_idle_sessions_expire_and_are_swept() -> None:
     store = MemoryStore()
     engine = Engine(EngineConfig(device="cpu", sweep_interval_s=0.01), store, clock=lambda: now[0])
     await engine.start()
-    await engine.create("s", SessionSettings(dim=DIM, ttl_s=60))
-    await engine.create("kept", SessionSettings(dim=DIM))
+    await engine.create("s", CreateRequest(dim=DIM, ttl_s=60))
+    await engine.create("kept", CreateRequest(dim=DIM))
     now[0] += 59
     await engine.append("s", AppendRequest(embeddings=vectors(1, 3, DIM)))
     now[0] += 59
@@ -350,7 +350,7 @@ async def test_idle_sessions_expire_and_are_swept() -> None:
     with pytest.raises(SessionExpired, match="idle for longer"):
         await engine.attend("s", QUERY)
     assert store.get_session("s") is None
-    _, is_new = await engine.create("s", SessionSettings(dim=DIM, ttl_s=5))
+    _, is_new = await engine.create("s", CreateRequest(dim=DIM, ttl_s=5))
     assert is_new
     now[0] += 6
     for _ in range(500):
@@ -364,7 +364,7 @@ async def test_idle_sessions_expire_and_are_swept() -> None:
 
 
 async def test_update(engine: Engine) -> None:
-    await engine.create("s", SessionSettings(dim=DIM, ttl_s=60))
+    await engine.create("s", CreateRequest(dim=DIM, ttl_s=60))
     info = await engine.update("s", SessionChange(labels={"a": "b"}))
     assert (info.labels, info.ttl_s) == ({"a": "b"}, 60)
     assert (await engine.update("s", SessionChange(clear_ttl=True))).ttl_s is None
@@ -377,8 +377,8 @@ async def test_update(engine: Engine) -> None:
 
 async def test_listing_pages_by_id(engine: Engine) -> None:
     for i in range(5):
-        await engine.create(f"a{i}", SessionSettings(dim=3, labels={"odd": str(i % 2)}))
-    await engine.create("b", SessionSettings(dim=3))
+        await engine.create(f"a{i}", CreateRequest(dim=3, labels={"odd": str(i % 2)}))
+    await engine.create("b", CreateRequest(dim=3))
     first = await engine.list_sessions(prefix="a", limit=3)
     assert [info.id for info in first.sessions] == ["a0", "a1", "a2"]
     second = await engine.list_sessions(prefix="a", limit=3, cursor=first.cursor)
@@ -500,7 +500,7 @@ async def test_a_draining_engine_refuses_what_is_new_and_finishes_what_has_begun
     begun = asyncio.create_task(engine.attend("s", QUERY))
     await asyncio.sleep(0)
     engine.is_draining = True
-    for call in (engine.attend("s", QUERY), engine.inspect("s"), engine.create("t", SessionSettings(dim=3))):
+    for call in (engine.attend("s", QUERY), engine.inspect("s"), engine.create("t", CreateRequest(dim=3))):
         with pytest.raises(Draining, match="takes no new work"):
             await call
     assert (await begun).length == 3
@@ -521,7 +521,7 @@ async def test_tokens_may_come_in_any_memory(engine: Engine, dtype: Any) -> None
     whole = vectors(4, 6, 2 * DIM).round()
     frozen = whole[:, :DIM].copy()
     frozen.flags.writeable = False
-    await engine.create("s", SessionSettings(dim=DIM, dtype=dtype))
+    await engine.create("s", CreateRequest(dim=DIM, dtype=dtype))
     for tokens in (frozen, whole[:, :DIM], whole.T.copy().T[:, :DIM]):
         await engine.append("s", AppendRequest(embeddings=tokens))
     found = await engine.read("s", 0, None, embeddings=True, payloads=False)
@@ -530,8 +530,8 @@ async def test_tokens_may_come_in_any_memory(engine: Engine, dtype: Any) -> None
 
 async def test_a_caller_may_use_its_array_again(engine: Engine) -> None:
     """Tokens waited for a full chunk in the caller's own memory, where the next append's were seen in their place."""
-    await engine.create("s", SessionSettings(dim=DIM, chunk_size=SIZE))
-    await engine.create("whole", SessionSettings(dim=DIM, chunk_size=SIZE))
+    await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE))
+    await engine.create("whole", CreateRequest(dim=DIM, chunk_size=SIZE))
     tokens, buffer = vectors(3, 2 * SIZE + 2, DIM), np.empty((1, DIM), np.float32)
     for token in tokens:
         buffer[:] = token

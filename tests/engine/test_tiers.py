@@ -13,7 +13,7 @@ from htm_service.attention.model_config import ModelConfig
 from htm_service.engine import Engine
 from htm_service.errors import OutOfMemory, SessionDamaged, SessionNotFound, Unhealthy
 from htm_service.memory.loader import Fetch
-from htm_service.records import AppendRequest, AttendRequest, SessionSettings
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest
 from htm_service.writes import compaction as sealer
 from storage.base import Block, DeleteSession, StoreDamaged
 from storage.in_memory import MemoryStore
@@ -160,7 +160,7 @@ async def test_shapes_that_nobody_uses_keep_no_address_space(make_engine: MakeEn
     """Each kept as much of it as the whole budget, for ever: some thousand shapes, and the device thread died."""
     engine = await make_engine()
     for dim in range(1, 9):
-        await engine.create("s", SessionSettings(dim=dim))
+        await engine.create("s", CreateRequest(dim=dim))
         await engine.append("s", AppendRequest(embeddings=vectors(1, 3, dim)))
         await engine.delete("s")
     assert len(engine.worker.residency._arenas) == 1

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from htm_service.records import AppendRequest, SessionSettings
+from htm_service.records import AppendRequest, CreateRequest
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, SIZE, vectors
@@ -27,7 +27,7 @@ async def test_a_database_of_the_first_version_is_served(make_engine: MakeEngine
         length = 23 + 3 * restart
         info = await engine.inspect("kept")
         assert (info.length, info.first_position, info.labels, info.on_full) == (length, 0, {"kept": "yes"}, "reject")
-        again, is_new = await engine.create("kept", SessionSettings(dim=DIM, chunk_size=SIZE, max_tokens=100))
+        again, is_new = await engine.create("kept", CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=100))
         assert not is_new and again.id == "kept"
         assert right(tokens[:length], await engine.attend("kept", QUERY))
         memories = await engine.read("kept", 0, 23, embeddings=True, payloads=True)
