@@ -178,7 +178,7 @@ def list_models(
 ) -> None:
     """List the models that a server with this directory offers."""
     with clear_failure():
-        from htm_service.attention.model import ModelRegistry
+        from htm_service.attention.registry import ModelRegistry
 
         for info in ModelRegistry(models_dir or Settings().directory_of_models, "cpu").infos():
             width = "any width" if info.dim is None else f"width {info.dim}"

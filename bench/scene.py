@@ -17,7 +17,7 @@ from htm_pytorch import HTMAttention
 from torch import Tensor
 
 from htm_service.attention.convert import from_htm_pytorch
-from htm_service.attention.model import save_model
+from htm_service.attention.model_file import save_model
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest

@@ -17,7 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import TypeVar
 
-from htm_service.attention.model import Model, ModelRegistry, RetrievalModel
+from htm_service.attention.model import Model, RetrievalModel
+from htm_service.attention.registry import ModelRegistry
 from htm_service.config import EngineConfig
 from htm_service.errors import (
     DeadlineExceeded,

@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 from htm_service.attention.convert import convert_file, from_haiku, from_htm_pytorch, from_module
-from htm_service.attention.model import ProjectedModel, load_model, save_model
+from htm_service.attention.model import ProjectedModel
+from htm_service.attention.model_file import load_model, save_model
 from htm_service.attention.modules import HTMAttention, HTMBlock
 from htm_service.errors import InvalidArgument
 from tests.reference import htm_reference, relative_error

@@ -17,20 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from htm_service.attention.convert import from_module
-from htm_service.attention.model import (
-    FoldedQueries,
-    Model,
-    ModelConfig,
-    ModelRegistry,
-    ProjectedModel,
-    RetrievalModel,
-    load_model,
-    model_bytes,
-    parse_model,
-    save_model,
-)
+from htm_service.attention.model import FoldedQueries, Model, ProjectedModel, RetrievalModel
+from htm_service.attention.model_config import ModelConfig
+from htm_service.attention.model_file import load_model, model_bytes, parse_model, save_model
 from htm_service.attention.modules import HTMAttention, HTMBlock
 from htm_service.attention.positions import position_table
+from htm_service.attention.registry import ModelRegistry
 from htm_service.errors import InvalidArgument, ModelNotFound
 from tests.reference import htm_reference, relative_error
 

@@ -2,7 +2,7 @@
 
 Used by the command line and in training scripts, never by the server: this is the only module that opens a
 `.pt` file, and it does so with `weights_only=True`.
-Does not know: how a model is computed or served (`models.py`).
+Does not know: how a model is computed or served (`model.py`).
 
 Haiku names, as DeepMind's `HierarchicalMemoryAttention` makes them, P being any path (it may be empty):
 
@@ -26,8 +26,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from htm_service.attention.model import ProjectedModel, model_bytes
+from htm_service.attention.model import ProjectedModel
 from htm_service.attention.model_config import ModelConfig, check_tensors
+from htm_service.attention.model_file import model_bytes
 from htm_service.attention.modules import HTMAttention, HTMBlock
 from htm_service.errors import InvalidArgument
 from htm_service.records import ModelInfo

@@ -7,54 +7,27 @@ to raw tokens (plus `positions`) with `folded.heads`, sums them over the selecte
 finishes with `model.project(z, folded, any_visible)`. Exact algebra, see docs/attention.md. A kernel does the
 arithmetic; without one, the reference does.
 
-Owns: models, their file format, and the names they are served under.
-Does not know: sessions, chunks, how memory is read, training (`attention.py`).
+Owns: the algebra of a model. Does not know: files and names of models, sessions, chunks, training (`modules.py`).
 """
 
 from __future__ import annotations
 
-import json
-import re
-import struct
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from pathlib import Path
 from typing import NamedTuple, Self
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from htm_service.attention.model_config import MAX_TOP_K, ModelConfig, check_tensors, content_hash
+from htm_service.attention.model_config import ModelConfig, check_tensors, content_hash
 from htm_service.attention.positions import position_table
-from htm_service.errors import InvalidArgument, ModelNotFound
 from htm_service.kernels.base import Attended, Kernel, Projections, View
 from htm_service.kernels.reference import ReferenceKernel
 from htm_service.records import ModelInfo
 
-__all__ = [
-    "MAX_TOP_K",
-    "FoldedQueries",
-    "Model",
-    "ModelConfig",
-    "ModelRegistry",
-    "ProjectedModel",
-    "RetrievalModel",
-    "load_model",
-    "model_bytes",
-    "parse_model",
-    "save_model",
-]
-
-FILE_FORMAT = "htm-service-model"
-FILE_VERSION = "1"
-RETRIEVAL = "retrieval"
 LAYER_NORM_EPS = 1e-5
-
-_NAME = re.compile(r"[A-Za-z0-9._~-]{1,128}")
 _MAX_POSITION_TABLES = 64
 
 
@@ -261,89 +234,3 @@ class RetrievalModel(Model):
             return self
         config = self.config
         return type(self)(config.resolved_summary_scale, config.resolved_attention_scale, config.top_k, device=device)
-
-
-def model_bytes(config: ModelConfig, tensors: Mapping[str, Tensor]) -> bytes:
-    """The model file as bytes. Raises InvalidArgument when `tensors` are not those of `config`."""
-    check_tensors(config, tensors)
-    metadata = {"format": FILE_FORMAT, "version": FILE_VERSION, "config": config.to_json()}
-    # Copies, because safetensors refuses tensors that share memory.
-    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
-    return safetensors.torch.save(copies, metadata)
-
-
-def parse_model(data: bytes, source: str, device: torch.device | str = "cpu") -> ProjectedModel:
-    """The model in the bytes of a model file; `source` names them in errors.
-
-    Raises InvalidArgument when they are not safetensors, of another format or version, or when the config
-    or a tensor is wrong; the message names the source, the tensor or field, its value and what is allowed.
-    """
-    try:
-        tensors = safetensors.torch.load(data)
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise InvalidArgument(f"{source}: not a safetensors file: {error}") from error
-    (header_bytes,) = struct.unpack_from("<Q", data)
-    metadata = json.loads(data[8 : 8 + header_bytes]).get("__metadata__") or {}
-    if metadata.get("format") != FILE_FORMAT:
-        raise InvalidArgument(
-            f"{source}: its metadata says format {metadata.get('format')!r}; a model file says "
-            f"{FILE_FORMAT!r} (`htm-service models convert` makes one)"
-        )
-    if metadata.get("version") != FILE_VERSION:
-        raise InvalidArgument(f"{source}: version {metadata.get('version')!r}; this server reads {FILE_VERSION!r}")
-    try:
-        return ProjectedModel(ModelConfig.from_json(metadata.get("config", "")), tensors, device)
-    except InvalidArgument as error:
-        raise InvalidArgument(f"{source}: {error.detail}") from error
-
-
-def save_model(path: Path, config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
-    """Write a model file. Raises InvalidArgument when `tensors` are not those of `config`, and OSError."""
-    path.write_bytes(model_bytes(config, tensors))
-
-
-def load_model(path: Path, device: torch.device | str = "cpu") -> ProjectedModel:
-    """Read a model file. Raises InvalidArgument as `parse_model`, also when it cannot be read."""
-    try:
-        data = path.read_bytes()
-    except OSError as error:
-        raise InvalidArgument(f"{path}: cannot be read: {error.strerror}") from error
-    return parse_model(data, str(path), device)
-
-
-class ModelRegistry:
-    """The names models are served under: `retrieval`, and NAME for each NAME.safetensors of a directory.
-
-    The directory is read once. Raises InvalidArgument when it does not exist or a file in it is bad, and
-    when a file would take the name of the built-in model.
-    """
-
-    def __init__(
-        self,
-        models_dir: Path | None = None,
-        device: torch.device | str = "cpu",
-        retrieval: RetrievalModel | None = None,
-    ) -> None:
-        self._models: dict[str, Model] = {RETRIEVAL: (retrieval or RetrievalModel()).to(device)}
-        if models_dir is None:
-            return
-        if not models_dir.is_dir():
-            raise InvalidArgument(f"models directory {models_dir} is not a directory")
-        for path in sorted(models_dir.glob("*.safetensors")):
-            if path.stem == RETRIEVAL:
-                raise InvalidArgument(f"{path}: the name {RETRIEVAL!r} belongs to the built-in model")
-            if not _NAME.fullmatch(path.stem):
-                raise InvalidArgument(f"{path}: a model's name must match {_NAME.pattern}")
-            self._models[path.stem] = load_model(path, device)
-
-    def get(self, name: str) -> Model:
-        """The model of this name. Raises ModelNotFound, which names those that exist."""
-        try:
-            return self._models[name]
-        except KeyError:
-            names = ", ".join(sorted(self._models))
-            raise ModelNotFound(f"no model is named {name!r}; there are: {names}", model=name) from None
-
-    def infos(self) -> list[ModelInfo]:
-        """All models, by name."""
-        return [self._models[name].info(name) for name in sorted(self._models)]

@@ -17,7 +17,7 @@ Shapes
     H  heads
     E  width per head
 
-Does not know: sessions, the serving path (`models.py` computes the same in folded form).
+Does not know: sessions, the serving path (`model.py` computes the same in folded form).
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ from pathlib import Path
 import torch
 
 from htm_service.attention.convert import from_module
-from htm_service.attention.model import save_model
 from htm_service.attention.model_config import ModelConfig
+from htm_service.attention.model_file import save_model
 from htm_service.attention.modules import HTMAttention, HTMBlock
 
 Weights = Mapping[str, torch.Tensor]
