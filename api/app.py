@@ -15,7 +15,6 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import errors, openapi
 from api.disconnect import Watch
-from api.machine import free_bytes
 from api.middleware import RequestMiddleware, ShortWay
 from api.routes import hot as memory
 from api.routes import hot_openapi as memory_calls
@@ -27,10 +26,6 @@ from htm_service.version import __version__
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
     from htm_service.engine import Engine
-
-HOST_SHARE = 4
-"""One part of so many of the free memory is the host tier's with a GPU: it is page-locked, which nobody else can use,
-and the database reads faster what the system has room to cache."""
 
 DESCRIPTION = "A memory server for agents: chunked memories, Hierarchical Transformer Memory attention over REST."
 
@@ -116,23 +111,12 @@ async def running_engine(settings: Settings, clock: Callable[[], float]) -> Asyn
         await asyncio.to_thread(store.close)
 
 
-def host_budget_bytes(settings: Settings) -> int:
-    """The setting, or what it stands for: 0 where the device's memory is host memory already."""
-    from htm_service.memory.device import choose_device
-
-    if settings.host_budget_bytes is not None:
-        return settings.host_budget_bytes
-    device, _ = choose_device(settings.device)
-    return 0 if device.type == "cpu" else free_bytes() // HOST_SHARE
-
-
 def engine_config(settings: Settings) -> EngineConfig:
     """The part of the settings that is the engine's."""
     return EngineConfig(
         device=settings.device,
         dtype=settings.dtype,
         memory_budget_bytes=settings.memory_budget_bytes,
-        host_budget_bytes=host_budget_bytes(settings),
         max_waiting=settings.max_waiting,
         max_batch_products=settings.max_batch_products,
         default_timeout_s=settings.default_timeout_ms / 1e3,

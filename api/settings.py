@@ -82,13 +82,6 @@ class Settings(BaseSettings):
         validation_alias=f"{PREFIX}MEMORY_BUDGET",
         description="Device memory for tokens, such as `4GiB`. Default: half of the machine's memory.",
     )
-    host_budget_bytes: Bytes | None = Field(
-        default=None,
-        ge=0,
-        validation_alias=f"{PREFIX}HOST_BUDGET",
-        description="Host memory for tokens that had to leave the device, such as `16GiB`; 0 keeps none. Default: a "
-        "quarter of the machine's free memory with a GPU, page-locked; 0 on a CPU.",
-    )
     insecure: bool = Field(default=False, description="Listen on any address although there is no authentication.")
     max_body_bytes: Bytes = Field(default=64 << 20, ge=1 << 10, description="Largest request body.")
     max_json_body_bytes: Bytes = Field(

@@ -20,7 +20,7 @@ from bench.scene import CHUNK_SIZE, DIM, HEADS, TOP_K
 from htm_service.attention.positions import position_table
 from htm_service.kernels import Attended, Batch, Kernel, Search, resolve_kernel
 from htm_service.memory.arena import Arena, Budget
-from htm_service.memory.chunks import KEY_ITEMSIZE, Memory
+from htm_service.memory.chunks import KEY_ITEMSIZE, Chunks
 
 QUERIES, SESSIONS, SHORTEST, LONGEST = 4, 256, 1_000, 1_000_000
 """Queries per session, sessions, and their lengths in tokens."""
@@ -55,7 +55,7 @@ def make_batch(lengths: Iterable[int], device: torch.device, budget: Budget) -> 
     random = torch.Generator(device).manual_seed(1)
     searches = []
     for length in lengths:
-        memory = Memory(arena, budget)
+        memory = Chunks(arena, budget)
         memory.reserve(-(-length // CHUNK_SIZE))
         for first in range(0, length, PIECE):
             num_tokens = min(PIECE, length - first)

@@ -29,8 +29,6 @@ class EngineConfig:
     """Of sessions that do not name one."""
     memory_budget_bytes: int = 4 << 30
     """Of the arenas and the summary keys together, on the device."""
-    host_budget_bytes: int = 0
-    """Of chunks that had to leave the device, in host memory; 0: none are kept."""
     max_waiting: int = 4_096
     """Requests that may wait for the device, and as many for the store; one more is refused."""
     max_batch_products: int = 512 << 20
@@ -43,7 +41,7 @@ class EngineConfig:
     retrieval_attention_scale: float = 20.0
     stuck_s: float = 120.0
     """A thread that is at one batch, or one piece of a load, for longer counts as stuck."""
-    sweep_interval_s: float = 15.0
+    expiry_interval_s: float = 15.0
     """How often sessions past their `ttl_s` are looked for."""
     max_write_group_bytes: int = 16 << 20
     """Bytes of tokens that share one transaction; one append with more is a group of its own."""

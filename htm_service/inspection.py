@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 
 import numpy as np
 
@@ -17,11 +16,17 @@ from htm_service import config as limits
 from htm_service.config import EngineConfig
 from htm_service.cursors import decode_cursor, encode_cursor
 from htm_service.dtypes import from_bytes
-from htm_service.errors import ChunkNotFound, InvalidArgument, SessionNotFound, Unhealthy
-from htm_service.memory.chunks import NO_PAGE, Memory
-from htm_service.reads.worker import DeviceWorker, Probe
+from htm_service.errors import (
+    ChunkNotFound,
+    HTMError,
+    InvalidArgument,
+    SessionDamaged,
+    SessionNotFound,
+    Unhealthy,
+)
+from htm_service.memory.chunks import NO_PAGE, Chunks
+from htm_service.reads.worker import DeviceWorker
 from htm_service.records import (
-    AttendResult,
     ChunkDetail,
     ChunkInfo,
     ChunkPage,
@@ -33,6 +38,7 @@ from htm_service.records import (
 )
 from htm_service.sessions import validation
 from htm_service.sessions.session import Session
+from htm_service.store_errors import unreadable
 from htm_service.version import __version__
 from htm_service.writes.committer import Committer
 from storage.base import Store, StoreError
@@ -51,7 +57,7 @@ class Inspection:
     async def read(
         self, session: Session, start: int, stop: int | None, *, embeddings: bool, payloads: bool
     ) -> Memories:
-        """Tokens start .. stop-1 as they are stored, as far as they were not evicted.
+        """Tokens start .. stop-1 as they are stored, as far as they were not trimmed.
 
         Raises InvalidArgument for a range outside the session.
         """
@@ -83,33 +89,23 @@ class Inspection:
         info = infos[0]
         if info.index > index:
             raise ChunkNotFound(
-                f"chunk {index} of session {session.id!r} was evicted, its chunks begin with {info.index}"
+                f"chunk {index} of session {session.id!r} was trimmed, its chunks begin with {info.index}"
             )
         start, found, texts = await asyncio.to_thread(self._fetch, session, info.start, info.stop, embeddings, True)
         if start != info.start:
-            raise ChunkNotFound(f"chunk {index} of session {session.id!r} is being evicted")
+            raise ChunkNotFound(f"chunk {index} of session {session.id!r} is being trimmed")
         return ChunkDetail(info, texts or [], found)
-
-    async def with_payloads(self, session: Session, result: AttendResult) -> AttendResult:
-        """The result with the payloads of its recalled tokens."""
-        if not result.recalled:
-            return result
-        positions = sorted({token.position for row in result.recalled for token in row})
-        texts = await asyncio.to_thread(self._payloads, session, positions)
-        recalled = [[replace(token, payload=texts.get(token.position)) for token in row] for row in result.recalled]
-        return replace(result, recalled=recalled)
 
     async def _describe(self, session: Session, first: int, limit: int, *, keys: bool) -> tuple[list[ChunkInfo], int]:
         """At most `limit` chunks from `first` on, or from the first one held, and the number after the last of all."""
 
-        def ask(memory: Memory) -> tuple[int, Floats, list[Tier], int]:
-            place = max(first - memory.first_chunk, 0)
+        def ask(chunks: Chunks) -> tuple[int, Floats, list[Tier], int]:
+            place = max(first - chunks.first_chunk, 0)
             some = slice(place, place + limit)
-            begin, pages = memory.first_chunk + place, memory.pages[some]
-            tiers = [_tier(session, begin + offset, page) for offset, page in enumerate(pages)]
-            return begin, memory.keys[some].cpu().numpy().copy(), tiers, memory.length
+            tiers: list[Tier] = ["cold" if page == NO_PAGE else "resident" for page in chunks.pages[some]]
+            return chunks.first_chunk + place, chunks.keys[some].cpu().numpy().copy(), tiers, chunks.length
 
-        begin, found, tiers, length = await self._worker.batcher.submit(Probe(session, ask))
+        begin, found, tiers, length = await self._worker.ask(session.resident, ask)
         size = session.settings.chunk_size
         infos = []
         for place, key in enumerate(found):
@@ -149,13 +145,13 @@ class Inspection:
                 row = self._store.get_session(session.id)
                 if row is None or row.sid != session.sid:  # deleted meanwhile
                     raise SessionNotFound(f"there is no session {session.id!r}")
-                if start < row.first_position:  # evicted meanwhile
+                if start < row.first_position:  # trimmed meanwhile
                     start = row.first_position
                     return self._fetch(session, start, max(start, stop), embeddings, payloads)
                 if num_missing:
                     raise StoreError(f"{stop - start - num_missing} of the tokens {start} to {stop} could be read")
         except StoreError as error:
-            raise session.unreadable(error) from error
+            raise _noted(session, unreadable(session.id, error)) from error
         return start, found, texts
 
     def _copy_tokens(self, session: Session, start: int, stop: int, into: Floats) -> int:
@@ -169,17 +165,12 @@ class Inspection:
             num_copied += high - low
         return num_copied
 
-    def _payloads(self, session: Session, positions: list[int]) -> dict[int, bytes]:
-        try:
-            return self._store.read_payloads(session.sid, positions)
-        except StoreError as error:
-            raise session.unreadable(error) from error
 
-
-def _tier(session: Session, chunk: int, page: int) -> Tier:
-    if page != NO_PAGE:
-        return "resident"
-    return "host" if chunk in session.host_pages else "cold"
+def _noted(session: Session, error: HTMError) -> HTMError:
+    """The error; where it says that the session is damaged, the session takes no more appends."""
+    if isinstance(error, SessionDamaged):
+        session.damage = error.detail
+    return error
 
 
 async def engine_info(
@@ -196,18 +187,17 @@ async def engine_info(
         totals = await asyncio.to_thread(store.totals)
     except StoreError as error:
         raise Unhealthy(f"what the store holds cannot be read: {error}") from error
-    residency, batcher = worker.residency, worker.batcher
+    cache, queue = worker.cache, worker.queue
     return EngineInfo(
         version=__version__,
-        device=str(residency.device),
+        device=str(cache.device),
         device_reason=device_reason,
         dtype=config.dtype,
         dtype_reason="configured; each session may name its own",
-        kernel=worker.reader.kernel.name,
+        kernel=worker.runner.kernel.name,
         models=models,
         limits={
             "memory_budget_bytes": config.memory_budget_bytes,
-            "host_budget_bytes": config.host_budget_bytes,
             "max_waiting": config.max_waiting,
             "max_batch_products": config.max_batch_products,
             "max_dim": limits.MAX_DIM,
@@ -221,19 +211,18 @@ async def engine_info(
             "tokens": totals.num_tokens,
             "stored_bytes": totals.num_bytes,
             "disk_bytes": totals.num_disk_bytes,
-            "device_bytes": residency.budget.used_bytes,
-            "device_key_bytes": residency.key_bytes,
-            "host_bytes": residency.host.budget.used_bytes,
-            "resident_sessions": residency.num_resident,
-            "loads": residency.num_loads,
-            "evictions": residency.num_evictions,
-            "dropped_pages": residency.num_dropped,
-            "fetched_pages": residency.num_fetched,
-            "host_reads": residency.host.num_read,
-            "batches": batcher.num_batches,
-            "attends": batcher.num_items,
-            "skipped": batcher.num_skipped + committer.batcher.num_skipped,
+            "device_bytes": cache.budget.used_bytes,
+            "device_key_bytes": cache.key_bytes,
+            "resident_sessions": cache.num_resident,
+            "loads": cache.num_loads,
+            "offloaded_sessions": cache.reclaim.num_offloaded_sessions,
+            "offloaded_pages": cache.reclaim.num_offloaded_pages,
+            "fetched_pages": cache.num_fetched_pages,
+            "trimmed_tokens": committer.num_trimmed_tokens,
+            "batches": queue.num_batches,
+            "attends": queue.num_items,
+            "skipped": queue.num_skipped + committer.queue.num_skipped,
             **of_sessions,
-            "commits": committer.batcher.num_batches,
+            "commits": committer.queue.num_batches,
         },
     )

@@ -1,4 +1,4 @@
-"""What crosses the engine's door: requests and answers, as frozen records of numbers, text and numpy arrays.
+"""What the engine takes and answers: requests and answers, as frozen records of numbers, text and numpy arrays.
 
 Shapes: D width, C chunk size, T tokens of one append, n tokens in the session, M chunks, Q queries,
 K = min(top_k, visible chunks).
@@ -21,10 +21,9 @@ Ints = npt.NDArray[np.int64]
 DType = Literal["float32", "float16", "bfloat16"]
 OpenChunk = Literal["attend", "exclude"]
 OnFull = Literal["reject", "evict_oldest"]
-Durability = Literal["disk", "memory"]
 RankBy = Literal["weight", "score"]
 Residency = Literal["resident", "loading", "cold"]
-Tier = Literal["resident", "host", "cold"]
+Tier = Literal["resident", "cold"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,7 +66,7 @@ class SessionInfo:
     max_tokens: int | None
     on_full: OnFull
     first_position: int
-    """The session holds the tokens from here to `length`; those before were evicted."""
+    """The session holds the tokens from here to `length`; those before were trimmed."""
     length: int
     num_chunks: int
     """The last chunk's number plus one, like `length` for positions."""
@@ -77,8 +76,6 @@ class SessionInfo:
     """Bytes in the arena and of resident summary keys."""
     device_key_bytes: int
     """Of these, the keys'."""
-    host_bytes: int
-    """Bytes of chunks kept in host memory."""
     stored_bytes: int
     """Bytes of the tokens at rest."""
     created_at: float
@@ -88,8 +85,6 @@ class SessionInfo:
     """Since the server started, like the counters below."""
     num_attends: int
     num_queries: int
-    num_lost_tokens: int
-    """Acknowledged with durability `memory`, and never written."""
     damage: str | None
     """What a read since the server's start found wrong with its bytes at rest."""
 
@@ -119,7 +114,6 @@ class AppendRequest(NamedTuple):
     episode: int | None = None
     if_length: int | None = None
     idempotency_key: str | None = None
-    durability: Durability = "disk"
 
 
 class AppendResult(NamedTuple):
@@ -168,8 +162,7 @@ class Recalled:
     payload: bytes | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class AttendResult:
+class AttendResult(NamedTuple):
     """`output` [Q, D]; `chunk_index` and `chunk_weight` [Q, K], -1 and 0 where fewer chunks are visible;
     `recalled` per query, in rank order, or None when not asked for; `length` the session had.
     """
@@ -179,7 +172,7 @@ class AttendResult:
     chunk_weight: Floats
     recalled: Sequence[Sequence[Recalled]] | None
     length: int
-    timing: Timing = field(default_factory=Timing)
+    timing: Timing = Timing()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,7 +199,7 @@ class ChunkInfo:
     stop: int
     sealed: bool
     tier: Tier
-    """The fastest one that has its contents."""
+    """Where its contents are: on the device, or only in the store."""
     key_norm: float
     num_recalls: int
     mass: float

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from htm_service.dtypes import TORCH_DTYPES, itemsize
+from htm_service.dtypes import TORCH_DTYPES
 from htm_service.errors import SessionDamaged
 from htm_service.records import DType, OnFull, OpenChunk
 from storage.base import SessionRow, first_to_keep
@@ -37,30 +37,19 @@ class SessionSettings:
         return self.dim, self.chunk_size, TORCH_DTYPES[self.dtype]
 
     @property
-    def itemsize(self) -> int:
-        """Bytes of one number."""
-        return itemsize(self.dtype)
-
-    def has_room(self, length: int, num_tokens: int) -> bool:
-        """Whether an append to a session of this length is certain not to be refused for `max_tokens`."""
-        if self.max_tokens is None:
-            return True
-        return num_tokens <= self.max_append if self.evicts else length + num_tokens <= self.max_tokens
-
-    @property
-    def evicts(self) -> bool:
+    def trims(self) -> bool:
         """Whether the oldest chunks make room where `max_tokens` would be passed."""
         return self.on_full == "evict_oldest"
 
     def first_position(self, length: int) -> int:
         """Where a session of this length begins."""
-        if self.max_tokens is None or not self.evicts:
+        if self.max_tokens is None or not self.trims:
             return 0
         return max(0, first_to_keep(length, 0, self.max_tokens, self.chunk_size) or 0)
 
     @property
     def max_append(self) -> int:
-        """Tokens of one append for which there is always room, in a session that evicts."""
+        """Tokens of one append for which there is always room, in a session that trims itself."""
         assert self.max_tokens is not None, "validation asks for it"
         return self.max_tokens - self.chunk_size + 1
 

@@ -1,7 +1,6 @@
 """The batcher with a fake function: order, batching, errors of one's own, deadlines, closing, death."""
 
 import asyncio
-import queue
 import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
@@ -40,8 +39,8 @@ async def start() -> AsyncIterator[Start]:
     batchers: list[Batcher[int, int]] = []
 
     def make(run: Run, *, max_waiting: int = 100, max_cost: int = 100, **options: Any) -> Batcher[int, int]:
-        batcher = Batcher("fake", run, max_waiting=max_waiting, max_cost=max_cost, **options)
-        batcher.start()
+        batcher = Batcher[int, int]("fake", max_waiting=max_waiting, max_cost=max_cost, **options)
+        batcher.start(run)
         batchers.append(batcher)
         return batcher
 
@@ -135,6 +134,37 @@ async def test_later_is_answered_by_finish(start: Start) -> None:
     assert await future == 55
 
 
+async def test_what_is_requeued_is_a_batch_of_its_own_before_all_that_waits(start: Start) -> None:
+    """Also when it is an action that puts it back: what it brought is still there when its batch runs."""
+    batches: list[list[int]] = []
+    parked: list[IntTicket] = []
+    has_parked, entered, is_open = threading.Event(), threading.Event(), threading.Event()
+
+    def run(tickets: Sequence[IntTicket]) -> Sequence[Outcome[int]]:
+        batches.append([ticket.item for ticket in tickets])
+        if not parked:
+            parked.extend(tickets)
+            has_parked.set()
+            return [LATER] * len(tickets)
+        entered.set()
+        assert is_open.wait(10)
+        return [ticket.item * 2 for ticket in tickets]
+
+    batcher = start(run)
+    early = [batcher.submit(item) for item in (1, 2, 3)]
+    await asyncio.to_thread(has_parked.wait, 5)
+    holding = batcher.submit(4)
+    await asyncio.to_thread(entered.wait, 5)
+    late = batcher.submit(5)
+    early[1].cancel()
+    await asyncio.sleep(0)
+    batcher.post(lambda: batcher.requeue(parked))
+    is_open.set()
+    assert [await future for future in (holding, early[0], early[2], late)] == [8, 2, 6, 10]
+    assert batches == [[1, 2, 3], [4], [1, 3], [5]]
+    assert (batcher.num_items, batcher.num_skipped, batcher.num_waiting) == (4, 1, 0)
+
+
 async def test_actions_run_before_the_next_batch_in_order(start: Start) -> None:
     gate = Gate()
     batcher = start(gate)
@@ -174,9 +204,8 @@ async def test_close_fails_what_does_not_finish_in_time(start: Start) -> None:
 
 @pytest.mark.filterwarnings("default::pytest.PytestUnhandledThreadExceptionWarning")
 async def test_a_dying_worker_answers_everyone_and_says_so(start: Start) -> None:
-    reasons: queue.SimpleQueue[str] = queue.SimpleQueue()
     gate = Gate()
-    batcher = start(gate, on_death=reasons.put)
+    batcher = start(gate)
     first = await shut(gate, batcher)
     waiting = batcher.submit(1)
 
@@ -190,8 +219,7 @@ async def test_a_dying_worker_answers_everyone_and_says_so(start: Start) -> None
         await waiting
     with pytest.raises(Unhealthy, match="device is gone"):
         batcher.submit(2)
-    # The callers are answered first, then the owner is told.
-    assert "device is gone" in await asyncio.to_thread(reasons.get, timeout=5)
+    assert "device is gone" in (batcher.unhealthy_reason or "")
     assert not batcher.post(lambda: None)
 
 
@@ -200,8 +228,8 @@ async def test_answers_for_a_closed_loop_are_dropped() -> None:
 
     def other_loop() -> Batcher[int, int]:
         async def use() -> Batcher[int, int]:
-            batcher = Batcher("fake", gate, max_waiting=5, max_cost=5)
-            batcher.start()
+            batcher = Batcher[int, int]("fake", max_waiting=5, max_cost=5)
+            batcher.start(gate)
             gate.is_open.clear()
             batcher.submit(1)
             return batcher

@@ -14,9 +14,8 @@ from dataclasses import dataclass
 
 import pytest
 
-from htm_service.engine import _within
 from htm_service.errors import DeadlineExceeded
-from htm_service.threads.batcher import Batcher, Outcome, Ticket
+from htm_service.threads.batcher import Batcher, Outcome, Ticket, within
 
 NUM_STEPS, MAX_COST, NUM_LANES = 80, 20, 4
 ENTER_S = 5.0
@@ -91,9 +90,7 @@ class Model:
         self.draw = random.Random(seed)
         self.clock = Clock()
         self.kernel = Kernel()
-        self.batcher: Batcher[int, int] = Batcher(
-            "model", self.kernel, max_waiting=1000, max_cost=MAX_COST, clock=self.clock
-        )
+        self.batcher: Batcher[int, int] = Batcher("model", max_waiting=1000, max_cost=MAX_COST, clock=self.clock)
         self.jobs: list[Job] = []
         self.running: list[Job] = []
         self.passed: dict[Hashable, set[Hashable]] = {}
@@ -107,7 +104,7 @@ class Model:
         return job.is_cancelled or job.deadline <= self.clock.now
 
     async def play(self) -> None:
-        self.batcher.start()
+        self.batcher.start(self.kernel)
         steps = (self.submit, self.cancel, self.pass_time, self.end_batch)
         for _ in range(NUM_STEPS):
             step = self.draw.choices(steps, weights=(5, 1, 2, 2))[0]
@@ -129,7 +126,7 @@ class Model:
             timeout_s = self.draw.choice([3.0, 10.0, 1e6])
             deadline = self.clock.now + timeout_s
             future = self.batcher.submit(number, cost=cost, lane=lane)
-            task = asyncio.create_task(_within(future, deadline, timeout_s))
+            task = asyncio.create_task(within(future, deadline, timeout_s))
             is_poison = self.draw.random() < 0.1
             self.kernel.poison.update([number] if is_poison else ())
             self.jobs.append(Job(number, lane, cost, self.clock.now, deadline, is_poison, task))

@@ -22,7 +22,7 @@ from htm_service.kernels.reference import ReferenceKernel
 from htm_service.kernels.resolve import KERNELS
 from htm_service.memory import arena as arena_module
 from htm_service.memory.arena import Arena, Budget
-from htm_service.memory.chunks import Memory, sum_slots
+from htm_service.memory.chunks import Chunks, sum_slots
 
 DIM, SIZE, HEADS = 13, 5, 3
 NAMES = [name for name in KERNELS if name != "triton" or "TRITON_INTERPRET" in os.environ]
@@ -34,17 +34,17 @@ def make_arena(limit: int = 1 << 24, dtype: torch.dtype = torch.float32) -> tupl
     return Arena(DIM, SIZE, dtype, torch.device("cpu"), budget), budget
 
 
-def make_memory(length: int, dtype: torch.dtype = torch.float32) -> Memory:
+def make_memory(length: int, dtype: torch.dtype = torch.float32) -> Chunks:
     """A memory of random tokens whose unwritten slots hold NaN: they may hold anything."""
     arena, budget = make_arena(dtype=dtype)
-    memory = Memory(arena, budget)
+    memory = Chunks(arena, budget)
     memory.append(torch.randn(length, DIM).to(dtype))
     if length % SIZE:
         arena.page(memory.pages[-1])[length % SIZE :] = torch.nan
     return memory
 
 
-def make_search(memory: Memory, k: int, num_queries: int = 1, **changes: Any) -> Search:
+def make_search(memory: Chunks, k: int, num_queries: int = 1, **changes: Any) -> Search:
     """A look at all of a memory, but for `changes`."""
     whole = Search(memory.keys, memory.page_table, 0, 0, memory.length, num_queries, min(k, memory.num_chunks))
     return replace(whole, **changes)
@@ -85,12 +85,12 @@ def test_compiled_answers_equal_the_reference(
 ) -> None:
     torch.manual_seed(length + k)
     memory = make_memory(length, dtype)
-    other = Memory(memory.arena, Budget(1 << 20))
+    other = Chunks(memory.arena, Budget(1 << 20))
     other.append(torch.randn(11 * SIZE, DIM).to(dtype))
     searches = [
         make_search(memory, k, num_queries),
         make_search(other, 2),
-        make_search(Memory(memory.arena, Budget(1 << 20)), k, 2),  # an empty session
+        make_search(Chunks(memory.arena, Budget(1 << 20)), k, 2),  # an empty session
         make_search(other, 9, num_queries, start=SIZE + 2, stop=6 * SIZE + 1),
         make_search(other, 9, num_queries, token_mask=torch.rand(11 * SIZE) < 0.4),
         make_search(other, 9, num_queries, token_mask=torch.zeros(11 * SIZE, dtype=torch.bool)),
@@ -147,7 +147,7 @@ def test_compiled_selection_equals_the_reference(num_keys: int, num_queries: int
 def logits_of(rows: list[list[float]], k: int, hidden: torch.Tensor | None = None) -> Batch:
     """A batch whose logits are `rows`: the summary keys are unit vectors."""
     arena, budget = make_arena()
-    memory = Memory(arena, budget)
+    memory = Chunks(arena, budget)
     memory.append(torch.randn(len(rows[0]) * SIZE, DIM))
     summary = torch.nn.functional.pad(torch.tensor(rows), (0, DIM - len(rows[0])))
     search = make_search(memory, k, len(rows), keys=torch.eye(DIM)[: len(rows[0])].contiguous(), hidden=hidden)
@@ -178,7 +178,7 @@ def test_from_queries_to_answers_in_one_call(kernel: Kernel, dtype: torch.dtype)
     """Equal to the reference's steps; nothing of what it is given changes, a row without a chunk is 0."""
     torch.manual_seed(8)
     memory = make_memory(7 * SIZE + 2, dtype)
-    empty = Memory(memory.arena, Budget(1 << 20))
+    empty = Chunks(memory.arena, Budget(1 << 20))
     all_hidden = torch.ones(8, dtype=torch.bool)
     searches = [
         make_search(memory, 3, 19),
@@ -237,7 +237,7 @@ def test_keys_are_the_same_bits_however_tokens_arrive(parts: list[int]) -> None:
     torch.manual_seed(5)
     tokens = torch.randn(23, DIM)
     arena, budget = make_arena()
-    memory, at_once = Memory(arena, budget), Memory(arena, budget)
+    memory, at_once = Chunks(arena, budget), Chunks(arena, budget)
     at_once.append(tokens)
     for part in tokens.split(parts):
         memory.append(part)
@@ -247,13 +247,13 @@ def test_keys_are_the_same_bits_however_tokens_arrive(parts: list[int]) -> None:
     assert torch.equal(memory.contents(torch.arange(4)).view(-1, DIM), tokens[:20])
     assert (memory.length, memory.num_chunks) == (23, 5)
     used = budget.used_bytes
-    memory.release()
+    memory.free()
     assert budget.used_bytes < used and memory.num_chunks == 0
 
 
 def test_an_append_that_does_not_fit_changes_nothing() -> None:
     arena, budget = make_arena(limit=4_000)
-    memory = Memory(arena, budget)
+    memory = Chunks(arena, budget)
     memory.append(torch.ones(7, DIM))
     with pytest.raises(OutOfMemory):
         memory.append(torch.ones(100, DIM))

@@ -1,4 +1,4 @@
-"""Imports flow one way, `api -> htm_service -> storage`; the client knows none of them. Files are parsed, never run."""
+"""Imports flow one way, between the packages and downward through the folders of each. Files are parsed, never run."""
 
 from __future__ import annotations
 
@@ -24,6 +24,24 @@ EXCEPTIONS = {
     ("client/htm_client/in_process.py", "api"),  # `:memory:`, imported when it is asked for
 }
 """Edges beyond ALLOWED, by file; each must be in use."""
+
+ROOMS = {
+    "htm_service": (
+        ("engine", "inspection"),
+        ("writes",),
+        ("reads",),
+        ("sessions",),
+        ("attention",),
+        ("kernels",),
+        ("memory",),
+        ("threads",),
+        ("records", "errors", "store_errors", "config", "dtypes", "version", "session_settings", "cursors"),
+    ),
+}
+"""The folders of a package, and the modules at its root, from the top: each may import what stands below it."""
+
+MAX_MODULES = 8
+"""In one folder."""
 
 AT_IMPORT = {
     "re.compile", "frozenset", "set", "dict", "tuple", "list", "range", "sorted", "enumerate",
@@ -89,14 +107,58 @@ def test_imports_flow_one_way() -> None:
             top = name.split(".")[0]
             if top == here or top not in OWN or top in ALLOWED[here]:
                 continue
-            if top == "htm_client" and file.startswith("api/demo/"):  # the demo's agents are clients
-                continue
             if (file, top) in EXCEPTIONS:
                 used.add((file, top))
             else:
                 wrong.append(f"{file}:{line} imports {name}")
     assert not wrong, "\n".join(wrong)
     assert used == EXCEPTIONS, f"exceptions that nothing uses: {EXCEPTIONS - used}"
+
+
+def room(package: str, module: str) -> int | None:
+    """Which of ROOMS a dotted module name is in; None for the package itself."""
+    _, *rest = module.split(".")
+    if not rest:
+        return None
+    (found,) = (level for level, names in enumerate(ROOMS[package]) if rest[0] in names)
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(ROOMS))
+def test_imports_go_downward_through_the_rooms(name: str) -> None:
+    wrong = []
+    for file, tree in TREES.items():
+        if not file.startswith(f"{name}/") or file == f"{name}/__init__.py":
+            continue
+        here = room(name, file.removesuffix(".py").replace("/", "."))
+        assert here is not None
+        for module, line in imports(tree):
+            if module.split(".")[0] == name and (there := room(name, module)) is not None and there < here:
+                wrong.append(f"{file}:{line} imports {module}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_folders_are_small() -> None:
+    """A folder that one can take in; the roots, and the one of the SQL store, may have a few more."""
+    folders: dict[str, int] = {}
+    for file in TREES:
+        path = Path(file)
+        if path.name != "__init__.py" and len(path.parts) > 2 and not file.startswith("client/"):
+            folders[path.parent.as_posix()] = folders.get(path.parent.as_posix(), 0) + 1
+    large = {"storage/sql": 20, "api/routes": 12}
+    assert not {folder: num for folder, num in folders.items() if num > large.get(folder, MAX_MODULES)}
+
+
+def test_constructors_take_at_most_two_callbacks() -> None:
+    wrong = []
+    for file, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.FunctionDef) and node.name == "__init__":
+                arguments = [*node.args.args, *node.args.kwonlyargs]
+                annotations = [ast.unparse(one.annotation) for one in arguments if one.annotation is not None]
+                if sum("Callable" in annotation for annotation in annotations) > 2:
+                    wrong.append(f"{file}:{node.lineno}")
+    assert not wrong, wrong
 
 
 def test_the_client_imports_the_server_only_on_demand() -> None:

@@ -3,7 +3,7 @@
 import numpy as np
 
 from htm_service.records import AttendRequest, AttendResult
-from htm_service.sessions.recalls import FORGOTTEN_TOGETHER, QUERIES_KEPT, RecallLog
+from htm_service.sessions.recalls import QUERIES_KEPT, TRIMMED_TOGETHER, RecallLog
 
 
 def add(log: RecallLog, index: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
@@ -43,9 +43,9 @@ def test_an_account_keeps_its_rows_only() -> None:
 def test_counters_of_evicted_chunks_are_forgotten_and_the_others_keep_their_numbers() -> None:
     log = RecallLog(1)
     add(log, np.array([[3, 2_000], [2_000, 2_100]]))
-    log.forget(FORGOTTEN_TOGETHER - 1)
+    log.trim(TRIMMED_TOGETHER - 1)
     assert log.of_chunk(3)[0] == 1, "too few to be worth it"
-    log.forget(1_999)
+    log.trim(1_999)
     add(log, np.array([[5, 2_000], [-1, 2_100]]))
     assert [log.of_chunk(index)[0] for index in (3, 5, 1_998, 2_000, 2_100, 9_999)] == [0, 0, 0, 3, 2, 0]
     assert len(log._num_recalls) < 1_000

@@ -22,7 +22,7 @@ from htm_service.kernels import Batch, Projections, Search
 from htm_service.kernels.reference import ReferenceKernel
 from htm_service.kernels.triton_gpu import TritonKernel
 from htm_service.memory.arena import Arena, Budget
-from htm_service.memory.chunks import Memory
+from htm_service.memory.chunks import Chunks
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest
 from storage.resolve import open_store
 from tests.engine.models import write_model
@@ -46,15 +46,15 @@ class Scene:
         self.arena = Arena(dim, size, dtype, torch.device(device), Budget(1 << 20))
         self.searches: list[Search] = []
 
-    def memory(self, length: int) -> Memory:
+    def memory(self, length: int) -> Chunks:
         """Random tokens; slots that were never written hold NaN: they may hold anything."""
-        memory = Memory(self.arena, Budget(1 << 22))
+        memory = Chunks(self.arena, Budget(1 << 22))
         memory.append(torch.randn(length, self.arena.dim).to(self.arena.dtype))
         if length % self.arena.chunk_size:
             self.arena.page(memory.pages[-1])[length % self.arena.chunk_size :] = torch.nan
         return memory
 
-    def search(self, memory: Memory, k: int, num_queries: int = 1, **changes: Any) -> None:
+    def search(self, memory: Chunks, k: int, num_queries: int = 1, **changes: Any) -> None:
         """A look at all of a memory, but for `changes`."""
         on_device: dict[str, Any] = {
             name: value.to(self.arena.device) if isinstance(value, Tensor) else value for name, value in changes.items()

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from htm_service import records
-from htm_service.records import DType, Durability, OnFull, OpenChunk, RankBy
+from htm_service.records import DType, OnFull, OpenChunk, RankBy
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -82,7 +82,6 @@ class AppendBody(Body):
     payloads: list[dict[str, Any] | None] | None = Field(None, description="One object or null per token.")
     episode: int | None = Field(None, description="The episode number of these tokens.")
     if_length: int | None = Field(None, description="Append only when the session has this length.")
-    durability: Durability = Field("disk", description="What acknowledged means: on disk, or on its way there.")
 
 
 class AttendBody(Body):

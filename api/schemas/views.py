@@ -21,11 +21,10 @@ def when(seconds: float) -> datetime:
 
 
 class Bytes(Body):
-    """Where a session's bytes are: pages and summary keys on the device, chunks in host memory, tokens in the store."""
+    """Where a session's bytes are: pages and summary keys on the device, tokens in the store."""
 
     device: int
     device_keys: int = Field(description="Of `device`, the summary keys.")
-    host: int = Field(description="Chunks that had to leave the device and are kept in host memory.")
     stored: int
 
 
@@ -54,7 +53,6 @@ class Session(Body):
     num_appends: int
     num_attends: int
     num_queries: int
-    num_lost_tokens: int = Field(description="Acknowledged with durability `memory`, and never written.")
     damage: str | None = Field(description="What was found wrong with its bytes at rest since the server started.")
 
     @classmethod
@@ -64,7 +62,6 @@ class Session(Body):
             bytes=Bytes(
                 device=info.device_bytes,
                 device_keys=info.device_key_bytes,
-                host=info.host_bytes,
                 stored=info.stored_bytes,
             ),
             labels=dict(info.labels),

@@ -30,11 +30,6 @@ def rank_by(name: str, value: Any) -> str:
     return fields.one_of(name, value, ("weight", "score"))
 
 
-def durability(name: str, value: Any) -> str:
-    """The field `durability`."""
-    return fields.one_of(name, value, ("disk", "memory"))
-
-
 ATTEND = Table(
     params={
         "return": returns,
@@ -54,7 +49,6 @@ APPEND = Table(
         "payloads": fields.payloads,
         "episode": fields.integer,
         "if_length": fields.integer,
-        "durability": durability,
     },
     tensors={"embeddings": codec.floats},
 )

@@ -99,8 +99,8 @@ def one_attend(stage: Scene, port: int, quick: bool) -> Profile:
     async def in_process() -> list[Part]:
         async with scene.running_engine(stage, "memory://") as engine:
             await scene.fill(engine, "s", tokens)
-            kernel = TimedKernel(engine.worker.reader.kernel)
-            engine.worker.reader.kernel = kernel
+            kernel = TimedKernel(engine.worker.runner.kernel)
+            engine.worker.runner.kernel = kernel
             answer = await engine.attend("s", scene.asks(query))
             scene.check(answer.output, stage.forward(query, tokens))
 

@@ -13,13 +13,13 @@ import numpy as np
 from htm_client import HTMClient
 from htm_client.calls import Codec, attend_parts
 
-from api.demo.server_process import ServerProcess
 from bench import processes
 from bench.figures import say
 from bench.load import MARK
 from bench.peers.figures import CLIENTS, ROUNDS, Row, better, measure_appends
 from bench.peers.memories import NUM_RECALLED, Memories
 from bench.processes import Call
+from examples.demo.server_process import ServerProcess
 from htm_service.version import __version__
 
 NUM_CHUNKS = (8, 16, 32, 64)

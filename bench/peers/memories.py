@@ -14,8 +14,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from api.demo.corpus import Passage, read_corpus
-from api.demo.embedder import TfidfEmbedder
+from examples.demo.corpus import Passage, read_corpus
+from examples.demo.embedder import TfidfEmbedder
 
 Floats = npt.NDArray[np.float32]
 NUM_WORDS = 16

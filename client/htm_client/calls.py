@@ -170,7 +170,7 @@ def attend_parts(
 
 def append_params(payloads: Iterable[Mapping[str, Any] | None] | None, conditions: AppendConditions) -> Params:
     """Parameters of an append."""
-    fields = {name: conditions.get(name) for name in ("episode", "if_length", "durability")}
+    fields = {name: conditions.get(name) for name in ("episode", "if_length")}
     return given(payloads=None if payloads is None else list(payloads), **fields)
 
 
@@ -234,10 +234,9 @@ def chunk_detail(answer: Answer) -> ChunkDetail:
     return ChunkDetail(ChunkResult.of(answer.params["chunk"]), answer.params["payloads"], found)
 
 
-def _key_of(conditions: AppendConditions) -> str | None:
-    """What makes it safe to send an append again; a key would make the server wait for the disk."""
-    key = conditions.get("idempotency_key")
-    return key or (None if conditions.get("durability") == "memory" else _new_key())
+def _key_of(conditions: AppendConditions) -> str:
+    """What makes it safe to send an append again."""
+    return conditions.get("idempotency_key") or _new_key()
 
 
 def _new_key() -> str:

@@ -33,15 +33,11 @@ Payloads = Sequence[Mapping[str, Any] | None]
 
 
 class AppendConditions(TypedDict, total=False):
-    """Under which episode, whether at all, what makes two appends the same one, and what acknowledged means.
-
-    With durability `memory` an append is sent once: without a key of the caller's it cannot be told from a second one.
-    """
+    """Under which episode, whether at all, and what makes two appends the same one."""
 
     episode: int
     if_length: int
     idempotency_key: str
-    durability: Literal["disk", "memory"]
 
 
 class AppendOptions(AppendConditions, total=False):

@@ -49,7 +49,6 @@ class SessionInfo(_FromJSON):
     num_appends: int
     num_attends: int
     num_queries: int
-    num_lost_tokens: int = 0
     first_position: int = 0
     damage: str | None = None
 

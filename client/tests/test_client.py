@@ -23,7 +23,6 @@ from htm_client import (
 from htm_client import (
     safetensors as wire,
 )
-from htm_client.requests import Requests
 
 DIM = 7
 
@@ -273,17 +272,3 @@ def test_torch_tensors_are_taken() -> None:
     tensors, _ = wire.load(fake.requests[0].content)
     np.testing.assert_array_equal(tensors["embeddings"], np.ones((2, 3), np.float32))
     client.end()
-
-
-def test_an_append_to_memory_is_sent_once() -> None:
-    """Its key would make the server wait for the disk, and without one a second sending would be a second append."""
-    requests = Requests(binary=False)
-    for durability, is_safe in (("disk", True), ("memory", False)):
-        options: Any = {"durability": durability}
-        append = requests.append("s", [[1.0]], None, options).call
-        step = requests.step("s", [[1.0]], [[1.0]], {}, options).call
-        for call in (append, step):
-            assert call.idempotent == is_safe == ("Idempotency-Key" in call.headers)
-            assert durability.encode() in (call.content or b"")
-    keyed = requests.append("s", [[1.0]], None, {"durability": "memory", "idempotency_key": "k"}).call
-    assert keyed.idempotent and keyed.headers["Idempotency-Key"] == "k"

@@ -3,7 +3,7 @@
 A page holds one chunk, [C, D]. Sessions hold page ids; the arena hands them out and takes them back.
 On a CPU all slabs lie in one reservation of address space as large as the budget, so that kernels see one
 tensor [P, C, D]; memory is taken by the first write to a page and given back with its slab. On a GPU, which has
-no such thing, each slab is an allocation of its own; so it is in page-locked host memory, see `host_tier.py`.
+no such thing, each slab is an allocation of its own.
 Does not know sessions, summary keys or positions. One thread at a time: the device thread.
 """
 
@@ -22,7 +22,7 @@ SLAB_BYTES = 256 << 20
 
 @dataclass(slots=True)
 class Budget:
-    """Bytes that the arenas of a tier may take together, on the device with the summary keys."""
+    """Bytes that the arenas and the summary keys may take together on the device."""
 
     limit_bytes: int
     used_bytes: int = 0
@@ -56,26 +56,20 @@ class Arena:
         dtype: torch.dtype,
         device: torch.device,
         budget: Budget,
-        *,
-        slab_bytes: int | None = None,
-        is_pinned: bool = False,
     ) -> None:
         self.dim = dim
         self.chunk_size = chunk_size
         self.dtype = dtype
         self.device = device
         self.page_bytes = dim * chunk_size * dtype.itemsize
-        slab_bytes = max(self.page_bytes, min(slab_bytes or SLAB_BYTES, budget.limit_bytes // 16))
-        if is_pinned:  # torch takes page-locked memory in powers of two, and keeps what is freed for the next such slab
-            slab_bytes = 1 << (slab_bytes - 1).bit_length()
+        slab_bytes = max(self.page_bytes, min(SLAB_BYTES, budget.limit_bytes // 16))
         self.slab_pages = slab_bytes // self.page_bytes
-        self.slab_bytes = slab_bytes if is_pinned else self.slab_pages * self.page_bytes
-        self._is_pinned = is_pinned
+        self.slab_bytes = self.slab_pages * self.page_bytes
         self._budget = budget
         self._reserved: mmap.mmap | None = None
         self.contents: torch.Tensor | None = None
-        """All pages [P, C, D] on a CPU, None on other devices and where slabs are page-locked."""
-        if device.type == "cpu" and not is_pinned:
+        """All pages [P, C, D] on a CPU, None on other devices."""
+        if device.type == "cpu":
             num_slabs = max(1, budget.limit_bytes // self.slab_bytes)
             num_bytes = num_slabs * self.slab_bytes
             flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_NORESERVE", 0)
@@ -191,7 +185,7 @@ class Arena:
         else:
             shape = (self.slab_pages, self.chunk_size, self.dim)
             try:
-                slab = torch.empty(shape, dtype=self.dtype, device=self.device, pin_memory=self._is_pinned)
+                slab = torch.empty(shape, dtype=self.dtype, device=self.device)
             except RuntimeError as error:
                 self._budget.give(self.slab_bytes)
                 raise OutOfMemory(f"{self.slab_bytes} bytes cannot be allocated: {error}") from error

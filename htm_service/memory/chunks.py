@@ -1,9 +1,9 @@
 """One session's chunks on the device: the summary keys of all of them, and the contents of some in pages.
 
 Shapes: D width, C chunk size, n tokens, M = ceil(n / C) chunks.
-Storage has every token, so the contents are a cache: a sealed chunk's page may be dropped at any time and put back
+Storage has every token, so the contents are a cache: a sealed chunk's page may be offloaded at any time and put back
 later. The open chunk, which is still written to, keeps its page.
-Chunks keep their numbers when the first ones are let go for good: what is held are the chunks `first_chunk` .. M-1,
+Chunks keep their numbers when the first ones are trimmed: what is held are the chunks `first_chunk` .. M-1,
 and `keys`, `page_table`, `pages` and `used_at` begin with the first of them.
 A summary key is the float32 mean of a chunk's tokens, its sum accumulated slot by slot. That order does not
 depend on how the tokens arrived, so the same tokens give the same key to the last bit: appended one by one,
@@ -44,8 +44,8 @@ def sum_slots(tokens: Tensor, visible: Tensor | None = None) -> Tensor:
     return total
 
 
-class Memory:
-    """See the head of this module. `append` is all or nothing; `release` gives everything back."""
+class Chunks:
+    """See the head of this module. `append` is all or nothing; `free` gives everything back."""
 
     def __init__(self, arena: Arena, budget: Budget, first_chunk: int = 0) -> None:
         self.arena = arena
@@ -54,8 +54,8 @@ class Memory:
         self.num_missing = 0
         """Chunks without a page."""
         self._budget = budget
-        self._num_gone = 0
-        """Rows at the beginning of the tables below, of chunks that were let go."""
+        self._num_trimmed = 0
+        """Rows at the beginning of the tables below, of chunks that were trimmed."""
         self._used_at = np.zeros(0, dtype=np.int64)
         self._pages: list[int] = []
         self._open_sum = torch.zeros(arena.dim, dtype=torch.float32, device=arena.device)
@@ -113,7 +113,7 @@ class Memory:
 
     def _look(self) -> None:
         """Renew the views; made here, once, because every read needs them and each costs a call into torch."""
-        held = slice(self._num_gone, self._num_gone + len(self._pages))
+        held = slice(self._num_trimmed, self._num_trimmed + len(self._pages))
         self.keys = self._keys[held]
         """Summary keys [m, D] float32 of the m chunks held, a view."""
         self.page_table = self._page_table[held]
@@ -178,7 +178,7 @@ class Memory:
         self._set_pages(chunks, pages)
         self.num_missing -= len(chunks)
 
-    def droppable(self) -> npt.NDArray[np.int64]:
+    def offloadable(self) -> npt.NDArray[np.int64]:
         """The sealed chunks that have a page."""
         sealed = self._pages[: self.num_sealed - self.first_chunk]
         return np.flatnonzero(np.array(sealed, dtype=np.int64) != NO_PAGE) + self.first_chunk
@@ -187,13 +187,13 @@ class Memory:
         """The page [C, D] of a chunk that has one, a view."""
         return self.arena.page(self._page_of(chunk))
 
-    def drop(self, chunks: Sequence[int]) -> None:
+    def offload(self, chunks: Sequence[int]) -> None:
         """Give the pages of sealed chunks back; storage has their contents."""
         self.arena.free([self._page_of(chunk) for chunk in chunks])
         self._set_pages(chunks, [NO_PAGE] * len(chunks))
         self.num_missing += len(chunks)
 
-    def let_go(self, first_chunk: int) -> None:
+    def trim(self, first_chunk: int) -> None:
         """Forget the sealed chunks before `first_chunk`, keys and all."""
         num_chunks = min(first_chunk, self.num_sealed) - self.first_chunk
         if num_chunks <= 0:
@@ -203,12 +203,12 @@ class Memory:
         self.num_missing -= num_chunks - len(pages)
         del self._pages[:num_chunks]
         self.first_chunk += num_chunks
-        self._num_gone += num_chunks
+        self._num_trimmed += num_chunks
         self._look()
 
     def restart(self, first_chunk: int) -> None:
-        """Let go of everything: the next chunk is `first_chunk`."""
-        self.release()
+        """Forget everything: the next chunk is `first_chunk`."""
+        self.free()
         self.first_chunk = first_chunk
         self.length = first_chunk * self.chunk_size
 
@@ -246,20 +246,20 @@ class Memory:
         """
         return self.arena.take(self.page_table[chunks - self.first_chunk])
 
-    def release(self) -> None:
-        """Give pages and keys back; the memory is empty afterwards."""
+    def free(self) -> None:
+        """Give pages and keys back; nothing is held afterwards."""
         self.arena.free([page for page in self._pages if page != NO_PAGE])
         self._budget.give(self._keys.shape[0] * self._key_bytes)
         self._pages = []
         self._keys = self._keys[:0].clone()
         self._page_table = self._page_table[:0].clone()
         self._used_at = self._used_at[:0].copy()
-        self.length = self.first_chunk = self.num_missing = self._num_gone = 0
+        self.length = self.first_chunk = self.num_missing = self._num_trimmed = 0
         self._look()
 
     def _row(self, chunk: int) -> int:
         """Where a chunk is in the tables."""
-        return self._num_gone + chunk - self.first_chunk
+        return self._num_trimmed + chunk - self.first_chunk
 
     def _page_of(self, chunk: int) -> int:
         return self._pages[chunk - self.first_chunk]
@@ -283,9 +283,9 @@ class Memory:
         self.length += num_chunks * self.chunk_size
 
     def _capacity_for(self, num_chunks: int) -> int:
-        """Chunks there is room for when `num_chunks` are held: grown by half, unless many were let go."""
+        """Chunks there is room for when `num_chunks` are held: grown by half, unless many were trimmed."""
         capacity = self._keys.shape[0]
-        if self._num_gone + num_chunks <= capacity or num_chunks <= capacity * 3 // 4:
+        if self._num_trimmed + num_chunks <= capacity or num_chunks <= capacity * 3 // 4:
             return capacity
         return max(num_chunks, capacity + max(4, capacity // 2))
 
@@ -293,7 +293,7 @@ class Memory:
         """Have room for so many chunks to be held. Raises OutOfMemory, changing nothing."""
         capacity = self._capacity_for(num_chunks)
         more = capacity - self._keys.shape[0]
-        if not more and self._num_gone + num_chunks <= capacity:
+        if not more and self._num_trimmed + num_chunks <= capacity:
             return
         self._budget.take(more * self._key_bytes)
         held = len(self._pages)
@@ -302,7 +302,7 @@ class Memory:
         page_table = torch.zeros(capacity, dtype=torch.int64, device=self.arena.device)
         page_table[:held] = self.page_table
         self._used_at = np.pad(self.used_at, (0, capacity - held))
-        self._keys, self._page_table, self._num_gone = keys, page_table, 0
+        self._keys, self._page_table, self._num_trimmed = keys, page_table, 0
         self._look()
 
 

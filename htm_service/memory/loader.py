@@ -3,7 +3,8 @@
 Two kinds of work: to load a cold session (its stored summary keys, then the tokens after them in pieces), and to
 fetch the contents of chunks that attends wait for. Fetches go first, also between the pieces of a load: they are
 small, and whoever waits for one has already been planned.
-What was read is handed to the device thread, piece by piece, between its batches. Does not know attention.
+What a load reads is put into the cache piece by piece, by the device thread between its batches. Who waited goes back
+into the device's queue, with what was fetched in hand. Does not know attention, nor what waits.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, TypeVar
 
@@ -21,10 +23,10 @@ import torch
 
 from htm_service.dtypes import TORCH_DTYPES, from_bytes
 from htm_service.errors import HTMError, Unhealthy
-from htm_service.reads.visibility import EpisodeRun
-from htm_service.sessions.session import NewTokens, Session, joined
-from htm_service.threads.batcher import Batcher
-from htm_service.threads.heartbeat import Heartbeat
+from htm_service.memory.cache import Cache
+from htm_service.memory.resident import EpisodeRun, NewTokens, Resident, joined
+from htm_service.store_errors import unreadable
+from htm_service.threads.batcher import Batcher, Ticket
 from storage.base import Block, Store, StoreError, Summary
 
 PIECE_BYTES = 8 << 20
@@ -35,38 +37,37 @@ KEYS_AT_ONCE = 1 << 20
 
 Stored = TypeVar("Stored", Block, Summary)
 
-Contents = Mapping[Session, Mapping[int, torch.Tensor]]
+Contents = Mapping[Resident, Mapping[int, torch.Tensor]]
 """Per session, fetched chunks by index: [C, D], on the host."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Fetch:
-    """Chunks to read, and what to do with them on the device thread: their contents, and what failed."""
+    """Chunks to read, and the tickets that wait for them; then what was read, and what could not be."""
 
-    chunks: Mapping[Session, Sequence[int]]
-    done: Callable[[Contents, Mapping[Session, HTMError]], None]
+    chunks: dict[Resident, list[int]]
+    tickets: list[Ticket[Any, Any]]
+    contents: Contents = field(default_factory=dict)
+    errors: dict[Resident, HTMError] = field(default_factory=dict)
 
-
-@dataclass(frozen=True, slots=True)
-class Sink:
-    """Where a load's parts go, each called on the device thread; they raise HTMError."""
-
-    add_keys: Callable[[Session, int, torch.Tensor], None]
-    add: Callable[[Session, NewTokens], None]
-    end: Callable[[Session, HTMError | None], None]
+    def add(self, resident: Resident, chunks: Sequence[int], ticket: Ticket[Any, Any]) -> None:
+        """Fetch these chunks too, for this ticket."""
+        wanted = self.chunks.setdefault(resident, [])
+        wanted.extend(sorted(set(chunks).difference(wanted)))
+        self.tickets.append(ticket)
 
 
 class Loader:
-    """See the head of this module. `worker` is the device thread; `on_death` is told why this one ended."""
+    """See the head of this module. `queue` is the device thread's."""
 
-    def __init__(self, store: Store, sink: Sink, worker: Batcher[Any, Any], on_death: Callable[[str], None]) -> None:
-        self.heartbeat = Heartbeat()
+    def __init__(self, store: Store, cache: Cache, queue: Batcher[Any, Any]) -> None:
+        self.busy_since: float | None = None
+        self.unhealthy_reason: str | None = None
         self._store = store
-        self._sink = sink
-        self._worker = worker
-        self._on_death = on_death
+        self._cache = cache
+        self._queue = queue
         self._changed = threading.Condition()
-        self._loads: deque[Session] = deque()
+        self._loads: deque[Resident] = deque()
         self._fetches: deque[Fetch] = deque()
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="htm-loader", daemon=True)
@@ -75,14 +76,14 @@ class Loader:
         """Start the thread."""
         self._thread.start()
 
-    def load(self, session: Session) -> None:
-        """Begin to load a session; its `end` is called when it is complete or has failed."""
+    def load(self, resident: Resident) -> None:
+        """Begin to load a session; what is parked there goes back into the queue when it is complete, or is told."""
         with self._changed:
-            self._loads.append(session)
+            self._loads.append(resident)
             self._changed.notify()
 
     def fetch(self, fetch: Fetch) -> None:
-        """Begin to fetch chunks."""
+        """Begin to fetch chunks; the tickets go back into the queue when they are there."""
         with self._changed:
             self._fetches.append(fetch)
             self._changed.notify()
@@ -107,109 +108,118 @@ class Loader:
                     self._changed.wait_for(lambda: self._is_closed or self._fetches or self._loads)
                     if self._is_closed:
                         return
-                    session = None if self._fetches else self._loads.popleft()
-                if session is None:
+                    resident = None if self._fetches else self._loads.popleft()
+                if resident is None:
                     self._run_fetches()
                 else:
-                    self._load(session)
-                self.heartbeat.rest()
+                    self._load(resident)
+                self.busy_since = None
         except BaseException as error:
             logging.getLogger(__name__).critical("the loader thread died", exc_info=error)
-            self._on_death(f"the loader thread died: {error!r}")
+            self.unhealthy_reason = f"the loader thread died: {error!r}"
 
     def _run_fetches(self) -> None:
         while self._fetches and not self._is_closed:
-            self.heartbeat.beat()
+            self.busy_since = time.monotonic()
             self._fetch(self._fetches.popleft())
 
-    def _load(self, session: Session) -> None:
+    def _load(self, resident: Resident) -> None:
         error: HTMError | None = None
         try:
-            self.heartbeat.beat()
+            self.busy_since = time.monotonic()
             wait: Callable[[], None] | None = None
-            for part in self._parts(session):
-                self.heartbeat.beat()
+            for piece in self._pieces(resident):
+                self.busy_since = time.monotonic()
                 if wait is not None:
                     wait()
                     self._run_fetches()
-                wait = self._hand_over(part)  # while the next one is read
+                wait = self._hand_over(piece)  # while the next one is read
             if wait is not None:
                 wait()
         except HTMError as reason:
             error = reason
         except StoreError as reason:
-            error = session.unreadable(reason)
+            error = unreadable(resident.id, reason)
         except Exception as reason:
-            logging.getLogger(__name__).exception("session %s could not be loaded", session.id)
-            error = Unhealthy(f"session {session.id!r} could not be loaded: {reason!r}")
+            logging.getLogger(__name__).exception("session %s could not be loaded", resident.id)
+            error = Unhealthy(f"session {resident.id!r} could not be loaded: {reason!r}")
         try:
-            # Waited for: the attends that wanted the session may want chunks, before another load evicts it.
-            self._hand_over(lambda: self._sink.end(session, error))()
+            # Waited for: the attends that wanted the session may want chunks, before another load offloads it.
+            self._hand_over(partial(self._end_load, resident, error))()
         except HTMError:
-            logging.getLogger(__name__).warning("session %s was loaded too late", session.id)
+            logging.getLogger(__name__).warning("session %s was loaded too late", resident.id)
 
-    def _parts(self, session: Session) -> Iterable[Callable[[], None]]:
+    def _end_load(self, resident: Resident, error: HTMError | None) -> None:
+        """Put who waited for the session back into the queue, or tell them what went wrong (the device thread)."""
+        error = self._cache.end_load(resident, error)
+        parked, resident.parked = resident.parked, []
+        if error is not None:
+            self._queue.finish((ticket, error) for ticket in parked)
+        elif parked:
+            self._queue.requeue(parked)
+
+    def _pieces(self, resident: Resident) -> Iterable[Callable[[], None]]:
         """What the device thread is to do, one after the other: keys, then the tokens that they do not cover."""
-        num_chunks, dim = session.first_chunk, session.settings.dim
+        num_chunks, dim = resident.first_chunk, resident.settings.dim
         has_keys = False
-        for summaries in _lots(self._store.read_summaries(session.sid), KEYS_AT_ONCE):
+        for summaries in _gathered(self._store.read_summaries(resident.sid), KEYS_AT_ONCE):
             first_chunk = summaries[0].first
-            if first_chunk > num_chunks and not session.settings.evicts:
+            if first_chunk > num_chunks and not resident.settings.trims:
                 break  # the ones before are lost; all keys are computed again
             keys = from_bytes([summary.data for summary in summaries], "float32", dim)
             num_chunks, has_keys = first_chunk + len(keys), True
-            yield partial(self._sink.add_keys, session, first_chunk, keys)
-        first = num_chunks * session.settings.chunk_size
+            yield partial(self._cache.add_keys, resident, first_chunk, keys)
+        first = num_chunks * resident.settings.chunk_size
         if has_keys:  # read while the last keys are added
-            runs = [EpisodeRun(start, episode) for start, episode in self._store.read_episodes(session.sid, first)]
-            yield partial(session.episodes.extend, runs)
-        for lot in _lots(self._store.read_blocks(session.sid, first), PIECE_BYTES):
-            yield partial(self._add_all, session, _merged(lot, session, first))
+            runs = [EpisodeRun(start, episode) for start, episode in self._store.read_episodes(resident.sid, first)]
+            yield partial(resident.episodes.extend, runs)
+        for blocks in _gathered(self._store.read_blocks(resident.sid, first), PIECE_BYTES):
+            yield partial(self._add_all, resident, _merged(blocks, resident, first))
 
-    def _add_all(self, session: Session, tokens: Sequence[NewTokens]) -> None:
+    def _add_all(self, resident: Resident, tokens: Sequence[NewTokens]) -> None:
         for new in tokens:
-            self._sink.add(session, new)
+            self._cache.add(resident, new)
 
     def _fetch(self, fetch: Fetch) -> None:
         """All chunks in one read; when that fails, session by session, so that each has its own error."""
-        contents: dict[Session, dict[int, torch.Tensor]] = {}
-        errors: dict[Session, HTMError] = {}
         try:
-            contents = self._read(fetch.chunks)
+            fetch.contents = self._read(fetch.chunks)
         except StoreError:
-            for session, chunks in fetch.chunks.items():
+            contents: dict[Resident, Mapping[int, torch.Tensor]] = {}
+            for resident, chunks in fetch.chunks.items():
                 try:
-                    contents.update(self._read({session: chunks}))
+                    contents.update(self._read({resident: chunks}))
                 except StoreError as reason:
-                    errors[session] = session.unreadable(reason)
-        self._worker.post(lambda: fetch.done(contents, errors))
+                    fetch.errors[resident] = unreadable(resident.id, reason)
+            fetch.contents = contents
+        self._queue.requeue(fetch.tickets)
 
-    def _read(self, wanted: Mapping[Session, Sequence[int]]) -> dict[Session, dict[int, torch.Tensor]]:
-        runs = [(session, *run) for session, chunks in wanted.items() for run in _runs(chunks)]
+    def _read(self, wanted: Mapping[Resident, Sequence[int]]) -> dict[Resident, dict[int, torch.Tensor]]:
+        runs = [(resident, *run) for resident, chunks in wanted.items() for run in _runs(chunks)]
         ranges, buffers = [], []
-        for session, first, last in runs:
-            settings = session.settings
-            ranges.append((session.sid, first * settings.chunk_size, last * settings.chunk_size))
+        for resident, first, last in runs:
+            settings = resident.settings
+            ranges.append((resident.sid, first * settings.chunk_size, last * settings.chunk_size))
             shape = (last - first, settings.chunk_size, settings.dim)
             buffers.append(torch.empty(shape, dtype=TORCH_DTYPES[settings.dtype]))
         num_read = [0] * len(runs)
         for place, block in self._store.read_ranges(ranges):
             num_read[place] += _cut(block, runs[place][0], ranges[place][1], buffers[place].flatten(0, 1))
-        contents: dict[Session, dict[int, torch.Tensor]] = {session: {} for session in wanted}
-        for (session, first, last), (_, start, stop), buffer, num in zip(runs, ranges, buffers, num_read, strict=True):
+        contents: dict[Resident, dict[int, torch.Tensor]] = {resident: {} for resident in wanted}
+        for (resident, first, last), (_, start, stop), buffer, num in zip(runs, ranges, buffers, num_read, strict=True):
             if num != stop - start:
-                held = self._first_position(session) // session.settings.chunk_size
-                if held > first:  # some were evicted meanwhile: without them
-                    rest = [chunk for chunk in wanted[session] if chunk >= held]
-                    return self._read({**wanted, session: rest})
+                held = self._first_position(resident) // resident.settings.chunk_size
+                if held > first:  # some were trimmed meanwhile: without them
+                    rest = [chunk for chunk in wanted[resident] if chunk >= held]
+                    return self._read({**wanted, resident: rest})
                 raise StoreError(f"{num} of its tokens {start} to {stop} are there")
-            contents[session].update(zip(range(first, last), buffer, strict=True))
+            contents[resident].update(zip(range(first, last), buffer, strict=True))
         return contents
 
-    def _first_position(self, session: Session) -> int:
+    def _first_position(self, resident: Resident) -> int:
         """Where the session begins in the store, which may be ahead of the device."""
-        row = self._store.get_session(session.id) if session.settings.evicts else None
-        return 0 if row is None or row.sid != session.sid else row.first_position
+        row = self._store.get_session(resident.id) if resident.settings.trims else None
+        return 0 if row is None or row.sid != resident.sid else row.first_position
 
     def _hand_over(self, action: Callable[[], object]) -> Callable[[], None]:
         """Have the device thread do something; the answer waits for that, and raises what went wrong."""
@@ -226,27 +236,27 @@ class Loader:
 
         def wait() -> None:
             while not done.wait(0.5):
-                if not self._worker.is_running:
+                if not self._queue.is_running:
                     raise Unhealthy("the device thread has stopped")
             if errors:
                 raise errors[0]
 
-        self._worker.post(act)
+        self._queue.post(act)
         return wait
 
 
-def _lots(stored: Iterable[Stored], num_bytes: int) -> Iterator[list[Stored]]:
-    """What the store yields, in lots of at least so many bytes; the last may have fewer."""
-    lot: list[Stored] = []
+def _gathered(stored: Iterable[Stored], num_bytes: int) -> Iterator[list[Stored]]:
+    """What the store yields, in lists of at least so many bytes; the last may have fewer."""
+    gathered: list[Stored] = []
     missing = num_bytes
     for item in stored:
-        lot.append(item)
+        gathered.append(item)
         missing -= len(item.data)
         if missing <= 0:
-            yield lot
-            lot, missing = [], num_bytes
-    if lot:
-        yield lot
+            yield gathered
+            gathered, missing = [], num_bytes
+    if gathered:
+        yield gathered
 
 
 def _runs(chunks: Sequence[int]) -> Iterable[tuple[int, int]]:
@@ -256,17 +266,16 @@ def _runs(chunks: Sequence[int]) -> Iterable[tuple[int, int]]:
         yield members[0], members[-1] + 1
 
 
-def _cut(block: Block, session: Session, start: int, into: torch.Tensor) -> int:
+def _cut(block: Block, resident: Resident, start: int, into: torch.Tensor) -> int:
     """Copy what a block has of the tokens from `start` on into a buffer [T, D]; how many these are."""
     low, high = max(start, block.start), min(start + len(into), block.start + block.num_tokens)
-    tokens = from_bytes([block.data], session.settings.dtype, session.settings.dim)
+    tokens = from_bytes([block.data], resident.settings.dtype, resident.settings.dim)
     into[low - start : high - start] = tokens[low - block.start : high - block.start]
     return high - low
 
 
-def _merged(lot: list[Block], session: Session, first: int) -> list[NewTokens]:
+def _merged(blocks: list[Block], resident: Resident, first: int) -> list[NewTokens]:
     """A session appended token by token loads in few steps; from `first` on, which only the first block overlaps."""
-    merged = joined(lot, session.settings)
-    skip = max(0, first - merged[0].start)
-    merged[0] = NewTokens(merged[0].start + skip, merged[0].tokens[skip:], merged[0].episode)
+    merged = joined(blocks, resident.settings)
+    merged[0] = merged[0].after(max(first, merged[0].start))
     return merged

@@ -1,4 +1,4 @@
-"""What an attend costs, and how one that costs more than a batch may is done in parts that others come between.
+"""What an attend costs, and how one that costs more than a batch may is cut into parts that others come between.
 
 Shapes: Q queries, D width, H heads, E width per head, C chunk size, M chunks, K selected chunks.
 Does not know queues, devices or storage.
@@ -27,10 +27,8 @@ def products_per_query(config: ModelConfig, *, dim: int, length: int, chunk_size
 
 
 def split(request: AttendRequest, max_queries: int, length: int) -> list[AttendRequest]:
-    """A checked request in equal parts of at most `max_queries`, itself when it is small; all see one `length`."""
+    """A checked request of more than `max_queries` in equal parts that all see one `length`."""
     num_queries = len(request.queries)
-    if num_queries <= max_queries:
-        return [request]
     size = -(-num_queries // -(-num_queries // max_queries))
     stop = length if request.stop is None else request.stop
     parts = []
@@ -45,19 +43,17 @@ def split(request: AttendRequest, max_queries: int, length: int) -> list[AttendR
 
 def merge(results: Sequence[AttendResult], length: int) -> AttendResult:
     """The parts' results as that of the whole, which saw `length` tokens."""
-    if len(results) == 1:
-        return results[0]
+    first = results[0]
+    recalled = None if first.recalled is None else [row for result in results for row in result.recalled or ()]
     return AttendResult(
         output=np.concatenate([result.output for result in results]),
         chunk_index=np.concatenate([result.chunk_index for result in results]),
         chunk_weight=np.concatenate([result.chunk_weight for result in results]),
-        recalled=None
-        if results[0].recalled is None
-        else [row for result in results if result.recalled is not None for row in result.recalled],
+        recalled=recalled,
         length=length,
         timing=Timing(
-            queue_s=results[0].timing.queue_s,
+            queue_s=first.timing.queue_s,
             compute_s=sum(result.timing.compute_s for result in results),
-            batch_size=results[0].timing.batch_size,
+            batch_size=first.timing.batch_size,
         ),
     )

@@ -1,17 +1,17 @@
-"""The read path: a batch of attends over many sessions, from queries to attended vectors.
+"""A batch of planned attends over many sessions, from queries to attended vectors.
 
-Shapes: R rows (all queries of a group), Q queries of one read, D width, H heads, C chunk size, M chunks,
+Shapes: R rows (all queries of a group), Q queries of one attend, D width, H heads, C chunk size, M chunks,
 K selected chunks.
-For each group of reads that share a model and an arena: fold the queries, have the kernel select chunks and attend
-in them, project. Everything else about a request is decided before
-(engine) or after (recalls). Does not know: queues, storage, payloads, times of day.
+For each group of attends that share a model and an arena: have the model answer the queries with the kernel.
+Everything else about a request is decided before (`attends.py`, `worker.py`) or after (recalls).
+Does not know: queues, storage, payloads, times of day.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -22,28 +22,17 @@ from torch import Tensor
 from htm_service.attention.model import Model
 from htm_service.errors import HTMError, InvalidArgument
 from htm_service.kernels import Attended, Kernel, Search, View
-from htm_service.memory.chunks import Memory
+from htm_service.memory.chunks import Chunks
+from htm_service.memory.loader import Fetch
+from htm_service.memory.resident import Resident
 from htm_service.reads.visibility import Visibility, partial_keys, seen_in_part
 from htm_service.records import AttendRequest, AttendResult, Floats, Ints, Recalled
 
 T = TypeVar("T")
 
 
-@dataclass(frozen=True, slots=True)
-class Read:
-    """One attend, ready to run: `request.queries` is [Q, D], checked; `top_k` is resolved."""
-
-    memory: Memory
-    model: Model
-    request: AttendRequest
-    visibility: Visibility
-    top_k: int
-    known_keys: Mapping[int, Tensor] = field(default_factory=dict)
-    """Keys [D] of chunks seen in part that were computed elsewhere."""
-
-
 class Missing(NamedTuple):
-    """Chunks, lowest first, whose contents a read needs and that have no page.
+    """Chunks, lowest first, whose contents an attend needs and that have no page.
 
     With `in_part` it needs them for their keys, and which chunks it takes is not known before.
     """
@@ -52,48 +41,88 @@ class Missing(NamedTuple):
     in_part: bool
 
 
-class Reader:
-    """Runs batches of reads with one kernel, on one thread."""
+@dataclass(slots=True, eq=False)
+class Attend:
+    """One attend on its way: `request.queries` is [Q, D], checked; `top_k` is resolved.
+
+    Made by the loop; the device thread's from the moment that it is submitted.
+    """
+
+    resident: Resident
+    model: Model
+    request: AttendRequest
+    top_k: int
+    length: int | None = None
+    """How long the session was when the attend was admitted, where it must be answered as of then."""
+    visibility: Visibility | None = None
+    """What it sees, once that is planned."""
+    known_keys: Mapping[int, Tensor] = field(default_factory=dict)
+    """Keys [D] of chunks that it sees in part, whose contents were here and need not be any more."""
+    fetch: Fetch | None = None
+    missing: Missing | None = None
+    """What it waits for, and why."""
+
+    def see_as_of(self, length: int) -> None:
+        """Answer as of this length, however long the session is when it comes to that."""
+        if self.length is None:
+            self.length = length
+        if self.request.stop is None:
+            self.request = replace(self.request, stop=self.length)
+
+    @property
+    def chunks(self) -> Chunks:
+        """Those of its session, which is resident."""
+        return self.resident.held
+
+    @property
+    def seen(self) -> Visibility:
+        """What a planned attend sees."""
+        assert self.visibility is not None, "the attend is planned"
+        return self.visibility
+
+
+class Runner:
+    """Runs batches of attends with one kernel, on one thread."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
 
-    def run(self, reads: Sequence[Read]) -> list[AttendResult | Exception]:
-        """One result per read, in order; a read that fails by itself gets its own error.
+    def run(self, attends: Sequence[Attend]) -> list[AttendResult | Exception]:
+        """One result per attend, in order; a attend that fails by itself gets its own error.
 
-        Every chunk that a read takes or sees in part must have its page; see `missing`.
+        Every chunk that an attend takes or sees in part must have its page; see `missing`.
         """
-        return self._by_group(reads, self._run_group)
+        return self._by_group(attends, self._run_group)
 
-    def missing(self, reads: Sequence[Read]) -> list[Missing]:
-        """Per read, what must be fetched before `run`."""
-        return self._by_group(reads, self._missing_of_group)
+    def missing(self, attends: Sequence[Attend]) -> list[Missing]:
+        """Per attend, what must be fetched before `run`."""
+        return self._by_group(attends, self._missing_of_group)
 
-    def _by_group(self, reads: Sequence[Read], run: Callable[[list[list[Read]]], list[T]]) -> list[T]:
-        """Run groups of reads that share a model and an arena, those that see the same together; results in order."""
+    def _by_group(self, attends: Sequence[Attend], run: Callable[[list[list[Attend]]], list[T]]) -> list[T]:
+        """Run groups of attends that share a model and an arena, those that see the same together; results in order."""
         groups: dict[tuple[int, int], dict[tuple[int, ...], list[int]]] = defaultdict(lambda: defaultdict(list))
-        for place, read in enumerate(reads):
-            groups[id(read.model), id(read.memory.arena)][_what_is_seen(read, place)].append(place)
+        for place, attend in enumerate(attends):
+            groups[id(attend.model), id(attend.chunks.arena)][_what_is_seen(attend, place)].append(place)
         results: dict[int, T] = {}
         with torch.inference_mode():
             for alike in groups.values():
                 places = [place for places in alike.values() for place in places]
-                group = [[reads[place] for place in places] for places in alike.values()]
+                group = [[attends[place] for place in places] for places in alike.values()]
                 results.update(zip(places, run(group), strict=True))
-        return [results[place] for place in range(len(reads))]
+        return [results[place] for place in range(len(attends))]
 
-    def _missing_of_group(self, alike: list[list[Read]]) -> list[Missing]:
+    def _missing_of_group(self, alike: list[list[Attend]]) -> list[Missing]:
         in_part = [_missing_in_part(together[0]) for together in alike]
         ready = [together for together, missing in zip(alike, in_part, strict=True) if not missing]
         chosen: list[Missing] = []
         if ready:
-            reads = [read for together in ready for read in together]
-            folded = reads[0].model.fold(_stack_queries(reads), self.kernel)
-            index = self.kernel.select(_view(ready, reads).batch(folded.summary, folded.heads)).cpu().numpy()
+            attends = [attend for together in ready for attend in together]
+            folded = attends[0].model.fold(_stack_queries(attends), self.kernel)
+            index = self.kernel.select(_view(ready, attends).batch(folded.summary, folded.heads)).cpu().numpy()
             stop = 0
-            for read in reads:
-                rows = index[stop : (stop := stop + len(read.request.queries))]
-                chosen.append(Missing(read.memory.missing(np.unique(rows[rows >= 0]).tolist()), in_part=False))
+            for attend in attends:
+                rows = index[stop : (stop := stop + len(attend.request.queries))]
+                chosen.append(Missing(attend.chunks.missing(np.unique(rows[rows >= 0]).tolist()), in_part=False))
         found = iter(chosen)
         return [
             Missing(missing, in_part=True) if missing else next(found)
@@ -101,69 +130,71 @@ class Reader:
             for _ in together
         ]
 
-    def _run_group(self, alike: list[list[Read]]) -> list[AttendResult | Exception]:
-        reads = [read for together in alike for read in together]
-        attended, output = reads[0].model.answer(_stack_queries(reads), _view(alike, reads), self.kernel)
-        return _split(reads, output, attended)
+    def _run_group(self, alike: list[list[Attend]]) -> list[AttendResult | Exception]:
+        attends = [attend for together in alike for attend in together]
+        attended, output = attends[0].model.answer(_stack_queries(attends), _view(alike, attends), self.kernel)
+        return _split(attends, output, attended)
 
 
-def _view(alike: list[list[Read]], reads: list[Read]) -> View:
-    """What a group looks at: the reads of `alike` in one row."""
-    model, arena = reads[0].model, reads[0].memory.arena
+def _view(alike: list[list[Attend]], attends: list[Attend]) -> View:
+    """What a group looks at: the attends of `alike` in one row."""
+    model, arena = attends[0].model, attends[0].chunks.arena
     return View(
         arena,
         model.positions(arena.chunk_size),
         [_search(together) for together in alike],
-        tokens=any(read.request.tokens for read in reads),
+        tokens=any(attend.request.tokens for attend in attends),
     )
 
 
-def _what_is_seen(read: Read, place: int) -> tuple[int, ...]:
-    """Equal for reads that can share a search; masks are not compared, such a read stays alone."""
-    visibility = read.visibility
+def _what_is_seen(attend: Attend, place: int) -> tuple[int, ...]:
+    """Equal for attends that can share a search; masks are not compared, such an attend stays alone."""
+    visibility = attend.seen
     if visibility.token_mask is not None or visibility.chunk_mask is not None:
         return (place,)
-    return id(read.memory), visibility.start, visibility.stop, read.top_k
+    return id(attend.chunks), visibility.start, visibility.stop, attend.top_k
 
 
-def _missing_in_part(read: Read) -> list[int]:
-    """The chunks that a read sees in part, whose keys are not known and whose contents are not here."""
-    first, last = read.visibility.chunk_range(read.memory.chunk_size)
-    in_part = seen_in_part(read.memory, read.visibility, first, last) if first < last else None
+def _missing_in_part(attend: Attend) -> list[int]:
+    """The chunks that an attend sees in part, whose keys are not known and whose contents are not here."""
+    first, last = attend.seen.chunk_range(attend.chunks.chunk_size)
+    in_part = seen_in_part(attend.chunks, attend.seen, first, last) if first < last else None
     if in_part is None:
         return []
-    return read.memory.missing([chunk for chunk in in_part.chunks.tolist() if chunk not in read.known_keys])
+    return attend.chunks.missing([chunk for chunk in in_part.chunks.tolist() if chunk not in attend.known_keys])
 
 
-def _search(together: list[Read]) -> Search:
-    """What reads that see the same look through: the keys of the chunks they see, those seen in part recomputed."""
-    read, num_queries = together[0], sum(len(read.request.queries) for read in together)
-    memory, visibility = read.memory, read.visibility
-    first, last = visibility.chunk_range(memory.chunk_size)
-    keys, pages = memory.tables(first, last)
+def _search(together: list[Attend]) -> Search:
+    """What attends that see the same look through: the keys of the chunks they see, those seen in part recomputed."""
+    attend, num_queries = together[0], sum(len(attend.request.queries) for attend in together)
+    held, visibility = attend.chunks, attend.seen
+    first, last = visibility.chunk_range(held.chunk_size)
+    keys, pages = held.tables(first, last)
     hidden: Tensor | None = None
-    in_part = seen_in_part(memory, visibility, first, last) if first < last else None
+    in_part = seen_in_part(held, visibility, first, last) if first < last else None
     allowed = visibility.allowed(first, last, num_queries)
     if allowed is not None:
         hidden = ~torch.tensor(allowed, device=keys.device)
     if in_part is not None:
         keys = keys.clone()
-        keys[in_part.chunks - first] = partial_keys(memory, in_part, read.known_keys)
+        keys[in_part.chunks - first] = partial_keys(held, in_part, attend.known_keys)
         if len(in_part.hidden):
             hidden = keys.new_zeros(len(keys), dtype=torch.bool) if hidden is None else hidden
             hidden[..., in_part.hidden - first] = True
     token_mask = None if visibility.token_mask is None else torch.from_numpy(visibility.token_mask).to(keys.device)
-    k = min(read.top_k, last - first)
+    k = min(attend.top_k, last - first)
     return Search(keys, pages, first, visibility.start, visibility.stop, num_queries, k, token_mask, hidden)
 
 
-def _stack_queries(reads: list[Read]) -> Tensor:
+def _stack_queries(attends: list[Attend]) -> Tensor:
     """All queries [R, D] float32 on the device."""
-    return torch.from_numpy(np.concatenate([read.request.queries for read in reads])).to(reads[0].memory.arena.device)
+    return torch.from_numpy(np.concatenate([attend.request.queries for attend in attends])).to(
+        attends[0].chunks.arena.device
+    )
 
 
-def _split(reads: list[Read], output: Tensor, attended: Attended) -> list[AttendResult | Exception]:
-    """Cut the group's tensors into one result per read, on the host."""
+def _split(attends: list[Attend], output: Tensor, attended: Attended) -> list[AttendResult | Exception]:
+    """Cut the group's tensors into one result per attend, on the host."""
     outputs, indexes, weights, token_weights, token_scores = (
         None if tensor is None else tensor.cpu().numpy()
         for tensor in (
@@ -175,41 +206,41 @@ def _split(reads: list[Read], output: Tensor, attended: Attended) -> list[Attend
     is_finite = np.isfinite(outputs).all(axis=1) & np.isfinite(weights).all(axis=1)
     results: list[AttendResult | Exception] = []
     stop = 0
-    for read in reads:
-        rows = slice(stop, stop := stop + len(read.request.queries))
+    for attend in attends:
+        rows = slice(stop, stop := stop + len(attend.request.queries))
         if not is_finite[rows].all():
-            results.append(_overflow(read))
+            results.append(_overflow(attend))
             continue
-        first, last = read.visibility.chunk_range(read.memory.chunk_size)
-        width = min(read.top_k, last - first)  # of its own search; the batch's may be greater
+        first, last = attend.seen.chunk_range(attend.chunks.chunk_size)
+        width = min(attend.top_k, last - first)  # of its own search; the batch's may be greater
         recalled: list[list[Recalled]] | None = None
-        if read.request.tokens and token_weights is not None and token_scores is not None:
+        if attend.request.tokens and token_weights is not None and token_scores is not None:
             recalled = [
-                _rank(read, *row)
+                _rank(attend, *row)
                 for row in zip(indexes[rows], weights[rows], token_weights[rows], token_scores[rows], strict=True)
             ]
         index_of, weight_of = indexes[rows, :width].copy(), weights[rows, :width].copy()
-        results.append(AttendResult(outputs[rows], index_of, weight_of, recalled, read.memory.length))
+        results.append(AttendResult(outputs[rows], index_of, weight_of, recalled, attend.chunks.length))
     return results
 
 
-def _rank(read: Read, index: Ints, weight: Floats, shares: Floats, scores: Floats) -> list[Recalled]:
+def _rank(attend: Attend, index: Ints, weight: Floats, shares: Floats, scores: Floats) -> list[Recalled]:
     """The recalled tokens of one query in the order asked for, best first, ties to the lower position."""
-    size = read.memory.chunk_size
+    size = attend.chunks.chunk_size
     positions = rearrange(index[:, None] * size + np.arange(size), "k c -> (k c)")
     token_weights = (weight[:, None] * shares).ravel()
     token_scores = scores.ravel()
     seen = np.flatnonzero((token_scores > -np.inf) & (index >= 0).repeat(size))
-    by = token_weights if read.request.rank_by == "weight" else token_scores
-    best = seen[np.lexsort((positions[seen], -by[seen]))][: read.request.max_recalled]
+    by = token_weights if attend.request.rank_by == "weight" else token_scores
+    best = seen[np.lexsort((positions[seen], -by[seen]))][: attend.request.max_recalled]
     return [
         Recalled(int(positions[i]), float(token_weights[i]), float(token_scores[i]), int(positions[i]) // size)
         for i in best
     ]
 
 
-def _overflow(read: Read) -> HTMError:
-    largest = float(np.abs(read.request.queries).max())
+def _overflow(attend: Attend) -> HTMError:
+    largest = float(np.abs(attend.request.queries).max())
     return InvalidArgument(
         f"the attention overflows float32: queries of up to {largest:g} are too large for this session's tokens"
     )

@@ -14,23 +14,16 @@ import torch
 from torch import Tensor
 
 from htm_service.errors import InvalidArgument
-from htm_service.memory.chunks import Memory, sum_slots
+from htm_service.memory.chunks import Chunks, sum_slots
+from htm_service.memory.resident import EpisodeRun
 from htm_service.records import AttendRequest, Bools, OpenChunk
 
 CHUNKS_AT_ONCE = 256
-"""Chunks whose contents are copied together to recompute their keys, or from the host tier: bounds the workspace."""
+"""Chunks whose contents are copied together to recompute their keys: bounds the workspace."""
 
 
-class Evicted(InvalidArgument):
-    """Of what an attend was to see, as of then, all was evicted."""
-
-
-@dataclass(frozen=True, slots=True)
-class EpisodeRun:
-    """Tokens from position `start` on, until the next run, were appended under `episode`."""
-
-    start: int
-    episode: int | None
+class Trimmed(InvalidArgument):
+    """Of what an attend was to see, as of then, all was trimmed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +68,12 @@ def plan_visibility(
     open_chunk: OpenChunk,
     episodes: Sequence[EpisodeRun],
 ) -> Visibility:
-    """What `request` sees of a session's tokens `first_position` .. `length`-1. Raises InvalidArgument, Evicted."""
+    """What `request` sees of a session's tokens `first_position` .. `length`-1. Raises InvalidArgument, Trimmed."""
     stop = length if request.stop is None else request.stop
     if stop > length:
         raise InvalidArgument(f"stop is {stop}, the session's length is {length}")
     if stop < first_position:
-        raise Evicted(f"stop is {stop}, the session's tokens before {first_position} were evicted")
+        raise Trimmed(f"stop is {stop}, the session's tokens before {first_position} were trimmed")
     if request.start > stop:
         raise InvalidArgument(f"start is {request.start}, it must be at most {stop}, where the visible range stops")
     num_chunks = -(-stop // chunk_size)
@@ -103,7 +96,7 @@ def plan_visibility(
 @dataclass(frozen=True, slots=True)
 class SeenInPart:
     """The chunks of a range that a request sees in part, `chunks` [p] int64, and which of their `slots` [p, C] bool;
-    `hidden` [h] int64, those it does not see at all. On the memory's device.
+    `hidden` [h] int64, those it does not see at all. On the chunks' device.
     """
 
     chunks: Tensor
@@ -111,22 +104,22 @@ class SeenInPart:
     hidden: Tensor
 
 
-def seen_in_part(memory: Memory, visibility: Visibility, first: int, last: int) -> SeenInPart | None:
+def seen_in_part(held: Chunks, visibility: Visibility, first: int, last: int) -> SeenInPart | None:
     """Of the chunks first .. last-1: those seen in part or not at all.
 
     None when every chunk is seen as far as it is filled, which is the common case.
     """
-    size = memory.chunk_size
+    size = held.chunk_size
     if visibility.token_mask is None:
-        edges = {chunk for chunk in (first, last - 1) if _is_cut(memory, visibility, chunk)}
+        edges = {chunk for chunk in (first, last - 1) if _is_cut(held, visibility, chunk)}
         if not edges:
             return None
-        suspects = torch.tensor(sorted(edges), dtype=torch.int64, device=memory.keys.device)
+        suspects = torch.tensor(sorted(edges), dtype=torch.int64, device=held.keys.device)
     else:
-        suspects = torch.arange(first, last, device=memory.keys.device)
+        suspects = torch.arange(first, last, device=held.keys.device)
     slots = visibility.slots(suspects, size)  # [s, C]
     seen = slots.sum(dim=1)
-    stored = (memory.length - suspects * size).clamp(max=size)
+    stored = (held.length - suspects * size).clamp(max=size)
     in_part = (seen > 0) & (seen < stored)
     return SeenInPart(suspects[in_part], slots[in_part], suspects[seen == 0])
 
@@ -136,9 +129,9 @@ def keys_of(contents: Tensor, slots: Tensor) -> Tensor:
     return sum_slots(contents, slots) / slots.sum(dim=1, keepdim=True)
 
 
-def partial_keys(memory: Memory, part: SeenInPart, known: Mapping[int, Tensor]) -> Tensor:
+def partial_keys(held: Chunks, part: SeenInPart, known: Mapping[int, Tensor]) -> Tensor:
     """The keys [p, D] of the chunks seen in part: those that are `known`, and the others from their contents."""
-    keys = torch.empty(len(part.chunks), memory.keys.shape[1], device=memory.keys.device)
+    keys = torch.empty(len(part.chunks), held.keys.shape[1], device=held.keys.device)
     rows = torch.arange(len(part.chunks), device=keys.device)
     if known:
         chunks = part.chunks.tolist()
@@ -147,14 +140,14 @@ def partial_keys(memory: Memory, part: SeenInPart, known: Mapping[int, Tensor]) 
                 keys[row] = known[chunk]
         rows = rows[torch.tensor([chunk not in known for chunk in chunks], device=keys.device)]
     for some in rows.split(CHUNKS_AT_ONCE):
-        keys[some] = keys_of(memory.contents(part.chunks[some]), part.slots[some])
+        keys[some] = keys_of(held.contents(part.chunks[some]), part.slots[some])
     return keys
 
 
-def _is_cut(memory: Memory, visibility: Visibility, chunk: int) -> bool:
-    """Whether the range's start or stop lies inside what the memory holds of this chunk."""
-    begin = chunk * memory.chunk_size
-    end = min(begin + memory.chunk_size, memory.length)
+def _is_cut(held: Chunks, visibility: Visibility, chunk: int) -> bool:
+    """Whether the range's start or stop lies inside what is held of this chunk."""
+    begin = chunk * held.chunk_size
+    end = min(begin + held.chunk_size, held.length)
     return visibility.start > begin or visibility.stop < end
 
 

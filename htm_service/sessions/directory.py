@@ -24,6 +24,7 @@ from htm_service.errors import (
     Unavailable,
     Unhealthy,
 )
+from htm_service.memory.resident import Extent, Resident
 from htm_service.records import SessionChange, SessionInfo, SessionPage
 from htm_service.session_settings import SessionSettings, wrong_with
 from htm_service.sessions import validation
@@ -44,16 +45,16 @@ from storage.base import (
 EXPIRED_REMEMBERED = 10_000
 """Ids of expired sessions, the last ones, that are answered `session_expired` rather than `session_not_found`."""
 SCAN_LIMIT = 200
-"""Sessions that one step of the sweep looks at."""
+"""Sessions that are looked at together for expiry."""
 
 
 class Directory:
-    """See the head of this module. `write` makes one write durable and answers its outcome, or raises it."""
+    """See the head of this module. `write` makes one write, of a session on the device, durable, or raises why not."""
 
     def __init__(
         self,
         store: Store,
-        write: Callable[[Write, Session | None], Awaitable[object]],
+        write: Callable[[Write, Resident | None], Awaitable[object]],
         clock: Callable[[], float],
         recalls_per_session: int,
     ) -> None:
@@ -133,7 +134,7 @@ class Directory:
             if change.ttl_s is not None or change.clear_ttl:
                 settings = replace(settings, ttl_s=change.ttl_s)
             try:
-                await self._write(UpdateSession(session.sid, settings.stored()), session)
+                await self._write(UpdateSession(session.sid, settings.stored()), session.resident)
             except NoSuchSession:
                 raise SessionNotFound(f"there is no session {session.id!r}") from None
             session.settings = settings
@@ -147,7 +148,7 @@ class Directory:
         # Out of the table first: whoever asks meanwhile waits for the lock and then asks the store.
         self._sessions.pop(session.id, None)
         try:
-            await self._write(DeleteSession(session.sid), session)
+            await self._write(DeleteSession(session.sid), session.resident)
         except NoSuchSession:
             raise SessionNotFound(f"there is no session {session.id!r}") from None
         except Exception:
@@ -219,7 +220,7 @@ class Directory:
         """Delete a session that is past its ttl_s, unless it was used or changed while this waited for its lock."""
         async with self._lock(session.id):
             session = self._sessions.get(session.id, session)
-            if session.is_deleted or not session.is_expired(self._clock()):
+            if session.resident.is_deleted or not session.is_expired(self._clock()):
                 return
             self._expired[session.id] = None
             while len(self._expired) > EXPIRED_REMEMBERED:
@@ -238,16 +239,12 @@ class Directory:
     def _new(self, row: SessionRow) -> Session:
         settings = SessionSettings.of_row(row)
         return Session(
-            id=row.id,
-            sid=row.sid,
-            settings=settings,
+            Resident(row.id, row.sid, settings, Extent(row.first_position, row.length)),
+            settings,
             created_at=row.created_at,
             updated_at=row.updated_at,
             # Reads are not stored: after a restart a session counts as used when the server started.
             last_used_at=max(row.updated_at, self._started_at),
-            length=row.length,
-            tip=row.length,
-            first_position=row.first_position,
             recalls=RecallLog(self._recalls_per_session, row.first_position // settings.chunk_size),
         )
 

@@ -24,7 +24,7 @@ TOKENS_KEPT = 16
 """Recalled tokens per query that the ring keeps."""
 UNCOUNTED = 1_024
 """Selected chunks that are counted together."""
-FORGOTTEN_TOGETHER = 1_024
+TRIMMED_TOGETHER = 1_024
 
 
 class RecallLog:
@@ -80,10 +80,10 @@ class RecallLog:
             return 0, 0.0, None
         return int(self._num_recalls[index]), float(self._mass[index]), float(self._last_at[index])
 
-    def forget(self, first_chunk: int) -> None:
-        """Chunks before this one were evicted; many of them at a time leave the counters."""
+    def trim(self, first_chunk: int) -> None:
+        """Chunks before this one were trimmed; many of them at a time leave the counters."""
         num_chunks = first_chunk - self._first_chunk
-        if num_chunks < FORGOTTEN_TOGETHER:
+        if num_chunks < TRIMMED_TOGETHER:
             return
         self._count()
         self._first_chunk = first_chunk

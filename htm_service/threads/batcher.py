@@ -27,14 +27,13 @@ from enum import Enum
 from typing import Generic, TypeAlias, TypeVar
 
 from htm_service.errors import DeadlineExceeded, Draining, Overloaded, Unhealthy
-from htm_service.threads.heartbeat import Heartbeat
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
 class Later(Enum):
-    """The outcome of an item whose runner will `finish` or has parked it."""
+    """The outcome of an item that waits for something: whoever brings that will `requeue` or `finish` it."""
 
     LATER = "later"
 
@@ -60,25 +59,15 @@ class Ticket(Generic[Item, Result]):
 
 
 Outcome: TypeAlias = Result | Exception | Later
+Run: TypeAlias = Callable[[Sequence[Ticket[Item, Result]]], Sequence[Outcome[Result]]]
 Finished: TypeAlias = tuple[Ticket[Item, Result], Result | Exception]
 
 
 class Batcher(Generic[Item, Result]):
-    """See the head of this module.
-
-    `run` gets the tickets of one batch and answers one outcome for each: a result, an exception, or LATER.
-    `clock` (seconds) says how long they waited.
-    """
+    """See the head of this module. `clock` (seconds) says how long items waited."""
 
     def __init__(
-        self,
-        name: str,
-        run: Callable[[Sequence[Ticket[Item, Result]]], Sequence[Outcome[Result]]],
-        *,
-        max_waiting: int,
-        max_cost: int,
-        on_death: Callable[[str], None] | None = None,
-        clock: Callable[[], float] = time.monotonic,
+        self, name: str, *, max_waiting: int, max_cost: int, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self.name = name
         self.max_waiting = max_waiting
@@ -88,9 +77,8 @@ class Batcher(Generic[Item, Result]):
         self.num_skipped = 0
         """Items whose caller had gone, or was told that its time is over, before their work began."""
         self.unhealthy_reason: str | None = None
-        self.heartbeat = Heartbeat()
-        self._run = run
-        self._on_death = on_death
+        self.busy_since: float | None = None
+        self._run: Run[Item, Result] | None = None
         self._clock = clock
         self._changed = threading.Condition()
         self._new: list[Ticket[Item, Result]] = []
@@ -98,6 +86,8 @@ class Batcher(Generic[Item, Result]):
         self._lanes: OrderedDict[Hashable, deque[Ticket[Item, Result]]] = OrderedDict()
         """What waits since it did not fit into a batch; the lane whose turn it is stands first."""
         self._num_waiting = 0
+        self._requeued: deque[list[Ticket[Item, Result]]] = deque()
+        """What waited for something that is here now."""
         self._arrived: list[Ticket[Item, Result]] = []
         """What was submitted since the loop's last turn; the loop's."""
         self._actions: deque[Callable[[], None]] = deque()
@@ -109,8 +99,12 @@ class Batcher(Generic[Item, Result]):
 
     # --- the callers' side (the loop) ---
 
-    def start(self) -> None:
-        """Start the worker; futures will belong to the running loop."""
+    def start(self, run: Run[Item, Result]) -> None:
+        """Start the worker; futures will belong to the running loop.
+
+        `run` gets the tickets of one batch and answers one outcome for each: a result, an exception, or LATER.
+        """
+        self._run = run
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name=f"htm-{self.name}", daemon=True)
         self._thread.start()
@@ -189,6 +183,13 @@ class Batcher(Generic[Item, Result]):
             self._changed.notify()
         return True
 
+    def requeue(self, tickets: list[Ticket[Item, Result]]) -> None:
+        """Tickets whose outcome was LATER are a batch of their own, before what waits: they were admitted before it."""
+        with self._changed:
+            if self.is_running:
+                self._requeued.append(tickets)
+                self._changed.notify()
+
     def finish(self, finished: Iterable[Finished[Item, Result]]) -> None:
         """Give tickets their outcomes, all in one hop to the loop."""
         pairs = list(finished)
@@ -211,6 +212,7 @@ class Batcher(Generic[Item, Result]):
             reason = self.unhealthy_reason = self.unhealthy_reason or reason
             self._new.clear()
             self._lanes.clear()
+            self._requeued.clear()
             self._num_waiting = 0
             self._actions.clear()
             rest = list(self._open)
@@ -220,29 +222,39 @@ class Batcher(Generic[Item, Result]):
 
     def _work(self) -> None:
         try:
-            while (work := self._take()) is not None:
-                actions, tickets = work
+            while (turn := self._take()) is not None:
+                actions, tickets = turn
                 for action in actions:
-                    self.heartbeat.beat()
+                    self.busy_since = time.monotonic()
                     action()
+                for requeued in self._take_requeued():  # after the actions, which may have put some back
+                    self._run_batch(requeued)
                 if tickets:
-                    self.run_now(tickets)
-                self.heartbeat.rest()
+                    self._run_batch(tickets)
+                self.busy_since = None
         except BaseException as error:
             self._die(error)
 
     def _take(self) -> tuple[list[Callable[[], None]], list[Ticket[Item, Result]]] | None:
         """All actions and the next batch of what waits; None when there is nothing left and never will be."""
         with self._changed:
-            while not self._actions and not self._num_waiting:
+            while not (self._actions or self._requeued or self._num_waiting):
                 if self._stopped:
                     return None
                 self._changed.wait()
             actions = list(self._actions)
             self._actions.clear()
-            return actions, self._take_batch()
+            return actions, self._take_waiting()
 
-    def _take_batch(self) -> list[Ticket[Item, Result]]:
+    def _take_requeued(self) -> list[list[Ticket[Item, Result]]]:
+        if not self._requeued:  # a glance without the lock: what comes later is the next turn's
+            return []
+        with self._changed:
+            batches = list(self._requeued)
+            self._requeued.clear()
+            return batches
+
+    def _take_waiting(self) -> list[Ticket[Item, Result]]:
         """All that waits, if it fits; else one ticket of each lane in turn, until the next would pass the cost.
 
         One that is dearer than a batch may be is a batch of its own. One whose future is done goes along to be
@@ -270,8 +282,8 @@ class Batcher(Generic[Item, Result]):
         self._num_waiting -= len(tickets)
         return tickets
 
-    def run_now(self, taken: list[Ticket[Item, Result]]) -> None:
-        """Run admitted tickets as a batch (worker's thread): what the loop took, or what was parked."""
+    def _run_batch(self, taken: list[Ticket[Item, Result]]) -> None:
+        """Run tickets as a batch, without those that nobody waits for any more, and deliver."""
         now = self._clock()
         tickets: list[Ticket[Item, Result]] = []
         finished: list[Finished[Item, Result]] = []
@@ -292,7 +304,8 @@ class Batcher(Generic[Item, Result]):
         self.finish(finished)
 
     def _outcomes(self, tickets: list[Ticket[Item, Result]]) -> Sequence[Outcome[Result]]:
-        self.heartbeat.beat()
+        assert self._run is not None, "the batcher is started"
+        self.busy_since = time.monotonic()
         try:
             return self._run(tickets)
         except Exception as error:
@@ -307,8 +320,6 @@ class Batcher(Generic[Item, Result]):
         logging.getLogger(__name__).critical("the %s thread died", self.name, exc_info=error)
         reason = f"the {self.name} thread died: {error!r}"
         self.fail(reason)
-        if self._on_death is not None:
-            self._on_death(reason)
 
     def _wait_until_drained(self, timeout_s: float) -> None:
         with self._changed:
@@ -325,3 +336,20 @@ def _resolve(pairs: list[Finished[Item, Result]]) -> None:
             ticket.future.set_exception(outcome)
         else:
             ticket.future.set_result(outcome)
+
+
+async def within(future: asyncio.Future[Result], deadline: float, timeout_s: float) -> Result:
+    """The future's result; DeadlineExceeded at `deadline`, `timeout_s` after the beginning, on the loop's clock.
+
+    The work is skipped if it has not begun by then.
+    """
+
+    def expire() -> None:
+        if not future.done():
+            future.set_exception(DeadlineExceeded(f"the deadline of {timeout_s * 1e3:.0f} ms passed"))
+
+    timer = asyncio.get_running_loop().call_at(deadline, expire)
+    try:
+        return await future
+    finally:
+        timer.cancel()

@@ -1,6 +1,6 @@
 """Whether the engine's threads work. Once one has died or is stuck, everything is refused at once and says why.
 
-A dying thread says so itself, by `fail`. One that is stuck cannot; it is found by its heartbeat. Nothing is
+A thread that dies says so itself. One that is stuck cannot; it is found by the time that its work takes. Nothing is
 repaired here: what is acknowledged is in the store, so whoever runs the engine ends the process, and a fresh one
 takes over. Does not know what the threads do.
 """
@@ -9,38 +9,52 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping, Sequence
-from typing import Any
-
-from htm_service.threads.batcher import Batcher
-from htm_service.threads.heartbeat import Heartbeat
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol
 
 INTERVAL_S = 0.25
 
 
+class Worker(Protocol):
+    """What runs in a thread of its own."""
+
+    busy_since: float | None
+    """When, by the monotonic clock, the piece of work at hand began; None when there is none."""
+    unhealthy_reason: str | None
+    """Why it can do no work any more, or None."""
+
+
 class Supervisor:
-    """See the head of this module. `heartbeats` are the threads' by name; `batchers` are what is made to refuse."""
+    """See the head of this module. `workers` are what is looked at; `ways_to_fail` make others refuse, for a reason."""
 
     def __init__(
-        self, heartbeats: Mapping[str, Heartbeat], batchers: Sequence[Batcher[Any, Any]], stuck_s: float
+        self, workers: Mapping[str, Worker], ways_to_fail: Sequence[Callable[[str], None]], stuck_s: float
     ) -> None:
         self._reason: str | None = None
-        self._heartbeats = heartbeats
-        self._batchers = batchers
+        self._workers = workers
+        self._ways_to_fail = ways_to_fail
         self._stuck_s = stuck_s
 
     def fail(self, reason: str) -> None:
-        """Refuse everything from now on, and answer those who wait, with the first reason given (any thread)."""
+        """Have everything refused from now on, with the first reason given (any thread)."""
         self._reason = self._reason or reason
-        for batcher in self._batchers:
-            batcher.fail(self._reason)
+        for fail in self._ways_to_fail:
+            fail(self._reason)
 
     async def run(self) -> None:
-        """Look for threads that are stuck, until something has failed."""
+        """Look for threads that are dead or stuck, until something has failed."""
         while self._reason is None:
             await asyncio.sleep(INTERVAL_S)
-            for name, heartbeat in self._heartbeats.items():
-                if (busy_s := heartbeat.busy_s) > self._stuck_s:
+            for name, worker in self._workers.items():
+                if worker.unhealthy_reason is not None:
+                    self.fail(worker.unhealthy_reason)
+                elif (busy_s := _busy_s(worker)) > self._stuck_s:
                     logging.getLogger(__name__).critical("the %s thread is stuck", name)
                     self.fail(f"the {name} thread is stuck: it has been at one thing for {busy_s:.1f} s")
-                    break
+
+
+def _busy_s(worker: Worker) -> float:
+    """Seconds since its piece of work began."""
+    began_at = worker.busy_since
+    return 0.0 if began_at is None else time.monotonic() - began_at

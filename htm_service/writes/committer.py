@@ -1,106 +1,111 @@
-"""The store's one writer: what waits becomes one transaction; what is durable is then handed to the device.
+"""The store's one writer: what waits becomes one transaction; what is on disk is then visible, and answered.
 
-An append is answered only when it is both: on disk, then visible. The device gets groups in the order of
-their commits, so the tokens of a session become visible in the order of their positions.
+    take (the queue) -> commit -> publish: readers may see it -> deliver (the queue)
+
+Groups are published in the order of their commits, so the tokens of a session become visible in the order of their
+positions; the device thread puts them into chunks when somebody wants them, or when a chunk is full.
 Does not know SQL, requests or attention.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from htm_service.errors import Unhealthy
+from htm_service.memory.resident import Resident
 from htm_service.reads.worker import DeviceWorker
-from htm_service.sessions.session import Session
+from htm_service.store_errors import write_failure
 from htm_service.threads.batcher import LATER, Batcher, Outcome, Ticket
-from storage.base import Append, Appended, Block, DeleteSession, Refused, SessionRow, Store, Write
+from storage.base import Append, Appended, Block, DeleteSession, Refused, SessionRow, Store, StoreError, Write
 
 
 class Change(NamedTuple):
-    """One write on its way to the store, and the session that it changes, where there is one."""
+    """One write on its way to the store, and the device's half of the session that it changes, where there is one."""
 
     write: Write
-    session: Session | None
+    resident: Resident | None
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
-    """A step of the store's own upkeep, done by the one thread that writes; its answer is whether there is more."""
+class Upkeep:
+    """A piece of the store's own upkeep, done by the one thread that writes; its answer is whether there is more."""
 
     run: Callable[[], bool]
 
 
-Work = Change | Step
+Work = Change | Upkeep
 Written = SessionRow | Appended | bool
 WorkTicket = Ticket[Work, Written]
 
 
 class Committer:
-    """See the head of this module."""
+    """See the head of this module. `queue` is the store thread's, which is to call `run`."""
 
     def __init__(
-        self,
-        store: Store,
-        device: DeviceWorker,
-        clock: Callable[[], float],
-        *,
-        max_waiting: int,
-        max_group_bytes: int,
-        on_death: Callable[[str], None],
+        self, store: Store, queue: Batcher[Work, Written], device: DeviceWorker, clock: Callable[[], float]
     ) -> None:
+        self.queue = queue
+        self.num_trimmed_tokens = 0
         self._store = store
         self._device = device
         self._clock = clock
-        self.batcher: Batcher[Work, Written] = Batcher(
-            "store", self._commit, max_waiting=max_waiting, max_cost=max_group_bytes, on_death=on_death
-        )
 
-    def _commit(self, tickets: Sequence[WorkTicket]) -> Sequence[Outcome[Written]]:
-        """Commit a group; refusals are answered now, the rest when the device has seen it. Then upkeep.
+    async def write(self, write: Write, resident: Resident | None) -> Written:
+        """One write, on disk and visible when this returns (the loop). What the store refuses is raised as it is.
+
+        Raises DiskFull and Unavailable for what it could not do.
+        """
+        cost = len(write.data) if isinstance(write, Append) else 1
+        lane = None if resident is None else resident.sid
+        return await self._done(self.queue.submit(Change(write, resident), cost=max(1, cost), lane=lane))
+
+    async def upkeep(self, run: Callable[[], bool]) -> bool:
+        """One piece of upkeep; whether there is more (the loop). Raises DiskFull and Unavailable."""
+        return bool(await self._done(self.queue.submit(Upkeep(run), lane=Upkeep)))
+
+    async def _done(self, future: asyncio.Future[Written]) -> Written:
+        try:
+            return await future
+        except Refused:
+            raise
+        except StoreError as error:
+            raise write_failure(error) from error
+
+    # --- the store thread ---
+
+    def run(self, tickets: Sequence[WorkTicket]) -> list[Outcome[Written]]:
+        """Commit all changes as one group and publish it; upkeep is a batch of its own, so that no append waits for it.
 
         Once the group is on disk nothing may raise: its writes would be made again, one by one.
         """
-        writes = [ticket.item.write for ticket in tickets if isinstance(ticket.item, Change)]
-        outcomes = iter(self._store.write(writes, now=self._clock()) if writes else ())
-        answers: list[Outcome[Written]] = [LATER] * len(tickets)
-        changes: list[Change] = []
-        durable: list[tuple[WorkTicket, Written]] = []
-        steps: list[tuple[int, Step]] = []
-        for place, ticket in enumerate(tickets):
-            if isinstance(ticket.item, Step):
-                steps.append((place, ticket.item))
-                continue
-            outcome = next(outcomes)
-            if isinstance(outcome, Refused) or not isinstance(ticket.item.write, (Append, DeleteSession)):
-                answers[place] = outcome
-            else:
-                changes.append(ticket.item)
-                durable.append((ticket, outcome))
-        if durable and not self._device.batcher.post(lambda: self._show(changes, durable)):
-            reason = self._device.batcher.unhealthy_reason or "the device thread has stopped"
-            error = Unhealthy(f"written, but not visible: {reason}")
-            self.batcher.finish((ticket, error) for ticket, _ in durable)
-        for place, step in steps:
-            answers[place] = _outcome_of(step)
-        return answers
+        changes = [ticket.item for ticket in tickets if isinstance(ticket.item, Change)]
+        if not changes:
+            return [_outcome_of(ticket.item) for ticket in tickets if isinstance(ticket.item, Upkeep)]
+        written = self._store.write([change.write for change in changes], now=self._clock())
+        for change, outcome in zip(changes, written, strict=True):
+            if change.resident is not None:
+                self._publish(change.write, change.resident, outcome)
+        if len(changes) < len(tickets):
+            self.queue.requeue([ticket for ticket in tickets if isinstance(ticket.item, Upkeep)])
+        outcomes = iter(written)
+        return [LATER if isinstance(ticket.item, Upkeep) else next(outcomes) for ticket in tickets]
 
-    def _show(self, changes: Sequence[Change], durable: Sequence[tuple[WorkTicket, Written]]) -> None:
-        """Make a committed group visible, then answer it (device thread)."""
-        for (write, session), (_, written) in zip(changes, durable, strict=True):
-            if session is None:
-                continue
-            if isinstance(write, DeleteSession):
-                self._device.forget(session)
-            elif isinstance(write, Append) and isinstance(written, Appended) and not written.replayed:
-                new = Block(written.start, write.num_tokens, write.data, write.episode)
-                self._device.make_visible(session, new, written.first_position)
-        self.batcher.finish(durable)
+    def _publish(self, write: Write, resident: Resident, outcome: Written | Refused) -> None:
+        """Let readers see what is on disk."""
+        if isinstance(outcome, Appended) and isinstance(write, Append) and not outcome.replayed:
+            new = Block(outcome.start, write.num_tokens, write.data, write.episode)
+            self.num_trimmed_tokens += outcome.first_position - resident.extent.first_position
+            if resident.publish(new, outcome.first_position):
+                self._device.fill(resident)
+        elif isinstance(write, DeleteSession) and not isinstance(outcome, Refused):
+            resident.is_deleted = True
+            self._device.free(resident)
 
 
-def _outcome_of(step: Step) -> bool | Exception:
+def _outcome_of(upkeep: Upkeep) -> bool | Exception:
     try:
-        return step.run()
+        return upkeep.run()
     except Exception as error:
         return error

@@ -50,7 +50,7 @@ async def test_a_client_that_goes_away(monkeypatch: pytest.MonkeyPatch, goes: bo
 
     async with app.router.lifespan_context(app), talk_to(app) as client:
         await fill(client)
-        batcher = app.state.engine.worker.batcher
+        batcher = app.state.engine.worker.queue
         batcher.post(hold)
         calling = asyncio.create_task(app(scope_of(app, "/v1/sessions/s/attend"), receive, send))
         await asyncio.wait_for(is_watched.wait(), 10)
@@ -82,7 +82,7 @@ async def test_a_request_that_is_cancelled_by_others_is_cancelled() -> None:
 
     async with app.router.lifespan_context(app), talk_to(app) as client:
         await fill(client)
-        batcher = app.state.engine.worker.batcher
+        batcher = app.state.engine.worker.queue
         batcher.post(hold)
         calling = asyncio.create_task(app(scope_of(app, "/v1/sessions/s/attend"), receive, send))
         for _ in range(100):

@@ -30,15 +30,7 @@ def unpack(body: bytes) -> tuple[dict[str, np.ndarray[Any, Any]], dict[str, Any]
     return safetensors.numpy.load(body), params
 
 
-async def test_appends_and_steps_may_be_acknowledged_before_they_are_on_disk(client: httpx.AsyncClient) -> None:
-    quick = {"embeddings": [[1, 0, 0]], "durability": "memory"}
-    assert (await client.post(MEMORIES, json=quick)).json() == {"start": 5, "length": 6, "num_chunks": 3}
-    step = (await client.post(STEP, json={"attend": {"queries": [1, 0, 0]}, "append": quick})).json()
-    assert (step["attend"]["length"], step["append"]["start"]) == (6, 6)
-    assert (await client.get("/v1/sessions/s")).json()["num_lost_tokens"] == 0
-
-
-async def test_a_session_that_evicts_keeps_its_numbers(client: httpx.AsyncClient) -> None:
+async def test_a_session_that_trims_keeps_its_numbers(client: httpx.AsyncClient) -> None:
     settings = {"dim": 3, "chunk_size": 2, "max_tokens": 5, "on_full": "evict_oldest"}
     assert (await client.put("/v1/sessions/w", json=settings)).status_code == 201
     for start in range(0, 12, 4):
@@ -56,7 +48,7 @@ async def test_a_session_that_evicts_keeps_its_numbers(client: httpx.AsyncClient
         await client.post("/v1/sessions/w/attend", json={"queries": [1, 0, 0], "stop": 7}),
         await client.post("/v1/sessions/w/memories", json={"embeddings": [[1, 0, 0]] * 6}),
     ):
-        assert answer.status_code in (404, 422) and "evict" in answer.json()["detail"]
+        assert answer.status_code in (404, 422) and "trim" in answer.json()["detail"]
 
 
 async def test_attend_answers_the_same_in_every_format(client: httpx.AsyncClient) -> None:
@@ -203,7 +195,7 @@ BAD: dict[str, tuple[str, Any, int]] = {
     "payloads object": (MEMORIES, {"embeddings": [1, 2, 3], "payloads": {}}, 422),
     "length of text": (MEMORIES, {"embeddings": [1, 2, 3], "if_length": "5"}, 422),
     "length true": (MEMORIES, {"embeddings": [1, 2, 3], "if_length": True}, 422),
-    "durability": (MEMORIES, {"embeddings": [1, 2, 3], "durability": "paper"}, 422),
+    "durability": (MEMORIES, {"embeddings": [1, 2, 3], "durability": "memory"}, 422),
     "queries missing": (ATTEND, {"top_k": 3}, 422),
     "top_k 0": (ATTEND, {"queries": [1, 0, 0], "top_k": 0}, 422),
     "top_k huge": (ATTEND, {"queries": [1, 0, 0], "top_k": 2**62}, 422),
@@ -273,8 +265,8 @@ async def test_an_answer_beyond_the_limit_is_refused(serve: Serve) -> None:
         assert (await client.get(f"{MEMORIES}?stop=3")).status_code == 200
 
 
-async def test_what_was_evicted_does_not_count_towards_the_limit_of_an_answer(serve: Serve) -> None:
-    """A session that evicts could not be read any more once all that it had ever been given passed the limit."""
+async def test_what_was_trimmed_does_not_count_towards_the_limit_of_an_answer(serve: Serve) -> None:
+    """A session that trims could not be read any more once all that it had ever been given passed the limit."""
     async with serve(max_body_bytes=1024) as client:
         settings = {"dim": 3, "chunk_size": 2, "max_tokens": 5, "on_full": "evict_oldest"}
         await client.put("/v1/sessions/s", json=settings)

@@ -6,14 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from pydantic import ValidationError
 
-from api import app
-from api.app import HOST_SHARE, engine_config
-from api.machine import free_bytes, memory_bytes
+from api.machine import memory_bytes
 from api.settings import Settings, env_name, flag_name, parse_bytes, sentence
-from htm_service.memory import device
 
 
 @pytest.mark.parametrize(
@@ -46,7 +42,6 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         "HTM_PORT": "9000",
         "HTM_DATA": str(tmp_path),
         "HTM_MEMORY_BUDGET": "3GiB",
-        "HTM_HOST_BUDGET": "5GB",
         "HTM_MAX_BODY_BYTES": "1MiB",
         "HTM_CREATE_ON_APPEND": "1",
         "HTM_MODELS_DIR": "",  # as compose files write "not set"
@@ -55,7 +50,6 @@ def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     settings = Settings()
     assert settings.port == 9000
     assert settings.memory_budget_bytes == 3 << 30
-    assert settings.host_budget_bytes == engine_config(settings).host_budget_bytes == 5 * 10**9
     assert settings.max_body_bytes == 1 << 20
     assert settings.create_on_append
     assert settings.directory_of_models == tmp_path / "models"
@@ -118,7 +112,6 @@ def test_other_hosts_need_insecure(host: str) -> None:
         {"default_timeout_ms": 0},
         {"retrieval_summary_scale": float("nan")},
         {"max_waiting": 0},
-        {"host_budget_bytes": -1},
         {"log_level": "loud"},
         {"prot": 1},
     ],
@@ -127,25 +120,6 @@ def test_wrong_values(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValidationError) as caught:
         Settings(**wrong)
     assert next(iter(wrong)) in sentence(caught.value)
-
-
-def test_host_memory_is_a_tier_only_beside_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert engine_config(Settings(device="cpu")).host_budget_bytes == 0
-    monkeypatch.setattr(device, "choose_device", lambda wanted: (torch.device("cuda"), wanted))
-    monkeypatch.setattr(app, "free_bytes", lambda: 1 << 30)
-    assert engine_config(Settings()).host_budget_bytes == (1 << 30) // HOST_SHARE
-    assert engine_config(Settings(host_budget_bytes=0)).host_budget_bytes == 0
-
-
-def test_free_memory(tmp_path: Path) -> None:
-    """What the system can give away, which is more than what nobody uses; a container may have less."""
-    meminfo, limited = tmp_path / "meminfo", tmp_path / "limited"
-    meminfo.write_text("MemTotal:  9000000 kB\nMemFree:    1 kB\nMemAvailable:   1024 kB\nCached:  5000 kB\n")
-    limited.write_text("65536")
-    assert free_bytes(meminfo, ()) == 1 << 20
-    assert free_bytes(meminfo, (limited,)) == 65536
-    meminfo.write_text("MemTotal:  9000000 kB\n")
-    assert free_bytes(meminfo, ()) == free_bytes(tmp_path / "missing", ()) == memory_bytes(())
 
 
 def test_memory_of_a_container(tmp_path: Path) -> None:

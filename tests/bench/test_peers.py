@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from api.demo.corpus import Passage
 from bench.peers import chroma, postgres
 from bench.peers.figures import CLIENTS, ROUNDS, Row, measure_appends, measure_searches, num_flushes, per_append, table
 from bench.peers.memories import NOT_KEPT, NUM_RECALLED, NUM_WORDS, Memories, cut
+from examples.demo.corpus import Passage
 
 ROOT = Path(__file__).parents[2]
 

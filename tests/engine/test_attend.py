@@ -192,7 +192,7 @@ async def test_what_else_is_in_the_batch_does_not_widen_an_answer(engine: Engine
     queries = vectors(9, 3, DIM)
     requests = [AttendRequest(queries=queries, stop=stop) for stop in (47, 4, 0, 47, 9)]
     results = await asyncio.gather(*(engine.attend("s", request) for request in requests * 20))
-    assert engine.worker.batcher.num_batches < len(results)
+    assert engine.worker.queue.num_batches < len(results)
     assert [result.chunk_index.shape[1] for result in results] == [8, 1, 0, 8, 2] * 20
 
 

@@ -147,12 +147,12 @@ async def with_damage(make_engine: MakeEngine, url: str, damage: str) -> tuple[S
 
 @pytest.mark.parametrize("damage", [damage for damage, _ in SETTINGS])
 async def test_damaged_settings_are_one_sessions_trouble(make_engine: MakeEngine, sqlite_url: str, damage: str) -> None:
-    """They once made every list, and with it the sweep of expired sessions, fail."""
+    """They once made every list, and with it the expiry of sessions, fail."""
     _, engine = await with_damage(make_engine, sqlite_url, damage)
     with pytest.raises(SessionDamaged, match="'bad' is damaged: its settings cannot be read"):
         await engine.attend("bad", QUERY)
     assert [info.id for info in (await engine.list_sessions()).sessions] == ["good"]
-    await engine._sweeper.sweep()
+    await engine.expiry.expire()
     assert (await engine.attend("good", QUERY)).length == 9
 
 

@@ -4,7 +4,6 @@ import asyncio
 import threading
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +15,14 @@ from htm_service.attention.model_config import ModelConfig
 from htm_service.engine import Engine
 from htm_service.errors import ChunkNotFound, InvalidArgument, LengthConflict, SessionNotFound, Unhealthy
 from htm_service.memory.arena import Arena, Budget
-from htm_service.memory.chunks import Memory
+from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest
-from htm_service.sessions.session import Session
 from storage.base import Append, Appended, Block, DeleteSession, Seal, Store, Summary
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
+from tests.engine.inside import go_cold, publish, session_of
 from tests.engine.models import Weights
 from tests.engine.test_attend import DIM, RETRIEVAL, SIZE, check, expect, models, random_request, vectors
 
@@ -47,22 +46,8 @@ async def create(engine: Engine, name: str = "s", max_tokens: int = MAX_TOKENS) 
 
 
 def of_the_rest(tokens: Any, request: AttendRequest, first: int, of: Models = ONLY_RETRIEVAL) -> Any:
-    """The definition, with what was evicted hidden: numbers stay as they are."""
+    """The definition, with what was trimmed hidden: numbers stay as they are."""
     return expect(tokens, replace(request, start=max(request.start, first)), "attend", of)
-
-
-async def go_cold(engine: Engine, name: str = "s") -> Session:
-    session = engine._directory._sessions[name]
-    done = asyncio.Event()
-    loop = asyncio.get_running_loop()
-
-    def evict() -> None:
-        engine.worker.residency.evict(session)
-        loop.call_soon_threadsafe(done.set)
-
-    engine.worker.batcher.post(evict)
-    await done.wait()
-    return session
 
 
 @pytest.mark.parametrize("url", ["memory://", "sqlite"])
@@ -84,7 +69,7 @@ async def test_every_answer_is_that_of_the_remaining_tokens(
         length, first = stop, first_of(stop)
         event = draw.random()
         if event < 0.2:
-            await engine._sealer.finish()
+            await engine.compaction.finish()
         if event < 0.1:
             await engine.close()
             engine = await make_engine(store, models_dir=tmp_path)
@@ -125,17 +110,12 @@ def run_of(position: int, store: Store) -> int | None:
     return None if found is None else found.episode
 
 
-@pytest.mark.parametrize("num_host_chunks", [0, 30])
-async def test_attends_and_appends_at_once_beyond_the_budget(
-    make_engine: MakeEngine, sqlite_url: str, num_host_chunks: int
-) -> None:
-    """Chunks are evicted while attends wait for them, sessions while they are loaded; each sees what one length has."""
+async def test_attends_and_appends_at_once_beyond_the_budget(make_engine: MakeEngine, sqlite_url: str) -> None:
+    """Chunks are trimmed while attends wait for them, sessions while they are loaded; each sees what one length has."""
     max_tokens = 40 * SIZE
     store = open_store(sqlite_url)
     chunk_bytes = SIZE * DIM * 4
-    engine = await make_engine(
-        store, memory_budget_bytes=40 * chunk_bytes, host_budget_bytes=num_host_chunks * chunk_bytes
-    )
+    engine = await make_engine(store, memory_budget_bytes=40 * chunk_bytes)
     tokens = {f"s{i}": vectors(i, 90 * SIZE, DIM) for i in range(3)}
 
     async def grow(name: str) -> None:
@@ -151,7 +131,7 @@ async def test_attends_and_appends_at_once_beyond_the_budget(
 
     async def seal() -> None:
         while any([(await engine.inspect(name)).length < len(rows) for name, rows in tokens.items()]):
-            await engine._sealer.finish()
+            await engine.compaction.finish()
             await asyncio.sleep(0.001)  # a loop that never rests keeps the interpreter's lock from the threads
 
     for name in tokens:
@@ -159,15 +139,12 @@ async def test_attends_and_appends_at_once_beyond_the_budget(
     await asyncio.gather(*map(grow, tokens), *map(ask, tokens), *map(ask, tokens), seal())
     totals = (await engine.info()).totals
     assert totals["fetched_pages"] and totals["tokens"] <= 3 * max_tokens
-    assert totals["host_bytes"] <= num_host_chunks * chunk_bytes
-    assert bool(totals["host_reads"]) is bool(num_host_chunks)
-    held = [(session, chunk) for session in engine._directory.sessions() for chunk in session.host_pages]
-    assert all(chunk >= session.first_chunk for session, chunk in held)
+    assert totals["trimmed_tokens"] > 0
     await engine.close()
     store.close()
 
 
-async def test_nothing_grows_with_what_was_evicted(make_engine: MakeEngine, sqlite_url: str) -> None:
+async def test_nothing_grows_with_what_was_trimmed(make_engine: MakeEngine, sqlite_url: str) -> None:
     store = open_store(sqlite_url)
     engine = await make_engine(store)
     await create(engine)
@@ -179,14 +156,14 @@ async def test_nothing_grows_with_what_was_evicted(make_engine: MakeEngine, sqli
         await engine.attend("s", QUERY)
         sizes.append((await engine.inspect("s")).device_bytes)
     assert max(sizes[50:]) <= max(sizes[:50]) <= 16 * (SIZE + 1) * DIM * 4
-    session = engine._directory._sessions["s"]
+    session = session_of(engine, "s")
     assert len(list(store.read_blocks(session.sid))) <= 2 + MAX_TOKENS // 6
-    assert len(session.episodes) == 1
+    assert len(session.resident.episodes) == 1
     await engine.close()
     store.close()
 
 
-async def test_what_is_evicted_while_a_fetch_is_on_its_way(make_engine: MakeEngine) -> None:
+async def test_what_is_trimmed_while_a_fetch_is_on_its_way(make_engine: MakeEngine) -> None:
     """The store is ahead of the device for a moment: the attend is planned again and sees what is left."""
     store = MemoryStore()
     engine = await make_engine(store)
@@ -194,7 +171,7 @@ async def test_what_is_evicted_while_a_fetch_is_on_its_way(make_engine: MakeEngi
     tokens = vectors(2, 60, DIM)
     for start in range(0, 27, 3):
         await engine.append("s", AppendRequest(embeddings=tokens[start : start + 3]))
-    await engine._sealer.finish()
+    await engine.compaction.finish()
     session = await go_cold(engine)
     await engine.chunks("s")  # its keys are here now, its contents are not
     mask = np.arange(27) % 2 == 0
@@ -207,7 +184,7 @@ async def test_what_is_evicted_while_a_fetch_is_on_its_way(make_engine: MakeEngi
         fetched.append(fetch)
         if len(fetched) == 4:
             new = Block(27, 11, tokens[27:38].tobytes(), None)
-            engine.worker.batcher.post(lambda: engine.worker.make_visible(session, new, 10))
+            publish(engine, session.resident, new, 10)
         load(fetch)
 
     load, loader.fetch = loader.fetch, ahead  # type: ignore[method-assign]
@@ -218,7 +195,7 @@ async def test_what_is_evicted_while_a_fetch_is_on_its_way(make_engine: MakeEngi
 
 
 @pytest.mark.parametrize("keys", ["none", "of then", "of now"])
-async def test_what_is_evicted_before_a_load_is_not_missed(make_engine: MakeEngine, keys: str) -> None:
+async def test_what_is_trimmed_before_a_load_is_not_missed(make_engine: MakeEngine, keys: str) -> None:
     """Even when all that the device knew of is gone by then. What it learns later it has already."""
     store = MemoryStore()
     engine = await make_engine(store)
@@ -226,7 +203,7 @@ async def test_what_is_evicted_before_a_load_is_not_missed(make_engine: MakeEngi
     tokens = vectors(3, 90, DIM)
     await engine.append("s", AppendRequest(embeddings=tokens[:27], episode=4))
     if keys == "of then":
-        await engine._sealer.finish()
+        await engine.compaction.finish()
     session = await go_cold(engine)
     summaries = store.read_summaries(session.sid)
     for start in (27, 47, 67):
@@ -241,13 +218,13 @@ async def test_what_is_evicted_before_a_load_is_not_missed(make_engine: MakeEngi
     check(result, of_the_rest(tokens[:87], QUERY, 60))
     for start, first in ((27, 20), (47, 40), (67, 60)):
         new = Block(start, 20, tokens[start : start + 20].tobytes(), 5)
-        engine.worker.batcher.post(partial(engine.worker.make_visible, session, new, first))
+        publish(engine, session.resident, new, first)
     check(await engine.attend("s", QUERY), of_the_rest(tokens[:87], QUERY, 60))
     check(await engine.attend("s", replace(QUERY, episodes=[5])), of_the_rest(tokens[:87], QUERY, 60))
     assert (await engine.inspect("s")).first_position == 60
 
 
-async def test_a_gap_that_is_no_eviction_is_damage(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_gap_that_is_no_trim_is_damage(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     store = MemoryStore()
     engine = await make_engine(store)
     await create(engine)
@@ -262,7 +239,7 @@ async def test_a_gap_that_is_no_eviction_is_damage(make_engine: MakeEngine, monk
         await engine.read("s", 0, None, embeddings=True, payloads=False)
 
 
-async def test_a_read_that_an_eviction_overtakes_gives_the_rest(
+async def test_a_read_that_a_trim_overtakes_gives_the_rest(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = MemoryStore()
@@ -271,7 +248,7 @@ async def test_a_read_that_an_eviction_overtakes_gives_the_rest(
     tokens = vectors(5, 60, DIM)
     for start in range(0, 30, 3):
         await engine.append("s", AppendRequest(embeddings=tokens[start : start + 3]))
-    session = engine._directory._sessions["s"]
+    session = session_of(engine, "s")
     read_blocks = store.read_blocks
 
     def late(*args: Any) -> Any:
@@ -284,12 +261,12 @@ async def test_a_read_that_an_eviction_overtakes_gives_the_rest(
     assert (memories.start, memories.stop) == (25, 28)
     np.testing.assert_array_equal(memories.embeddings, tokens[25:28])
     store.write([Append(session.sid, 5, tokens[55:60].tobytes(), evict_chunk=SIZE)], now=1.0)
-    with pytest.raises(ChunkNotFound, match="chunk 4 of session 's' is being evicted"):
+    with pytest.raises(ChunkNotFound, match="chunk 4 of session 's' is being trimmed"):
         await engine.chunk("s", 4, embeddings=True)
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
-async def test_payloads_that_an_eviction_overtakes_are_not_said_to_be_none(
+async def test_payloads_that_a_trim_overtakes_are_not_said_to_be_none(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, embeddings: bool
 ) -> None:
     """Bug: a read of payloads alone answered null for tokens that went meanwhile."""
@@ -298,7 +275,7 @@ async def test_payloads_that_an_eviction_overtakes_are_not_said_to_be_none(
     await create(engine)
     tokens, payloads = vectors(5, 60, DIM), [b'{"at": %d}' % position for position in range(60)]
     await engine.append("s", AppendRequest(embeddings=tokens[:27], payloads=payloads[:27]))
-    session = engine._directory._sessions["s"]
+    session = session_of(engine, "s")
     read_payload_range, ends = store.read_payload_range, [27, 45]
 
     def late(*args: Any) -> Any:
@@ -323,7 +300,7 @@ async def test_payloads_that_an_eviction_overtakes_are_not_said_to_be_none(
 
 
 @pytest.mark.parametrize("num_left", [12, 0])
-async def test_an_attend_that_is_overtaken_by_evictions(
+async def test_an_attend_that_is_overtaken_by_trims(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, num_left: int
 ) -> None:
     """Bug: who named no `stop` was told that it was too early, when masks or parts had fixed the length."""
@@ -337,7 +314,7 @@ async def test_an_attend_that_is_overtaken_by_evictions(
         entered.set()
         assert let_go.wait(30)
 
-    engine.worker.batcher.post(hold)
+    engine.worker.queue.post(hold)
     assert await asyncio.to_thread(entered.wait, 5)
     mask = np.arange(27) % 2 == 0
     requests = [
@@ -349,13 +326,13 @@ async def test_an_attend_that_is_overtaken_by_evictions(
     attends = [asyncio.ensure_future(engine.attend("s", request)) for request in requests]
     await asyncio.sleep(0)
     new = tokens[27 : 42 if num_left else 57]
-    session, store, length = engine._directory._sessions["s"], engine._store, 27
+    session, store, length = session_of(engine, "s"), engine._store, 27
     for part in np.split(new, range(15, len(new), 15)):
         write = Append(session.sid, len(part), part.tobytes(), evict_chunk=SIZE)
         (written,) = store.write([write], now=1.0)
         assert isinstance(written, Appended)
         new = Block(length, len(part), part.tobytes(), None)
-        engine.worker.batcher.post(partial(engine.worker.make_visible, session, new, written.first_position))
+        publish(engine, session.resident, new, written.first_position)
         length += len(part)
     let_go.set()
     parts, masked, chunk_masked, stopped = await asyncio.gather(*attends, return_exceptions=True)
@@ -369,11 +346,11 @@ async def test_an_attend_that_is_overtaken_by_evictions(
     check(parts, of_the_rest(tokens[:length], QUERY, first_of(length)))
     for refused in (masked, chunk_masked):
         assert isinstance(refused, LengthConflict) and refused.extra["length"] == length
-        assert "the masks are of 27 tokens, all of which were evicted" in str(refused)
+        assert "the masks are of 27 tokens, all of which were trimmed" in str(refused)
     assert isinstance(stopped, InvalidArgument) and "stop is 27, the session's tokens before" in str(stopped)
 
 
-async def test_a_repeated_step_whose_tokens_were_evicted_says_so(make_engine: MakeEngine) -> None:
+async def test_a_repeated_step_whose_tokens_were_trimmed_says_so(make_engine: MakeEngine) -> None:
     """Bug: it was told that its `stop` was too early, and had named none."""
     engine = await make_engine()
     await create(engine)
@@ -383,12 +360,12 @@ async def test_a_repeated_step_whose_tokens_were_evicted_says_so(make_engine: Ma
     await engine.step("s", QUERY, append)
     for start in range(12, 62, 10):
         await engine.append("s", AppendRequest(embeddings=tokens[start : start + 10]))
-    with pytest.raises(LengthConflict, match=r"made when the session's length was 9, and .* evicted") as refused:
+    with pytest.raises(LengthConflict, match=r"made when the session's length was 9, and .* trimmed") as refused:
         await engine.step("s", QUERY, append)
     assert refused.value.extra["length"] == 62
 
 
-async def test_what_an_evicting_session_refuses(make_engine: MakeEngine) -> None:
+async def test_what_an_session_that_trims_refuses(make_engine: MakeEngine) -> None:
     engine = await make_engine()
     for settings, message in (
         (CreateRequest(dim=DIM, on_full="evict_oldest"), "max_tokens is missing"),
@@ -399,42 +376,41 @@ async def test_what_an_evicting_session_refuses(make_engine: MakeEngine) -> None
             await engine.create("s", settings)
     await create(engine)
     tokens = vectors(4, 90, DIM)
-    for durability in ("disk", "memory"):
-        with pytest.raises(InvalidArgument, match=f"append of 32 tokens .* max_tokens 31, so {MAX_APPEND} tokens"):
-            await engine.append("s", AppendRequest(embeddings=tokens[:32], durability=durability))
+    with pytest.raises(InvalidArgument, match=f"append of 32 tokens .* max_tokens 31, so {MAX_APPEND} tokens"):
+        await engine.append("s", AppendRequest(embeddings=tokens[:32]))
     for start in range(0, 81, 27):
-        appended = await engine.append("s", AppendRequest(embeddings=tokens[start : start + 27], durability="memory"))
+        appended = await engine.append("s", AppendRequest(embeddings=tokens[start : start + 27]))
         assert (appended.start, appended.length) == (start, start + 27)
     check(await engine.attend("s", QUERY), of_the_rest(tokens[:81], QUERY, 50))
-    with pytest.raises(ChunkNotFound, match="chunk 9 of session 's' was evicted, its chunks begin with 10"):
+    with pytest.raises(ChunkNotFound, match="chunk 9 of session 's' was trimmed, its chunks begin with 10"):
         await engine.chunk("s", 9)
     assert (await engine.chunk("s", 10)).chunk.start == 50
     assert (await engine.read("s", 0, 20, embeddings=True, payloads=True)).payloads == []
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_a_memory_that_lets_go_is_as_one_that_does_not(seed: int) -> None:
+def test_chunks_that_are_trimmed_are_as_those_that_are_not(seed: int) -> None:
     draw = np.random.default_rng(seed)
     budgets = [Budget(1 << 20), Budget(1 << 20)]
-    whole, part = (Memory(Arena(DIM, SIZE, torch.float32, torch.device("cpu"), budget), budget) for budget in budgets)
+    whole, part = (Chunks(Arena(DIM, SIZE, torch.float32, torch.device("cpu"), budget), budget) for budget in budgets)
     for _ in range(120):
         tokens = torch.from_numpy(vectors(int(draw.integers(2**30)), int(draw.integers(1, 12)), DIM))
         whole.append(tokens)
         part.append(tokens)
-        part.let_go(max(0, whole.num_chunks - int(draw.integers(3, 9))))
+        part.trim(max(0, whole.num_chunks - int(draw.integers(3, 9))))
         first, last = part.first_chunk, part.num_chunks
         assert (part.length, last) == (whole.length, whole.num_chunks) and part.first_position == first * SIZE
         torch.testing.assert_close(part.keys, whole.keys[first:], rtol=0, atol=0)
         sealed = torch.arange(first, whole.num_sealed)
         torch.testing.assert_close(part.contents(sealed), whole.contents(sealed), rtol=0, atol=0)
-        dropped = [chunk for chunk in part.droppable().tolist() if draw.random() < 0.2]
+        dropped = [chunk for chunk in part.offloadable().tolist() if draw.random() < 0.2]
         contents = part.contents(torch.tensor(dropped, dtype=torch.int64))
-        part.drop(dropped)
+        part.offload(dropped)
         assert part.missing(range(last)) == dropped and part.num_missing == len(dropped)
         kept = [chunk for chunk in dropped if draw.random() < 0.5]
-        part.let_go(min(kept, default=first))
+        part.trim(min(kept, default=first))
         part.put(part.missing(dropped), contents[len(dropped) - len(part.missing(dropped)) :])
         assert part.num_missing == 0
     assert part.device_bytes < 40 * SIZE * DIM * 4 < whole.device_bytes
-    part.release()
+    part.free()
     assert budgets[1].used_bytes == 0

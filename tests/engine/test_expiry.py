@@ -15,10 +15,10 @@ from htm_service.engine import Engine
 from htm_service.errors import DiskFull, SessionExpired, SessionNotFound, Unhealthy
 from htm_service.records import AppendRequest, AppendResult, CreateRequest
 from htm_service.sessions import directory
-from htm_service.writes import expiry as sweeper
-from htm_service.writes.committer import Step
+from htm_service.writes import expiry
 from storage.base import DeleteSession, Store, StoreError, StoreFull
 from storage.resolve import open_store
+from tests.engine.inside import session_of
 from tests.engine.test_attend import DIM, fill, vectors
 from tests.engine.test_sessions import QUERY, right
 
@@ -37,7 +37,7 @@ class Clock:
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    monkeypatch.setattr(sweeper, "PAUSE_S", 0)
+    monkeypatch.setattr(expiry, "PAUSE_S", 0)
     return Clock()
 
 
@@ -49,7 +49,7 @@ def store(sqlite_url: str) -> Store:
 @pytest.fixture
 async def engine(store: Store, clock: Clock) -> AsyncIterator[Engine]:
     """Sweeps when the test says so."""
-    engine = Engine(EngineConfig(device="cpu", sweep_interval_s=3600), store, clock=clock)
+    engine = Engine(EngineConfig(device="cpu", expiry_interval_s=3600), store, clock=clock)
     await engine.start()
     yield engine
     await engine.close()
@@ -67,13 +67,13 @@ async def test_expired_sessions_leave_device_caches_and_disk(engine: Engine, clo
     for name in ("kept", "used"):
         await fill(engine, name, TOKENS, ttl_s=60 if name == "used" else None)
     clock.now += 61
-    engine._directory._sessions["used"].last_used_at = clock.now
-    pages = [number async for number in engine._directory.expire()]
+    session_of(engine, "used").last_used_at = clock.now
+    pages = [number async for number in engine.directory.expire()]
     assert len(pages) == 3 and sum(pages) == 411
-    await engine._sweeper.sweep()
+    await engine.expiry.expire()
     totals = (await engine.info()).totals
     assert (totals["sessions"], totals["expired_sessions"], totals["resident_sessions"]) == (2, 411, 2)
-    assert set(engine._directory._sessions) == {"kept", "used"}
+    assert {session.id for session in engine.directory.sessions()} == {"kept", "used"}
     assert num_rows(tmp_path / "htm.sqlite3", "blocks") == 2
     for name in ("kept", "used"):
         assert right(TOKENS, await engine.attend(name, QUERY))
@@ -95,10 +95,10 @@ async def test_a_large_session_goes_by_steps_that_appends_come_between(
     order: list[str] = []
     for name in ("purge", "write"):
         monkeypatch.setattr(store, name, _recorded(order, name, getattr(store, name)))
-    sweep = asyncio.create_task(engine._sweeper.sweep())
-    while not sweep.done():
+    expiring = asyncio.create_task(engine.expiry.expire())
+    while not expiring.done():
         await engine.append("other", AppendRequest(embeddings=TOKENS))
-    await sweep
+    await expiring
     first, last = order.index("purge"), len(order) - order[::-1].index("purge")
     assert order[first:last].count("purge") >= 3 and "write" in order[first:last]
     assert num_rows(tmp_path / "htm.sqlite3", "deleted_sessions") == 0
@@ -129,27 +129,27 @@ async def test_the_last_expired_ids_are_remembered_and_no_more(
         await fill(engine, name, TOKENS[:0], ttl_s=60)
         clock.now += 1
     clock.now += 60
-    await engine._sweeper.sweep()
+    await engine.expiry.expire()
     for name, error in zip("abcde", [SessionNotFound] * 2 + [SessionExpired] * 3, strict=True):
         with pytest.raises(error):
             await engine.inspect(name)
 
 
-async def test_a_session_that_is_used_while_the_sweep_waits_for_it_stays(engine: Engine, clock: Clock) -> None:
+async def test_a_session_that_is_used_while_the_expiry_waits_for_it_stays(engine: Engine, clock: Clock) -> None:
     await fill(engine, "s", TOKENS, ttl_s=60)
     clock.now += 61
-    async with engine._directory._lock("s"):
-        sweep = asyncio.create_task(engine._sweeper.sweep())
+    async with engine.directory._lock("s"):
+        expiring = asyncio.create_task(engine.expiry.expire())
         await asyncio.sleep(0.05)
-        engine._directory._sessions["s"].last_used_at = clock.now
-    await sweep
+        session_of(engine, "s").last_used_at = clock.now
+    await expiring
     assert right(TOKENS, await engine.attend("s", QUERY))
 
 
 async def test_what_cannot_be_deleted_has_expired_all_the_same(
     engine: Engine, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Deleting needs room on the disk, too. Once it is there, the next sweep does it."""
+    """Deleting needs room on the disk, too. Once it is there, the next expiry does it."""
     await fill(engine, "s", TOKENS, ttl_s=60)
     clock.now += 61
     write = store.write
@@ -163,11 +163,11 @@ async def test_what_cannot_be_deleted_has_expired_all_the_same(
     with pytest.raises(SessionExpired):
         await engine.attend("s", QUERY)
     with pytest.raises(DiskFull):
-        await engine._sweeper.sweep()
+        await engine.expiry.expire()
     with pytest.raises(DiskFull):
         await engine.create("s", CreateRequest(dim=DIM))
     monkeypatch.undo()
-    await engine._sweeper.sweep()
+    await engine.expiry.expire()
     assert store.get_session("s") is None
 
 
@@ -183,9 +183,9 @@ async def test_a_failing_purge_is_told_and_begun_again(
     with pytest.raises(expected, match=str(error)):
         await engine.delete("s")
     with pytest.raises(expected):
-        await engine._sweeper.sweep()
+        await engine.expiry.expire()
     monkeypatch.undo()
-    await engine._sweeper.sweep()
+    await engine.expiry.expire()
 
 
 async def test_upkeep_that_fails_does_not_have_its_group_written_again(engine: Engine) -> None:
@@ -196,7 +196,7 @@ async def test_upkeep_that_fails_does_not_have_its_group_written_again(engine: E
         raise RuntimeError("a bug")
 
     async def submit() -> object:
-        return await engine._committer.batcher.submit(Step(fail))
+        return await engine.committer.upkeep(fail)
 
     append = engine.append("s", AppendRequest(embeddings=TOKENS))
     appended, failure = await asyncio.gather(append, submit(), return_exceptions=True)
@@ -205,7 +205,7 @@ async def test_upkeep_that_fails_does_not_have_its_group_written_again(engine: E
     assert (await engine.inspect("s")).length == 2 * len(TOKENS)
 
 
-async def test_a_sweep_that_fails_is_not_the_last(
+async def test_an_expiry_that_fails_is_not_the_last(
     store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     failures = [StoreError("locked"), RuntimeError("a bug")]
@@ -219,7 +219,7 @@ async def test_a_sweep_that_fails_is_not_the_last(
 
     loop = asyncio.get_running_loop()
     monkeypatch.setattr(store, "list_sessions", fail_twice)
-    engine = Engine(EngineConfig(device="cpu", sweep_interval_s=0.001), store, clock=clock)
+    engine = Engine(EngineConfig(device="cpu", expiry_interval_s=0.001), store, clock=clock)
     await engine.start()
     await asyncio.wait_for(done.wait(), 30)
     await engine.close()
@@ -234,7 +234,7 @@ async def test_who_goes_while_a_session_expires_leaves_nothing_behind(
     await fill(engine, "s", TOKENS, ttl_s=60)
     clock.now += 61
     is_writing, let_go, write = threading.Event(), threading.Event(), store.write
-    is_waiting, batcher = asyncio.Event(), engine._committer.batcher
+    is_waiting, batcher = asyncio.Event(), engine.committer.queue
 
     def wait(writes: Any, *, now: float) -> Any:
         is_writing.set()

@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -11,7 +10,7 @@ import pytest
 
 from htm_service.errors import DeadlineExceeded, InvalidArgument
 from htm_service.reads.cost import PRODUCTS_OF_ANY_QUERY
-from htm_service.reads.runner import Read
+from htm_service.reads.runner import Attend
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, SIZE, fill, vectors
@@ -42,7 +41,7 @@ async def test_parts_answer_as_the_whole(make_engine: MakeEngine) -> None:
             assert [[token.position for token in row] for row in got.recalled] == [
                 [token.position for token in row] for row in expected.recalled
             ]
-    assert parted.worker.batcher.num_batches >= 5 * 5 > whole.worker.batcher.num_batches
+    assert parted.worker.queue.num_batches >= 5 * 5 > whole.worker.queue.num_batches
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 9])
@@ -59,13 +58,13 @@ async def test_all_parts_have_one_deadline(make_engine: MakeEngine, monkeypatch:
     """Each part once had the whole time for itself."""
     engine = await make_engine(max_batch_products=TWO_QUERIES)
     await fill(engine, "s", vectors(0, 47, DIM))
-    run = engine.worker.reader.run
+    run = engine.worker.runner.run
 
-    def slow(reads: Sequence[Read]) -> list[AttendResult | Exception]:
+    def slow(reads: Sequence[Attend]) -> list[AttendResult | Exception]:
         time.sleep(0.1)
         return run(reads)
 
-    monkeypatch.setattr(engine.worker.reader, "run", slow)
+    monkeypatch.setattr(engine.worker.runner, "run", slow)
     with pytest.raises(DeadlineExceeded, match="300 ms"):
         await engine.attend("s", AttendRequest(queries=vectors(1, 14, DIM), timeout_s=0.3))
 
@@ -84,7 +83,7 @@ async def test_all_parts_see_one_length(make_engine: MakeEngine) -> None:
     await growing
     for result in results:
         then = await engine.attend("s", AttendRequest(queries=queries, stop=result.length))
-        assert_same(result, replace(then, length=result.length))
+        assert_same(result, then._replace(length=result.length))
 
 
 async def test_a_small_attend_is_not_kept_waiting_by_a_large_one(make_engine: MakeEngine) -> None:

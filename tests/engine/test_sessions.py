@@ -32,6 +32,7 @@ from storage.base import StoreFull
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
+from tests.engine.inside import session_of
 from tests.engine.test_attend import DIM, SIZE, fill, vectors
 from tests.reference import htm_reference, relative_error
 
@@ -264,7 +265,7 @@ async def test_a_budget_of_a_few_pages_answers_exactly(make_engine: MakeEngine) 
 
     await asyncio.gather(*map(until_full, tokens))
     totals = (await engine.info()).totals
-    assert totals["evictions"] > 0 and totals["dropped_pages"] > 0 and totals["fetched_pages"] > 0
+    assert totals["offloaded_sessions"] > 0 and totals["offloaded_pages"] > 0 and totals["fetched_pages"] > 0
     assert totals["device_bytes"] <= 16_000
 
 
@@ -338,7 +339,7 @@ async def test_deletes_race_with_everything_else(engine: Engine) -> None:
 async def test_idle_sessions_expire_and_are_swept() -> None:
     now = [1000.0]
     store = MemoryStore()
-    engine = Engine(EngineConfig(device="cpu", sweep_interval_s=0.01), store, clock=lambda: now[0])
+    engine = Engine(EngineConfig(device="cpu", expiry_interval_s=0.01), store, clock=lambda: now[0])
     await engine.start()
     await engine.create("s", CreateRequest(dim=DIM, ttl_s=60))
     await engine.create("kept", CreateRequest(dim=DIM))
@@ -441,12 +442,12 @@ async def test_deadlines(make_engine: MakeEngine) -> None:
     hold = asyncio.Event()
     loop = asyncio.get_running_loop()
     release = asyncio.run_coroutine_threadsafe
-    engine.worker.batcher.post(lambda: release(asyncio.wait_for(hold.wait(), 5), loop).result(5) and None)
+    engine.worker.queue.post(lambda: release(asyncio.wait_for(hold.wait(), 5), loop).result(5) and None)
     with pytest.raises(DeadlineExceeded, match="deadline of 20 ms"):
         await engine.attend("s", AttendRequest(queries=QUERY.queries, timeout_s=0.02))
     hold.set()
     await engine.attend("s", QUERY)
-    assert engine.worker.batcher.num_skipped == 1
+    assert engine.worker.queue.num_skipped == 1
 
 
 async def test_create_on_append(make_engine: MakeEngine) -> None:
@@ -458,7 +459,7 @@ async def test_create_on_append(make_engine: MakeEngine) -> None:
     with pytest.raises(SessionNotFound):
         await engine.inspect("refused")
     await fill(engine, "expired", vectors(1, 3, DIM), ttl_s=60)
-    engine._directory._sessions["expired"].last_used_at = 0
+    session_of(engine, "expired").last_used_at = 0
     assert (await engine.append("expired", AppendRequest(embeddings=vectors(1, 2, DIM)))).length == 2
 
 
@@ -488,7 +489,7 @@ async def test_a_dead_device_thread_fails_everyone_at_once(make_engine: MakeEngi
     def die() -> None:
         raise RuntimeError("no such device")
 
-    engine.worker.batcher.post(die)
+    engine.worker.queue.post(die)
     for call in (engine.attend("s", QUERY), engine.append("s", AppendRequest(embeddings=vectors(1, 3, DIM)))):
         with pytest.raises(Unhealthy, match="no such device"):
             await call

@@ -3,7 +3,6 @@
 import asyncio
 import mmap
 from collections.abc import Mapping
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,11 +13,12 @@ from htm_service.engine import Engine
 from htm_service.errors import OutOfMemory, SessionDamaged, SessionNotFound, Unhealthy
 from htm_service.memory.loader import Fetch
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest
-from htm_service.writes import compaction as sealer
+from htm_service.writes import compaction
 from storage.base import Block, DeleteSession, StoreDamaged
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
+from tests.engine.inside import session_of
 from tests.engine.models import Weights
 from tests.engine.test_attend import DIM, RETRIEVAL, check, expect, fill, models, random_request, vectors
 
@@ -30,18 +30,12 @@ BUDGET = 20 * PAGE_BYTES
 ONLY_RETRIEVAL: Mapping[str, tuple[ModelConfig, Weights | None]] = {"retrieval": (RETRIEVAL, None)}
 
 
-@pytest.fixture(params=[0, 40 * PAGE_BYTES], ids=["no-host-tier", "host-tier"])
-def make_engine(make_engine: MakeEngine, request: pytest.FixtureRequest) -> MakeEngine:
-    """Everything here holds without a host tier and with a small one."""
-    return partial(make_engine, host_budget_bytes=request.param)
-
-
 def asks(seed: int, num_queries: int = 1, **fields: Any) -> AttendRequest:
     return AttendRequest(queries=vectors(seed, num_queries, DIM) / np.float32(3), **{"top_k": 3, **fields})
 
 
-async def seal_all(engine: Engine) -> None:
-    await engine._sealer.finish()
+async def compact_all(engine: Engine) -> None:
+    await engine.compaction.finish()
 
 
 async def bytes_on_device(engine: Engine) -> int:
@@ -75,7 +69,7 @@ async def test_a_session_ten_times_larger_than_the_budget_answers_exactly(
                 assert result.length == len(tokens[name])
             assert await bytes_on_device(engine) <= BUDGET
         totals = (await engine.info()).totals
-        assert totals["fetched_pages"] > 100 and totals["dropped_pages"] > 100
+        assert totals["fetched_pages"] > 100 and totals["offloaded_pages"] > 100
         await engine.close()
 
 
@@ -98,7 +92,7 @@ async def test_attends_and_appends_at_once_beyond_the_budget(make_engine: MakeEn
             check(result, expect(tokens[name][: result.length], request, "attend", ONLY_RETRIEVAL, SIZE))
 
     await asyncio.gather(
-        *(grow(n) for n in tokens), *(read(n, 100 * i) for i, n in enumerate(tokens)), seal_all(engine)
+        *(grow(n) for n in tokens), *(read(n, 100 * i) for i, n in enumerate(tokens)), compact_all(engine)
     )
     assert await bytes_on_device(engine) <= BUDGET
     request = asks(999)
@@ -162,8 +156,9 @@ async def test_shapes_that_nobody_uses_keep_no_address_space(make_engine: MakeEn
     for dim in range(1, 9):
         await engine.create("s", CreateRequest(dim=dim))
         await engine.append("s", AppendRequest(embeddings=vectors(1, 3, dim)))
+        await engine.attend("s", AttendRequest(queries=vectors(2, 1, dim)))
         await engine.delete("s")
-    assert len(engine.worker.residency._arenas) == 1
+    assert engine.worker.cache.num_arenas == 1
 
 
 async def test_more_chunks_at_once_than_fit_are_refused(make_engine: MakeEngine) -> None:
@@ -214,8 +209,8 @@ async def test_small_blocks_are_joined_while_the_session_is_in_use(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """By the task that runs beside everything else: nobody has to ask."""
-    monkeypatch.setattr(sealer, "INTERVAL_S", 0.01)
-    monkeypatch.setattr(sealer, "LOT_TOKENS", 2 * SIZE)
+    monkeypatch.setattr(compaction, "INTERVAL_S", 0.01)
+    monkeypatch.setattr(compaction, "PORTION_TOKENS", 2 * SIZE)
     store = MemoryStore()
     engine = await make_engine(store)
     tokens = vectors(11, 5 * SIZE, DIM)
@@ -234,26 +229,26 @@ async def test_small_blocks_are_joined_while_the_session_is_in_use(
     np.testing.assert_array_equal(np.frombuffer(kept, np.float32).reshape(4, DIM), keys)
 
 
-async def test_sealing_that_fails_is_told_and_keeps_nobody_from_stopping(
+async def test_compaction_that_fails_is_told_and_keeps_nobody_from_stopping(
     make_engine: MakeEngine, sqlite_url: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     """What it did not expect once ended the task, and `close` raised that before anything was drained."""
-    monkeypatch.setattr(sealer, "INTERVAL_S", 0.001)
+    monkeypatch.setattr(compaction, "INTERVAL_S", 0.001)
     engine = await make_engine(store := open_store(sqlite_url))
     failed = asyncio.Event()
 
     async def fail(at_least: int | None = None) -> int:
         failed.set()
-        raise RuntimeError("no such lot")
+        raise RuntimeError("no such portion")
 
-    monkeypatch.setattr(engine._sealer, "seal_lots", fail)
+    monkeypatch.setattr(engine.compaction, "compact_once", fail)
     await failed.wait()
     await fill(engine, "s", vectors(1, 9, DIM))
-    await engine.append("s", AppendRequest(embeddings=vectors(2, 3, DIM), durability="memory"))
+    await engine.append("s", AppendRequest(embeddings=vectors(2, 3, DIM)))
     await engine.close()
     row = store.get_session("s")
     assert row is not None and row.length == 12
-    assert "sealing failed and goes on later" in caplog.text and "no such lot" in caplog.text
+    assert "compaction failed and goes on later" in caplog.text and "no such portion" in caplog.text
 
 
 async def test_a_session_that_is_deleted_while_its_chunks_are_read_is_not_found(
@@ -264,18 +259,18 @@ async def test_a_session_that_is_deleted_while_its_chunks_are_read_is_not_found(
     tokens = vectors(1, 20, DIM)
     for name in ("fetched", "read"):
         await fill(engine, name, tokens)
-    await seal_all(engine)
-    sessions = engine._directory._sessions
+    await compact_all(engine)
+    sessions = {name: session_of(engine, name) for name in ("fetched", "read")}
     worker, fetch = engine.worker, engine.worker.loader.fetch
 
     def delete(name: str) -> None:
         monkeypatch.undo()
         store.write([DeleteSession(sessions[name].sid)], now=1.0)
-        worker.batcher.post(lambda: worker.forget(sessions[name]))
+        sessions[name].resident.is_deleted = True
+        worker.free(sessions[name].resident)
 
-    memory = sessions["fetched"].memory
-    assert memory is not None
-    worker.batcher.post(lambda: memory.drop(memory.droppable().tolist()))
+    chunks = sessions["fetched"].resident.held
+    worker.queue.post(lambda: chunks.offload(chunks.offloadable().tolist()))
 
     def fetch_late(wanted: Fetch) -> None:
         delete("fetched")
@@ -299,7 +294,7 @@ async def test_keys_that_do_not_begin_with_the_session_are_computed_again(
     make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As when the first lot of them is lost."""
-    monkeypatch.setattr(sealer, "LOT_TOKENS", 2 * SIZE)
+    monkeypatch.setattr(compaction, "PORTION_TOKENS", 2 * SIZE)
     store = MemoryStore()
     first = await make_engine(store)
     tokens = vectors(12, 5 * SIZE, DIM)

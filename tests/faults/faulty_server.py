@@ -26,7 +26,7 @@ from api.cli import build
 from api.settings import Settings
 from htm_service.engine import Engine
 from htm_service.threads.batcher import Ticket
-from htm_service.writes import compaction as sealer
+from htm_service.writes import compaction
 
 POISON = 13.0
 
@@ -62,7 +62,7 @@ class Faults:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.gates = {"device": Gate(), "batch": Gate(), "store": Gate()}
-        store, reader = engine._store, engine.worker.reader
+        store, reader = engine._store, engine.worker.runner
         store.write = self.gates["store"].before(store.write)  # type: ignore[method-assign]
         store.close = self.gates["store"].before(store.close)  # type: ignore[method-assign]
         reader.run = self.gates["batch"].before(poisoned(reader.run))  # type: ignore[method-assign]
@@ -71,7 +71,7 @@ class Faults:
         gate = self.gates[place]
         gate.is_open.clear()
         if place == "device":
-            self.engine.worker.batcher.post(gate.go_through)
+            self.engine.worker.queue.post(gate.go_through)
 
     def die(self, thread: str) -> None:
         def fail() -> None:
@@ -80,8 +80,8 @@ class Faults:
         if thread == "loader":
             self.engine.worker.loader.fetch(None)  # type: ignore[arg-type]
         else:
-            worker = self.engine.worker if thread == "device" else self.engine._committer
-            worker.batcher.post(fail)
+            worker = self.engine.worker if thread == "device" else self.engine.committer
+            worker.queue.post(fail)
 
     async def do(self, request: Request) -> Response:
         """One of the calls of this module's head."""
@@ -100,11 +100,11 @@ class Faults:
         """How many wait for the device and for the store, how many of both have gone; what else the device shall do."""
         counts: dict[str, int] = {}
         tickets: list[Ticket[Any, Any]] = []
-        for name, batcher in (("device", self.engine.worker.batcher), ("store", self.engine._committer.batcher)):
+        for name, batcher in (("device", self.engine.worker.queue), ("store", self.engine.committer.queue)):
             counts[name] = batcher.num_waiting
             tickets += list(batcher._open)
         counts["gone"] = sum(ticket.future.cancelled() for ticket in tickets)
-        counts["actions"] = len(self.engine.worker.batcher._actions)
+        counts["actions"] = len(self.engine.worker.queue._actions)
         return JSONResponse(counts)
 
 
@@ -142,7 +142,7 @@ def create_faulty_app(settings: Settings) -> FastAPI:
 
 def main(arguments: list[str]) -> None:
     """`htm-service` with these arguments."""
-    sealer.INTERVAL_S = 3_600.0  # what it asks of the device and the store would be held and counted too
+    compaction.INTERVAL_S = 3_600.0  # what it asks of the device and the store would be held and counted too
     vars(serving)["create_app"] = create_faulty_app
     build()(arguments)
 

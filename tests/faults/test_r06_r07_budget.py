@@ -31,19 +31,12 @@ async def test_r7_a_session_larger_than_memory(start_server: StartServer, tally:
     assert tally.figures["fetched_pages"] > 0
 
 
-async def test_r7_with_a_host_tier(start_server: StartServer, tally: Tally, scale: Scale) -> None:
-    """Queries enough that what they take has to leave the device, and is asked for again."""
-    host_budget, num_queries = scale.budget_mib << 19, 8 * scale.budget_mib
-    await beyond_the_budget(start_server, tally, scale, 1, "--host-budget", str(host_budget), num_queries=num_queries)
-    assert 0 < tally.figures["host_bytes"] <= host_budget and tally.figures["host_reads"] > 0
-
-
 async def beyond_the_budget(
-    start_server: StartServer, tally: Tally, scale: Scale, num_sessions: int, *options: str, num_queries: int = 2
+    start_server: StartServer, tally: Tally, scale: Scale, num_sessions: int, num_queries: int = 2
 ) -> None:
     """Fill so many sessions, kill the server, start it again, attend to all of them at once; in the end as first."""
     budget = scale.budget_mib << 20
-    server = await asyncio.to_thread(start_server, "--memory-budget", str(budget), *options)
+    server = await asyncio.to_thread(start_server, "--memory-budget", str(budget))
     length = TIMES * budget // (DIM * 4 * num_sessions) + 1
     draw = np.random.default_rng(num_sessions)
     tokens = {f"s{number}": draw.standard_normal((length, DIM)).astype(np.float32) for number in range(num_sessions)}
@@ -74,7 +67,6 @@ async def beyond_the_budget(
     tally.rounds, tally.faults = NUM_ROUNDS + 1, 1
     data_bytes = sum(rows.nbytes for rows in tokens.values())
     tally.figures |= {"data_per_budget": round(data_bytes / budget, 2), "fetched_pages": totals["fetched_pages"]}
-    tally.figures |= {name: totals[name] for name in ("host_bytes", "host_reads") if options}
     assert data_bytes >= TIMES * budget and tally.losses == 0
 
 

@@ -1,0 +1,145 @@
+"""The device's half of one session: whether it is resident, its chunks there, and what waits to go into them.
+
+    state      chunks                      pending                         becomes
+    cold       none                        not kept: the store has it      loading, when a reader wants it
+    loading    grow as the loader reads    kept until all was read         resident, or cold when that fails
+    resident   all keys, some contents     goes in when a reader wants     cold, when it is offloaded, lacks what was
+               (none yet: no token came)   the session or a chunk is full  appended, or was deleted
+
+The device thread owns all of it but three things. The store's thread alone writes `extent` and `is_deleted`, once a
+write is on disk, and adds to `pending`; the device thread takes from there. That closes the races: what the store's
+thread does not add because a session is cold was on disk before, so a load that begins later reads it; what it adds
+while one is offloaded or loaded is in the store too, so the device thread may throw it away, or know it by its
+position when it was read already. Whoever finds that something lacks takes the session off the device: it is
+loaded again.
+Does not know the loop's half (`sessions/session.py`), stores, batches or attention.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import operator
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from htm_service.dtypes import from_bytes, itemsize
+from htm_service.memory.chunks import Chunks
+from htm_service.records import Residency
+from htm_service.session_settings import SessionSettings
+from storage.base import Block
+
+MAX_PENDING_BYTES = 64 << 20
+"""Of one session that wait for the device thread; with more its chunks are read from the store again."""
+
+
+class Extent(NamedTuple):
+    """The tokens that a session has on disk: positions first_position .. length-1."""
+
+    first_position: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class EpisodeRun:
+    """Tokens from position `start` on, until the next run, were appended under `episode`."""
+
+    start: int
+    episode: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class NewTokens:
+    """Tokens [T, D] that are durable from position `start` on, on the CPU."""
+
+    start: int
+    tokens: Tensor
+    episode: int | None
+
+    def after(self, position: int) -> NewTokens:
+        """Those from `position` on, which is not before `start`."""
+        skip = position - self.start
+        return NewTokens(position, self.tokens[skip:], self.episode) if skip else self
+
+
+def joined(blocks: Sequence[Block], settings: SessionSettings) -> list[NewTokens]:
+    """The tokens of blocks that follow each other, neighbours of one episode as one.
+
+    Tokens that came one by one are made a tensor, and later put on the device, in few steps.
+    """
+    runs = (list(run) for _, run in itertools.groupby(blocks, key=operator.attrgetter("episode")))
+    return [
+        NewTokens(run[0].start, from_bytes([block.data for block in run], settings.dtype, settings.dim), run[0].episode)
+        for run in runs
+    ]
+
+
+@dataclass(slots=True, eq=False)
+class Resident:
+    """See the head of this module. `sid` is the store's key for the session; of `settings`, what cannot be changed."""
+
+    id: str
+    sid: int
+    settings: SessionSettings
+    extent: Extent
+    is_deleted: bool = False
+    pending: deque[Block] = field(default_factory=deque)
+    """Durable tokens that are not in `chunks` yet, as they are at rest."""
+    state: Residency = "cold"
+    chunks: Chunks | None = None
+    episodes: list[EpisodeRun] = field(default_factory=list)
+    parked: list[Any] = field(default_factory=list)
+    """Tickets that wait until the session is resident."""
+    token_bytes: int = field(init=False)
+    """Bytes of one token, looked at by every append and attend."""
+
+    def __post_init__(self) -> None:
+        self.token_bytes = self.settings.dim * itemsize(self.settings.dtype)
+        if not self.extent.length:
+            self.state = "resident"  # there is nothing to load
+
+    @property
+    def held(self) -> Chunks:
+        """The chunks of a session that is resident and was wanted."""
+        assert self.chunks is not None, f"session {self.id!r} is {self.state}"
+        return self.chunks
+
+    @property
+    def first_chunk(self) -> int:
+        """The first chunk that was not trimmed."""
+        return self.extent.first_position // self.settings.chunk_size
+
+    @property
+    def num_chunks(self) -> int:
+        """Chunks, the open one included."""
+        return -(-self.extent.length // self.settings.chunk_size)
+
+    def publish(self, new: Block, first_position: int) -> bool:
+        """Let readers see tokens that are on disk, and where the session begins since (the store's thread).
+
+        True when the device thread should put them into the chunks soon: a chunk is full, or some were trimmed.
+        """
+        before, length = self.extent, new.start + new.num_tokens
+        if self.state != "cold":
+            if self.state == "resident" and self._num_pending_bytes() > MAX_PENDING_BYTES:
+                self.pending.clear()
+            self.pending.append(new)
+        self.extent = Extent(first_position, length)
+        size = self.settings.chunk_size
+        return first_position > before.first_position or length // size > before.length // size
+
+    def take_pending(self) -> list[Block]:
+        """What waits now, taken out (the device thread)."""
+        blocks: list[Block] = []
+        with contextlib.suppress(IndexError):  # the store's thread threw the rest away meanwhile
+            for _ in range(len(self.pending)):
+                blocks.append(self.pending.popleft())
+        return blocks
+
+    def _num_pending_bytes(self) -> int:
+        chunks = self.chunks
+        return (self.extent.length - (chunks.length if chunks is not None else 0)) * self.token_bytes

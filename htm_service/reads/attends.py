@@ -1,0 +1,146 @@
+"""The way of an attend on the event loop: its cost, its deadline, another try or parts where it needs them, payloads.
+
+    attend -> the device thread's queue -> a batch (worker.py) -> payloads from the store -> the account of it
+
+Does not know HTTP, nor how attention is computed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import replace
+
+from htm_service.attention.model import Model
+from htm_service.attention.registry import ModelRegistry
+from htm_service.config import EngineConfig
+from htm_service.errors import LengthConflict, SessionDamaged
+from htm_service.reads.cost import merge, products_per_query, split
+from htm_service.reads.runner import Attend
+from htm_service.reads.visibility import Trimmed
+from htm_service.reads.worker import DeviceWorker
+from htm_service.records import AttendRequest, AttendResult
+from htm_service.sessions.session import Session
+from htm_service.sessions.validation import check_model_dim
+from htm_service.store_errors import unreadable
+from htm_service.threads.batcher import within
+from storage.base import Store, StoreError
+
+
+class Attends:
+    """See the head of this module. Raises only `htm_service.errors`."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        models: ModelRegistry,
+        worker: DeviceWorker,
+        store: Store,
+        clock: Callable[[], float],
+    ) -> None:
+        self._config = config
+        self._models = models
+        self._worker = worker
+        self._store = store
+        self._clock = clock
+
+    async def attend(self, session: Session, request: AttendRequest) -> AttendResult:
+        """Answer a checked request over the session as it is now, or as it was at `stop`."""
+        name = request.model or session.settings.model
+        model = self._models.get(name)
+        check_model_dim(name, model, session.settings.dim)
+        top_k = request.top_k or model.config.top_k
+        try:
+            result = await self._compute(session, model, request, top_k)
+            if request.payloads:
+                result = await self._with_payloads(session, result)
+        except SessionDamaged as error:
+            session.damage = error.detail
+            raise
+        session.num_attends += 1
+        session.num_queries += len(request.queries)
+        session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
+        return result
+
+    async def attend_before(self, session: Session, request: AttendRequest, position: int) -> AttendResult:
+        """Attend to the session as it was before an append at `position`. Raises LengthConflict when that is gone."""
+        stop = position if request.stop is None else min(request.stop, position)
+        try:
+            return (await self.attend(session, replace(request, stop=stop)))._replace(length=position)
+        except Trimmed as error:
+            raise LengthConflict(
+                f"this step was made when the session's length was {position}, and {error}", length=session.length
+            ) from None
+
+    async def _compute(self, session: Session, model: Model, request: AttendRequest, top_k: int) -> AttendResult:
+        """Over what is left of the tokens as of its admission when the device comes to it.
+
+        Where nothing is left of them it is admitted anew. Raises LengthConflict when its masks forbid that.
+        """
+        timeout_s = request.timeout_s or self._config.default_timeout_s
+        deadline = asyncio.get_running_loop().time() + timeout_s  # one for all that is tried
+        is_masked = request.mask is not None or request.chunk_mask is not None
+        while True:
+            length = session.length
+            attend = Attend(session.resident, model, request, top_k)
+            if is_masked and request.stop is None:  # masks are as long as the session is now, however long it waits
+                attend.see_as_of(length)
+            cost, max_queries = self._cost(session, attend)
+            try:
+                if len(request.queries) <= max_queries:
+                    future = self._worker.submit(attend, cost * len(request.queries))
+                    return await within(future, deadline, timeout_s)
+                return await self._in_parts(attend, length, cost, max_queries, deadline, timeout_s)
+            except Trimmed:
+                if request.stop is not None:
+                    raise
+                if is_masked:
+                    raise LengthConflict(
+                        f"the masks are of {length} tokens, all of which were trimmed before the attend began",
+                        length=session.length,
+                    ) from None
+
+    def _cost(self, session: Session, attend: Attend) -> tuple[int, int]:
+        """Multiply-adds of one query, and how many queries may go together."""
+        settings = session.settings
+        cost = products_per_query(
+            attend.model.config,
+            dim=settings.dim,
+            length=session.length - session.first_position,
+            chunk_size=settings.chunk_size,
+            top_k=attend.top_k,
+        )
+        # What they take must fit into half the budget, should none of it be on the device.
+        bytes_per_query = attend.top_k * settings.chunk_size * session.resident.token_bytes
+        room = self._config.memory_budget_bytes // 2 // bytes_per_query
+        return cost, max(1, min(self._config.max_batch_products // cost, room))
+
+    async def _in_parts(
+        self, attend: Attend, length: int, cost: int, max_queries: int, deadline: float, timeout_s: float
+    ) -> AttendResult:
+        """Several attends that see one length, as one. Raises Trimmed."""
+        parts = [
+            Attend(attend.resident, attend.model, part, attend.top_k, length=length)
+            for part in split(attend.request, max_queries, length)
+        ]
+        futures: list[asyncio.Future[AttendResult]] = []
+        try:
+            for part in parts:
+                futures.append(self._worker.submit(part, cost * len(part.request.queries)))
+            return merge([await within(future, deadline, timeout_s) for future in futures], length)
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+
+    async def _with_payloads(self, session: Session, result: AttendResult) -> AttendResult:
+        """The result with the payloads of its recalled tokens."""
+        if not result.recalled:
+            return result
+        positions = sorted({token.position for row in result.recalled for token in row})
+        try:
+            texts = await asyncio.to_thread(self._store.read_payloads, session.sid, positions)
+        except StoreError as error:
+            raise unreadable(session.id, error) from error
+        recalled = [[replace(token, payload=texts.get(token.position)) for token in row] for row in result.recalled]
+        return result._replace(recalled=recalled)
