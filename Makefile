@@ -10,7 +10,7 @@ ARGS   ?=
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test faults check format bench bench-breakdown bench-gpu bench-candidates bench-peers bench-plots image clean
+.PHONY: help setup demo serve test faults check format bench bench-breakdown bench-gpu bench-peers bench-plots image clean
 
 help:  ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s%s\n", $$1, $$2 }' Makefile
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt client/pyproject.toml
 	@touch $@
 
 demo: $(STAMP)  ## Start a server, let agents fill it with Python's documentation, ask it questions (ARGS="--keep")
-	@$(BIN)/htm-service demo $(ARGS)
+	@$(BIN)/python -m examples.demo $(ARGS)
 
 serve: $(STAMP)  ## Serve on 127.0.0.1:8000 (ARGS="--data DIR")
 	@$(BIN)/htm-service serve $(ARGS)
@@ -67,9 +67,6 @@ $(PEERS)/.installed: bench/peers-requirements.txt
 	@$(PYTHON) -m venv --without-pip $(PEERS)
 	@$(PYTHON) -m pip --python $(PEERS)/bin/python --disable-pip-version-check install -q -r $< \
 		&& touch $@ || echo "The peers could not be installed; those that are there are measured" >&2
-
-bench-candidates: $(STAMP)  ## Ways to compute an attend on a CPU, beside the kept one (ARGS='--only "compiled;C++"', ARGS=--quick)
-	@$(BIN)/python -m bench.candidates $(ARGS)
 
 bench-plots: $(VENV)/.plots  ## Draw docs/benchmarks/*.svg from new figures (ARGS=--draw-only, ARGS=--quick)
 	@$(BIN)/python -m bench.plots $(ARGS)

@@ -1,4 +1,4 @@
-"""The command line: `htm-service serve | demo | models | verify | backup | repair`. Failures: a sentence, exit code 1.
+"""The command line: `htm-service serve | models | verify | backup | repair`. Failures: a sentence, exit code 1.
 
 Does not know: how anything is done. What is slow to import is imported by the command that needs it.
 """
@@ -47,7 +47,6 @@ def build() -> typer.Typer:
     )
     app.callback()(top)
     app.command()(with_settings_flags(serve))
-    app.command()(demo)
     app.command()(verify)
     app.command()(backup)
     app.command()(repair)
@@ -122,26 +121,6 @@ def serve(**flags: Any) -> None:
         from api.serving import serve as serve_app
 
         serve_app(settings)
-
-
-def demo(
-    data: Annotated[
-        Path | None, typer.Option(help="Directory of the demo's data; a temporary one if left out.")
-    ] = None,
-    embedder: Annotated[
-        str | None, typer.Option(help="A sentence-transformers model; TF-IDF and SVD if left out.")
-    ] = None,
-    keep: Annotated[bool, typer.Option(help="Leave the server up and print the address of its page.")] = False,
-    port: Annotated[int, typer.Option(help="Port of the demo's server; 0 takes a free one.")] = 0,
-    limit: Annotated[int | None, typer.Option(help="Most passages to read; all if left out.")] = None,
-) -> None:
-    """Show it at work: agents remember Python's own documentation and are asked about it."""
-    with clear_failure():
-        try:
-            from api.demo.run import run_demo
-        except ModuleNotFoundError as error:
-            raise OSError(f"the demo needs {error.name}; install it with: pip install '.[demo]' ./client") from error
-        raise typer.Exit(run_demo(data=data, embedder=embedder, keep=keep, port=port, limit=limit) or 0)
 
 
 def convert(

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from api.demo.corpus import Passage, read_corpus
-from api.demo.embedder import Floats, TfidfEmbedder
+from examples.demo.corpus import Passage, read_corpus
+from examples.demo.embedder import Floats, TfidfEmbedder
 
 
 @pytest.fixture(scope="session")

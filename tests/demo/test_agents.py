@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from htm_client import AsyncHTMClient, Memories
 
-from api.demo.agents import LIBRARY, Agent, make_agents, payload_of
-from api.demo.corpus import Passage
-from api.demo.embedder import Floats
+from examples.demo.agents import LIBRARY, Agent, make_agents, payload_of
+from examples.demo.corpus import Passage
+from examples.demo.embedder import Floats
 
 
 def test_each_package_is_in_one_share_and_shares_are_even(passages: Sequence[Passage], embeddings: Floats) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from api.demo.corpus import MAX_WORDS, MIN_WORDS, SKIPPED, Passage, read_corpus
+from examples.demo.corpus import MAX_WORDS, MIN_WORDS, SKIPPED, Passage, read_corpus
 
 
 def words(prefix: str, count: int) -> str:

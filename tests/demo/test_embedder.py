@@ -11,8 +11,8 @@ import numpy as np
 import numpy.testing as npt
 import pytest
 
-from api.demo.corpus import Passage
-from api.demo.embedder import DIM, Floats, SentenceEmbedder, TfidfEmbedder
+from examples.demo.corpus import Passage
+from examples.demo.embedder import DIM, Floats, SentenceEmbedder, TfidfEmbedder
 
 
 def test_unit_rows_of_the_whole_corpus(embeddings: Floats, passages: Sequence[Passage]) -> None:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from api.demo.agents import CHUNK_SIZE, TOP_K
-from api.demo.corpus import Passage
-from api.demo.embedder import Floats, TfidfEmbedder
-from api.demo.quality import Quality, measure
-from api.demo.questions import QUESTIONS, Question
+from examples.demo.agents import CHUNK_SIZE, TOP_K
+from examples.demo.corpus import Passage
+from examples.demo.embedder import Floats, TfidfEmbedder
+from examples.demo.quality import Quality, measure
+from examples.demo.questions import QUESTIONS, Question
 
 
 def test_found_and_hits_by_hand() -> None:

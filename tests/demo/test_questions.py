@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from api.demo.corpus import Passage
-from api.demo.questions import QUESTIONS
+from examples.demo.corpus import Passage
+from examples.demo.questions import QUESTIONS
 
 
 def test_enough_questions_and_none_twice() -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 import httpx
 import pytest
 
-from api.demo.questions import QUESTIONS
-from api.demo.run import run_demo
-from api.demo.server_process import ServerProcess
+from examples.demo.questions import QUESTIONS
+from examples.demo.run import run_demo
+from examples.demo.server_process import ServerProcess
 
 LIMIT = 600
 ROOT = Path(__file__).parents[2]
@@ -33,7 +33,7 @@ def importable(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_run_and_a_second_one_on_its_data_that_keeps_the_server(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("api.demo.run.QUESTIONS", QUESTIONS[::3])  # all of them are asked in the second run
+    monkeypatch.setattr("examples.demo.run.QUESTIONS", QUESTIONS[::3])  # all of them are asked in the second run
     code = run_demo(data=tmp_path, embedder=None, keep=False, port=None, limit=LIMIT)
     text = capsys.readouterr().out
     assert code == 0, text
@@ -44,7 +44,7 @@ def test_a_run_and_a_second_one_on_its_data_that_keeps_the_server(
     assert re.search(r"sessions, tokens +│ 17, 1,200 ", text)
     assert "as promised" in text
 
-    command = [sys.executable, "-m", "api", "demo", "--data", str(tmp_path), "--limit", str(LIMIT), "--keep"]
+    command = [sys.executable, "-m", "examples.demo", "--data", str(tmp_path), "--limit", str(LIMIT), "--keep"]
     again = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     kept = re.search(r"(http://\S+)/ui shows its sessions. End it: kill (\d+)", again.stdout)
     assert kept, again.stdout + again.stderr

@@ -17,14 +17,14 @@ import numpy as np
 from htm_client import AsyncHTMClient, HTMClientError
 from rich.console import Console
 
-from api.demo import report
-from api.demo.agents import LIBRARY, Agent, Answers, ask, make_agents
-from api.demo.corpus import Passage, read_corpus
-from api.demo.embedder import Embedder, Floats, SentenceEmbedder, TfidfEmbedder
-from api.demo.quality import Quality, measure
-from api.demo.questions import QUESTIONS, Question
-from api.demo.server_process import ServerProcess
-from api.demo.streaming import stream
+from examples.demo import report
+from examples.demo.agents import LIBRARY, Agent, Answers, ask, make_agents
+from examples.demo.corpus import Passage, read_corpus
+from examples.demo.embedder import Embedder, Floats, SentenceEmbedder, TfidfEmbedder
+from examples.demo.quality import Quality, measure
+from examples.demo.questions import QUESTIONS, Question
+from examples.demo.server_process import ServerProcess
+from examples.demo.streaming import stream
 
 NUM_SHARES = 16
 RETRIES = 20

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from htm_client import AsyncHTMClient, Recalled, SessionConflict
 
-from api.demo.corpus import Passage
-from api.demo.embedder import Floats
+from examples.demo.corpus import Passage
+from examples.demo.embedder import Floats
 
 CHUNK_SIZE = 32
 TOP_K = 16

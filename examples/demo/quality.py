@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from api.demo.corpus import Passage
-from api.demo.embedder import Floats
-from api.demo.questions import Question
+from examples.demo.corpus import Passage
+from examples.demo.embedder import Floats
+from examples.demo.questions import Question
 
 MIN_FOUND = 0.9
 MAX_HITS_BELOW_EXACT = 0.05

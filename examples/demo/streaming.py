@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from htm_client import AsyncHTMClient
 from rich.console import Console
 
-from api.demo import report
-from api.demo.agents import Agent
-from api.demo.server_process import ServerProcess
+from examples.demo import report
+from examples.demo.agents import Agent
+from examples.demo.server_process import ServerProcess
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,12 +16,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from api.demo.agents import PASSAGES_PER_APPEND, TOP_K, Answers
-from api.demo.quality import MAX_HITS_BELOW_EXACT, MIN_FOUND, Quality
-from api.demo.questions import Question
+from examples.demo.agents import PASSAGES_PER_APPEND, TOP_K, Answers
+from examples.demo.quality import MAX_HITS_BELOW_EXACT, MIN_FOUND, Quality
+from examples.demo.questions import Question
 
 if TYPE_CHECKING:
-    from api.demo.streaming import Loaded
+    from examples.demo.streaming import Loaded
 
 NUM_EXAMPLES = 4
 NUM_PASSAGES = 3
