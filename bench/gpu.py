@@ -18,7 +18,7 @@ from torch import Tensor
 from bench.figures import Figure, print_figures, say
 from bench.scene import CHUNK_SIZE, DIM, HEADS, TOP_K
 from htm_service.attention.positions import position_table
-from htm_service.kernels import Attended, Batch, Kernel, Search, resolve_kernel
+from htm_service.kernels import Attended, Batch, Kernel, Search, View, resolve_kernel
 from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.chunks import KEY_ITEMSIZE, Chunks
 
@@ -65,15 +65,15 @@ def make_batch(lengths: Iterable[int], device: torch.device, budget: Budget) -> 
     num_rows = QUERIES * len(searches)
     heads = torch.randn(num_rows, HEADS, DIM, generator=random, device=device) / DIM**0.5
     summary = torch.randn(num_rows, DIM, generator=random, device=device)
-    return Batch(arena, summary, heads, position_table(CHUNK_SIZE, DIM).float().to(device), searches)
+    return Batch(View(arena, position_table(CHUNK_SIZE, DIM).to(device), searches), summary, heads)
 
 
 def num_bytes_to_read(batch: Batch, chunk_index: Tensor) -> int:
     """The keys of all sessions, and each chunk taken [R, K] once, whichever rows of its session took it."""
-    num_keys = sum(len(search.keys) for search in batch.searches)
-    rows = chunk_index.cpu().split([search.num_queries for search in batch.searches])
+    num_keys = sum(len(search.keys) for search in batch.view.searches)
+    rows = chunk_index.cpu().split([search.num_queries for search in batch.view.searches])
     num_pages = sum(len(taken[taken >= 0].unique()) for taken in rows)
-    return num_keys * batch.arena.dim * KEY_ITEMSIZE + num_pages * batch.arena.page_bytes
+    return num_keys * batch.view.arena.dim * KEY_ITEMSIZE + num_pages * batch.view.arena.page_bytes
 
 
 def check(got: Attended, expected: Attended) -> float:

@@ -19,7 +19,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from htm_service.kernels import Batch, Search, triton_loops
+from htm_service.kernels import Batch, Search, View, triton_loops
 from htm_service.kernels.triton_gpu import TritonKernel
 from htm_service.memory.arena import Arena, Budget
 
@@ -76,7 +76,7 @@ def attend(dtype: torch.dtype, dim: int, num_heads: int, num_queries: int, posit
     search = Search(torch.zeros(8, dim), torch.tensor(arena.allocate(8)), 0, 0, 8 * 32, num_queries, 8)
     heads = torch.zeros(num_queries, num_heads, dim)
     table = torch.zeros(32, dim) if positions else None
-    TritonKernel(arena.device).attend(Batch(arena, heads[:, 0], heads, table, [search]))
+    TritonKernel(arena.device).attend(Batch(View(arena, table, [search]), heads[:, 0], heads))
 
 
 CASES: tuple[tuple[int, torch.dtype, int, int, int, bool], ...] = (

@@ -55,12 +55,12 @@ def make_batch(searches: list[Search], arena: Arena, *, positions: bool = False)
     num_rows = sum(search.num_queries for search in searches)
     table = torch.randn(SIZE, DIM) if positions else None
     heads = torch.randn(num_rows, HEADS, DIM)
-    return Batch(arena, torch.randn(num_rows, DIM), heads, table, searches, tokens=True)
+    return Batch(View(arena, table, searches, tokens=True), torch.randn(num_rows, DIM), heads)
 
 
 def check_equal(batch: Batch) -> None:
     """The compiled kernel answers as the reference does, on one core and shared out, and changes nothing."""
-    tensors = (batch.summary, batch.heads, *(search.keys for search in batch.searches), batch.arena.contents)
+    tensors = (batch.summary, batch.heads, *(search.keys for search in batch.view.searches), batch.view.arena.contents)
     before = [None if tensor is None else tensor.nan_to_num(7) for tensor in tensors]
     expected = resolve_kernel(torch.device("cpu"), "reference").attend(batch)
     for num_threads, products_per_thread in ((1, 64), (3, 64), (3, 1 << 20)):
@@ -71,7 +71,7 @@ def check_equal(batch: Batch) -> None:
         for field in ("chunk_weight", "z", "token_weight", "token_score"):
             got, want = getattr(result, field), getattr(expected, field)
             torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5, equal_nan=True)
-        quiet = kernel.attend(replace(batch, tokens=False))
+        quiet = kernel.attend(replace(batch, view=replace(batch.view, tokens=False)))
         assert torch.equal(quiet.z.nan_to_num(7), result.z.nan_to_num(7)) and quiet.token_weight is None
     for tensor, copy in zip(tensors, before, strict=True):
         assert tensor is None or copy is None or torch.equal(tensor.nan_to_num(7), copy)
@@ -151,7 +151,7 @@ def logits_of(rows: list[list[float]], k: int, hidden: torch.Tensor | None = Non
     memory.append(torch.randn(len(rows[0]) * SIZE, DIM))
     summary = torch.nn.functional.pad(torch.tensor(rows), (0, DIM - len(rows[0])))
     search = make_search(memory, k, len(rows), keys=torch.eye(DIM)[: len(rows[0])].contiguous(), hidden=hidden)
-    return Batch(arena, summary, torch.randn(len(rows), HEADS, DIM), None, [search])
+    return Batch(View(arena, None, [search]), summary, torch.randn(len(rows), HEADS, DIM))
 
 
 def all_kernels() -> list[Kernel]:

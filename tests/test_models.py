@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import weakref
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,16 +18,22 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from htm_service.attention.convert import from_module
-from htm_service.attention.model import FoldedQueries, Model, ProjectedModel, RetrievalModel
+from htm_service.attention.model import Model, ProjectedModel, RetrievalModel
 from htm_service.attention.model_config import ModelConfig
 from htm_service.attention.model_file import load_model, model_bytes, parse_model, save_model
 from htm_service.attention.modules import HTMAttention, HTMBlock
 from htm_service.attention.positions import position_table
 from htm_service.attention.registry import ModelRegistry
 from htm_service.errors import InvalidArgument, ModelNotFound
+from htm_service.kernels.base import Search, View
+from htm_service.kernels.reference import ReferenceKernel
+from htm_service.kernels.resolve import resolve_kernel
+from htm_service.memory.arena import Arena, Budget
 from tests.reference import htm_reference, relative_error
 
 CONFIG = ModelConfig(dim=13, heads=3, dim_head=7, top_k=2, chunk_size=5)
+BLOCK = replace(CONFIG, block=True)
+KERNEL = ReferenceKernel()
 
 
 def make_tensors(config: ModelConfig, seed: int = 1, biases: bool = True) -> dict[str, Tensor]:
@@ -58,23 +65,23 @@ def make_tensors(config: ModelConfig, seed: int = 1, biases: bool = True) -> dic
     return tensors
 
 
-def attend_all(model: Model, queries: Tensor, tokens: Tensor, chunk_size: int, top_k: int) -> Tensor:
-    """The serving path's algebra on one session, `queries` [R, D] and `tokens` [n, D] -> [R, D]."""
-    folded = model.fold(queries)
+def view_of(model: Model, tokens: Tensor, chunk_size: int, top_k: int, num_queries: int) -> View:
+    """All of one session's `tokens` [n, D], for as many queries."""
+    arena = Arena(tokens.shape[1], chunk_size, torch.float32, torch.device("cpu"), Budget(1 << 20))
     chunks = tokens.split(chunk_size) if len(tokens) else ()
+    pages = arena.allocate(len(chunks))
+    for page, chunk in zip(pages, chunks, strict=True):
+        arena.page(page)[: len(chunk)] = chunk
     keys = torch.stack([chunk.mean(0) for chunk in chunks]) if chunks else tokens.new_zeros(0, tokens.shape[1])
-    logits = folded.summary @ keys.T  # [R, M]
-    best, index = logits.topk(min(top_k, len(keys)))
-    weights = best.softmax(-1)  # [R, K]
-    table = model.positions(chunk_size)
-    z = torch.zeros(len(queries), model.heads, tokens.shape[1])
-    for row in range(len(queries)):
-        for weight, i in zip(weights[row], index[row], strict=True):
-            y = chunks[int(i)]
-            if table is not None:
-                y = y + table[: len(y)]
-            z[row] += weight * (folded.heads[row] @ y.T).softmax(-1) @ y
-    return model.project(z, folded, torch.full((len(queries),), bool(chunks)))
+    k = min(top_k, len(chunks))
+    search = Search(keys, torch.tensor(pages, dtype=torch.int64), 0, 0, len(tokens), num_queries, k)
+    return View(arena, model.positions(chunk_size), [search])
+
+
+def attend_all(model: Model, queries: Tensor, tokens: Tensor, chunk_size: int, top_k: int) -> Tensor:
+    """What the serving path answers `queries` [R, D] from one session's `tokens` [n, D]: [R, D]."""
+    _, output = model.answer(queries, view_of(model, tokens, chunk_size, top_k, len(queries)), KERNEL)
+    return output
 
 
 class TestFolding:
@@ -129,40 +136,44 @@ class TestFolding:
         assert relative_error(output, htm_reference(queries, tokens, config, tensors).output) <= 1e-5
 
     @pytest.mark.parametrize("block", [False, True])
-    def test_nothing_visible(self, block: bool) -> None:
-        """Such a row is zero, or the normed query, even when its `z` holds NaN; others are untouched."""
+    @pytest.mark.parametrize("kernel", ["reference", "compiled"])
+    def test_nothing_visible(self, block: bool, kernel: str) -> None:
+        """Such a row is zero, or the normed query, whatever lies in the arena; others are untouched."""
         config = replace(CONFIG, block=block)
         tensors = make_tensors(config)
-        model = ProjectedModel(config, tensors)
-        queries = torch.randn(3, 13)
-        folded = model.fold(queries)
-        z = torch.randn(3, 3, 13)
-        z[1] = math.nan
-        output = model.project(z, folded, torch.tensor([True, False, True]))
-        normed = torch.zeros(13)
-        if block:
-            normed = torch.nn.functional.layer_norm(queries[1], (13,), tensors["norm.weight"], tensors["norm.bias"])
-        torch.testing.assert_close(output[1], normed)
-        torch.testing.assert_close(output[::2], model.project(z.nan_to_num(), folded, torch.ones(3).bool())[::2])
-        retrieved = RetrievalModel().project(z[:, :1], folded, torch.tensor([True, False, True]))
-        assert torch.equal(retrieved[1], torch.zeros(13))
+        queries, tokens = torch.randn(3, 13), torch.randn(11, 13)
+        hidden = torch.zeros(3, 3, dtype=torch.bool)
+        hidden[1] = True
+        for model in (ProjectedModel(config, tensors), RetrievalModel()):
+            view = view_of(model, tokens, 5, 2, 3)
+            masked = replace(view, searches=[replace(view.searches[0], hidden=hidden)])
+            view.arena.page(2)[1:] = math.nan  # slots that were never written
+            resolved = resolve_kernel(torch.device("cpu"), kernel)
+            (_, seen), (attended, output) = (model.answer(queries, each, resolved) for each in (view, masked))
+            nothing = torch.zeros(13)
+            if model.config.block:
+                nothing = torch.nn.functional.layer_norm(
+                    queries[1], (13,), tensors["norm.weight"], tensors["norm.bias"]
+                )
+            torch.testing.assert_close(output[1], nothing)
+            torch.testing.assert_close(output[::2], seen[::2])
+            assert torch.equal(model.select(queries, masked, resolved), attended.chunk_index)
 
     def test_no_rows(self) -> None:
         for model in (ProjectedModel(CONFIG, make_tensors(CONFIG)), RetrievalModel()):
-            folded = model.fold(torch.zeros(0, 13))
-            assert folded.heads.shape == (0, model.heads, 13)
-            assert model.project(torch.zeros(0, model.heads, 13), folded, torch.zeros(0).bool()).shape == (0, 13)
+            summary, heads = model.fold(torch.zeros(0, 13), KERNEL)
+            assert summary.shape == (0, 13) and heads.shape == (0, model.heads, 13)
 
     def test_arguments_are_unchanged(self) -> None:
-        model = ProjectedModel(replace(CONFIG, block=True), make_tensors(replace(CONFIG, block=True)))
-        queries, z = torch.randn(3, 13), torch.randn(3, 3, 13)
-        before = queries.clone(), z.clone()
-        folded = model.fold(queries)
-        kept = FoldedQueries(*(None if t is None else t.clone() for t in folded))  # type: ignore[arg-type]
-        model.project(z, folded, torch.tensor([True, False, True]))
-        assert torch.equal(queries, before[0]) and torch.equal(z, before[1])
-        for tensor, copy in zip(folded, kept, strict=True):
-            assert tensor is not None and copy is not None and torch.equal(tensor, copy)
+        for model in (ProjectedModel(BLOCK, make_tensors(BLOCK)), RetrievalModel()):
+            queries, tokens = torch.randn(3, 13), torch.randn(11, 13)
+            view = view_of(model, tokens, 5, 2, 3)
+            given = (queries, view.searches[0].keys, view.arena.take(torch.arange(3)))
+            before = [tensor.clone() for tensor in given]
+            model.answer(queries, view, KERNEL)
+            model.select(queries, view, KERNEL)
+            after = (queries, view.searches[0].keys, view.arena.take(torch.arange(3)))
+            assert all(map(torch.equal, before, after))
 
     def test_positions(self) -> None:
         """The last slot is position 0: sines 0, cosines 1; slot 0 is position C - 1."""
@@ -178,10 +189,13 @@ class TestFolding:
 
     def test_many_chunk_sizes_do_not_pile_up(self) -> None:
         model = ProjectedModel(CONFIG, make_tensors(CONFIG))
+        tables = []
         for chunk_size in range(1, 200):
             table = model.positions(chunk_size)
             assert table is not None and torch.equal(table, position_table(chunk_size, 13))
-        assert len(model._tables) <= 64
+            tables.append(weakref.ref(table))
+            del table
+        assert sum(table() is not None for table in tables) <= 64
 
     def test_to_the_same_device(self) -> None:
         for model in (ProjectedModel(CONFIG, make_tensors(CONFIG)), RetrievalModel()):
@@ -193,9 +207,8 @@ class TestFolding:
             queries = torch.randn(5, 13)
             moved = model.to("cuda")
             assert (moved.hash, moved.config) == (model.hash, model.config)
-            for actual, expected in zip(moved.fold(queries.cuda()), model.fold(queries), strict=True):
-                if expected is not None:
-                    assert actual is not None and relative_error(actual, expected) <= 1e-5
+            for actual, expected in zip(moved.fold(queries.cuda(), KERNEL), model.fold(queries, KERNEL), strict=True):
+                assert relative_error(actual, expected) <= 1e-5
 
 
 class TestIdentity:
@@ -238,8 +251,8 @@ class TestFile:
         model, original = load_model(path), ProjectedModel(config, tensors)
         assert (model.config, model.hash) == (config, original.hash)
         queries = torch.randn(3, 13)
-        for actual, expected in zip(model.fold(queries), original.fold(queries), strict=True):
-            assert actual is not None and expected is not None and torch.equal(actual, expected)
+        for actual, expected in zip(model.fold(queries, KERNEL), original.fold(queries, KERNEL), strict=True):
+            assert torch.equal(actual, expected)
 
     def test_tensors_that_share_memory(self) -> None:
         tensors = make_tensors(CONFIG)

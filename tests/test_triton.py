@@ -18,7 +18,7 @@ from torch import Tensor
 
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
-from htm_service.kernels import Batch, Projections, Search
+from htm_service.kernels import Batch, Projections, Search, View
 from htm_service.kernels.reference import ReferenceKernel
 from htm_service.kernels.triton_gpu import TritonKernel
 from htm_service.memory.arena import Arena, Budget
@@ -67,7 +67,8 @@ class Scene:
         num_rows, arena = sum(search.num_queries for search in self.searches), self.arena
         summary, heads = torch.randn(num_rows, arena.dim), torch.randn(num_rows, num_heads, arena.dim)
         table = torch.randn(arena.chunk_size, arena.dim).to(arena.device) if positions else None
-        return Batch(arena, summary.to(arena.device), heads.to(arena.device), table, self.searches, tokens=True)
+        view = View(arena, table, self.searches, tokens=True)
+        return Batch(view, summary.to(arena.device), heads.to(arena.device))
 
 
 def ragged(device: str, dtype: torch.dtype = torch.float32, *, positions: bool = False) -> Batch:
@@ -89,10 +90,10 @@ def ragged(device: str, dtype: torch.dtype = torch.float32, *, positions: bool =
 
 def check_equal(batch: Batch) -> None:
     """Its answers are the reference's, and its arguments unchanged."""
-    slabs = [slab for slab in batch.arena._slabs if slab is not None]
-    tensors = [batch.summary, batch.heads, *slabs, *(search.keys for search in batch.searches)]
+    slabs = [slab for slab in batch.view.arena._slabs if slab is not None]
+    tensors = [batch.summary, batch.heads, *slabs, *(search.keys for search in batch.view.searches)]
     before = [tensor.nan_to_num(7) for tensor in tensors]
-    expected, result = ReferenceKernel().attend(batch), TritonKernel(batch.arena.device).attend(batch)
+    expected, result = ReferenceKernel().attend(batch), TritonKernel(batch.view.arena.device).attend(batch)
     assert torch.equal(result.chunk_index, expected.chunk_index)
     for field in ("chunk_weight", "z", "token_weight", "token_score"):
         got, want = getattr(result, field), getattr(expected, field)
@@ -124,7 +125,7 @@ def test_the_best_of_many_keys_are_found_in_pieces(device: str, k: int, num_quer
     scene.search(memory, k, num_queries)
     scene.search(memory, k, 1, hidden=torch.rand(1, 307) < 0.5)
     batch = scene.batch()
-    assert torch.equal(TritonKernel(batch.arena.device).select(batch), ReferenceKernel().select(batch))
+    assert torch.equal(TritonKernel(batch.view.arena.device).select(batch), ReferenceKernel().select(batch))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -132,7 +133,7 @@ def test_nothing_but_empty_sessions(device: str) -> None:
     scene = Scene(device)
     scene.search(scene.memory(0), 5, 2)
     batch = scene.batch()
-    found = TritonKernel(batch.arena.device).attend(batch)
+    found = TritonKernel(batch.view.arena.device).attend(batch)
     assert found.chunk_index.shape == (2, 0) and found.z.eq(0).all()
 
 
@@ -145,7 +146,7 @@ def test_equal_scores_go_to_the_lower_index_in_whichever_piece(device: str) -> N
     scene.search(memory, 4)
     batch = scene.batch()
     batch.summary.fill_(1.0)
-    assert TritonKernel(batch.arena.device).select(batch).tolist() == [[40, 270, 0, 1]]
+    assert TritonKernel(batch.view.arena.device).select(batch).tolist() == [[40, 270, 0, 1]]
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -166,7 +167,7 @@ def test_chunks_without_a_page_are_selected_and_add_nothing(device: str) -> None
     scene = Scene(device)
     scene.search(scene.memory(2 * SIZE), 2, pages=torch.tensor([-1, -1]))
     batch = scene.batch()
-    kernel = TritonKernel(batch.arena.device)
+    kernel = TritonKernel(batch.view.arena.device)
     assert sorted(kernel.select(batch)[0].tolist()) == [0, 1]
     assert kernel.attend(batch).z.eq(0).all()
 
@@ -182,7 +183,7 @@ def test_from_queries_to_answers(device: str) -> None:
     answers = []
     for kernel in (TritonKernel(scene.arena.device), ReferenceKernel()):
         summary, heads = kernel.fold(projections, queries)
-        attended = kernel.attend(Batch(scene.arena, summary, heads, None, scene.searches))
+        attended = kernel.attend(Batch(View(scene.arena, None, scene.searches), summary, heads))
         assert attended.token_weight is None and attended.token_score is None
         answers.append(kernel.project(projections, attended.z))
     torch.testing.assert_close(*answers, rtol=1e-5, atol=1e-5)

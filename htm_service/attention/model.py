@@ -2,10 +2,8 @@
 
 Shapes: R rows (queries of one batch), D width, H heads, E width per head, C chunk size.
 
-A reader of memory does `folded = model.fold(queries)`, scores summary keys against `folded.summary`, attends
-to raw tokens (plus `positions`) with `folded.heads`, sums them over the selected chunks to `z`, and
-finishes with `model.project(z, folded, any_visible)`. Exact algebra, see docs/attention.md. A kernel does the
-arithmetic; without one, the reference does.
+The serving path asks `model.answer(queries, view, kernel)`, and `model.select` which chunks that would read. The model
+knows its weights, the kernel does the arithmetic. Exact algebra, see docs/attention.md.
 
 Owns: the algebra of a model. Does not know: files and names of models, sessions, chunks, training (`modules.py`).
 """
@@ -15,7 +13,7 @@ from __future__ import annotations
 import threading
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -23,23 +21,11 @@ from torch.nn import functional
 
 from htm_service.attention.model_config import ModelConfig, check_tensors, content_hash
 from htm_service.attention.positions import position_table
-from htm_service.kernels.base import Attended, Kernel, Projections, View
-from htm_service.kernels.reference import ReferenceKernel
+from htm_service.kernels.base import Attended, Batch, Kernel, Projections, View
 from htm_service.records import ModelInfo
 
 LAYER_NORM_EPS = 1e-5
 _MAX_POSITION_TABLES = 64
-
-
-class FoldedQueries(NamedTuple):
-    """Queries ready to meet raw memory, float32."""
-
-    residual: Tensor | None
-    """[R, D], added to the output; None unless the model is a block."""
-    summary: Tensor
-    """[R, D]: its dot product with a summary key is the summary logit, up to a constant per query."""
-    heads: Tensor
-    """[R, H, D]: its dot product with a token (plus position) is the head's logit, up to a constant."""
 
 
 class Model(ABC):
@@ -68,22 +54,16 @@ class Model(ABC):
         return self.config.heads
 
     @abstractmethod
-    def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
-        """Fold the projections of keys into `queries` [R, D]."""
+    def fold(self, queries: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+        """Queries [R, D] as they meet summary keys [R, D] and tokens [R, H, D]: see `Batch`."""
 
     @abstractmethod
-    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
-        """Turn weighted sums of tokens `z` [R, H, D] into outputs [R, D].
-
-        `any_visible` [R] bool: rows without a visible token are zero (a block: the normed query), whatever
-        `z` holds there.
-        """
-
     def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
         """What `queries` [R, D] take of a view, and the outputs [R, D]; zero, in a block the normed query, for none."""
-        folded = self.fold(queries, kernel)
-        attended = kernel.attend(view.batch(folded.summary, folded.heads))
-        return attended, self.project(attended.z, folded, (attended.chunk_index >= 0).any(dim=-1), kernel)
+
+    def select(self, queries: Tensor, view: View, kernel: Kernel) -> Tensor:
+        """The chunks that `answer` would take, without reading them: `Attended.chunk_index`."""
+        return kernel.select(Batch(view, *self.fold(queries, kernel)))
 
     @abstractmethod
     def to(self, device: torch.device | str) -> Self:
@@ -162,17 +142,9 @@ class ProjectedModel(Model):
         if self.config.block:
             self._norm = (put(full["norm.weight"]), put(full["norm.bias"]))  # [D], [D]
 
-    def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
-        """Fold the projections of keys into `queries` [R, D], layer-normed first in a block."""
-        queries = self._normed(queries)
-        residual = queries if self.config.block else None
-        return FoldedQueries(residual, *(kernel or ReferenceKernel()).fold(self._projections, queries))
-
-    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
-        """Project `z` [R, H, D] by values and output to [R, D]; see `Model.project`."""
-        output = (kernel or ReferenceKernel()).project(self._projections, z)
-        output = torch.where(any_visible[:, None], output, 0.0)
-        return output if folded.residual is None else output + folded.residual
+    def fold(self, queries: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+        """Layer-normed first in a block; see `Model.fold`."""
+        return kernel.fold(self._projections, self._normed(queries))
 
     def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
         """In one call of the kernel; see `Model.answer`."""
@@ -217,15 +189,14 @@ class RetrievalModel(Model):
         )
         super().__init__(config, content_hash(config, {}), device)
 
-    def fold(self, queries: Tensor, kernel: Kernel | None = None) -> FoldedQueries:
-        """Scale `queries` [R, D]."""
-        summary = queries * self.config.resolved_summary_scale  # [R, D]
-        heads = (queries * self.config.resolved_attention_scale)[:, None]  # [R, 1, D]
-        return FoldedQueries(None, summary, heads)
+    def fold(self, queries: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
+        """Scaled; see `Model.fold`."""
+        return queries * self.config.resolved_summary_scale, queries[:, None] * self.config.resolved_attention_scale
 
-    def project(self, z: Tensor, folded: FoldedQueries, any_visible: Tensor, kernel: Kernel | None = None) -> Tensor:
-        """`z` [R, 1, D] itself, as [R, D]; zero where nothing is visible."""
-        return torch.where(any_visible[:, None], z[:, 0], 0.0)
+    def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
+        """The sum of tokens is the answer; see `Model.answer`."""
+        attended = kernel.attend(Batch(view, *self.fold(queries, kernel)))
+        return attended, attended.z[:, 0]
 
     def to(self, device: torch.device | str) -> Self:
         """The same model on `device`; itself when it is there already."""

@@ -68,16 +68,13 @@ class Search:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
-    """Searches over one arena, their rows following each other.
+class View:
+    """What queries look at: searches over one arena, whose rows follow each other.
 
-    `summary` [R, D] float32 meets the summary keys, `heads` [R, H, D] float32 the tokens plus `positions` [C, D];
-    with `tokens`, the answer says how tokens took part.
+    `positions` [C, D] float32 is added to the tokens of a chunk; with `tokens`, the answer says how tokens took part.
     """
 
     arena: Arena
-    summary: Tensor
-    heads: Tensor
     positions: Tensor | None
     searches: Sequence[Search]
     tokens: bool = False
@@ -89,17 +86,15 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
-class View:
-    """What a `Batch` looks at: all of it but the folded queries."""
+class Batch:
+    """Folded queries and what they look at.
 
-    arena: Arena
-    positions: Tensor | None
-    searches: Sequence[Search]
-    tokens: bool = False
+    `summary` [R, D] float32 meets the summary keys, `heads` [R, H, D] float32 the tokens plus positions.
+    """
 
-    def batch(self, summary: Tensor, heads: Tensor) -> Batch:
-        """With the folded queries."""
-        return Batch(self.arena, summary, heads, self.positions, self.searches, self.tokens)
+    view: View
+    summary: Tensor
+    heads: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,8 +102,9 @@ class Attended:
     """What R rows took, best chunk first, ties to the lower index.
 
     `chunk_index` [R, K] int64, -1 where fewer could be taken; `chunk_weight` [R, K] float32, 0 there, and NaN in a
-    whole row whose logits overflowed; `z` [R, H, D] float32: the sum over chunks of weight x softmax-weighted tokens.
-    With `Batch.tokens`: `token_weight` [R, K, C], in-chunk weights as a mean over heads, 0 where not visible;
+    whole row whose logits overflowed; `z` [R, H, D] float32: the sum over chunks of weight x softmax-weighted tokens, 0
+    where no chunk was taken.
+    With `View.tokens`: `token_weight` [R, K, C], in-chunk weights as a mean over heads, 0 where not visible;
     `token_score` [R, K, C], in-chunk logits as a mean over heads, -inf where not visible.
     """
 
@@ -151,7 +147,7 @@ class Kernel(Protocol):
 
 def answer_in_steps(kernel: Kernel, projections: Projections, queries: Tensor, view: View) -> tuple[Attended, Tensor]:
     """`Kernel.answer`, one method after the other."""
-    attended = kernel.attend(view.batch(*kernel.fold(projections, queries)))
+    attended = kernel.attend(Batch(view, *kernel.fold(projections, queries)))
     taken = (attended.chunk_index >= 0).any(dim=-1)
     return attended, torch.where(taken[:, None], kernel.project(projections, attended.z), 0.0)
 

@@ -89,33 +89,39 @@ class CompiledKernel:
 
     def select(self, batch: Batch) -> Tensor:
         """In two calls; see `Kernel`."""
-        table = _table(batch.searches)
+        table = _table(batch.view.searches)
         index, logit = self._score(batch, table)
-        chosen = np.full((len(batch.summary), batch.width), -1)
+        chosen = np.full((len(batch.summary), batch.view.width), -1)
         loops.choose(table, index, logit, chosen, np.zeros(chosen.shape, np.float32))
         return torch.from_numpy(chosen)
 
     def attend(self, batch: Batch) -> Attended:
         """In one call, or two where a session is long: first its keys, shared out, then the rows; see `Attended`."""
-        table = _table(batch.searches)
-        view = _ViewArrays(batch, len(batch.summary), batch.heads.shape[1])
+        table = _table(batch.view.searches)
+        arrays = _ViewArrays(batch.view, len(batch.summary), batch.heads.shape[1])
         summary, heads = batch.summary.numpy(), batch.heads.numpy()
-        if self._is_long(table, batch.arena):
+        if self._is_long(table, batch.view.arena):
             found, logit = self._score(batch, table)
             self._by_rows(
                 table,
                 lambda rows, searches: loops.attend(
-                    *view.pages, searches, found[rows], logit[rows], heads[rows], view.positions, *view.written(rows)
+                    *arrays.pages,
+                    searches,
+                    found[rows],
+                    logit[rows],
+                    heads[rows],
+                    arrays.positions,
+                    *arrays.written(rows),
                 ),
             )
         else:
             self._by_rows(
                 table,
                 lambda rows, searches: loops.read(
-                    *view.pages, searches, summary[rows], heads[rows], view.positions, *view.written(rows)
+                    *arrays.pages, searches, summary[rows], heads[rows], arrays.positions, *arrays.written(rows)
                 ),
             )
-        return view.attended()
+        return arrays.attended()
 
     def answer(self, projections: Projections, queries: Tensor, view: View) -> tuple[Attended, Tensor]:
         """In one call, or in steps where a session is long; see `Kernel`."""
@@ -143,9 +149,9 @@ class CompiledKernel:
 
         Many keys are scored on several cores, whether they are of one long session or of many.
         """
-        num_products = int(table["num_keys"] @ table["num_queries"]) * batch.arena.dim
+        num_products = int(table["num_keys"] @ table["num_queries"]) * batch.view.arena.dim
         num_parts = max(1, min(self.num_threads, num_products // self.products_per_thread))
-        index = np.full((len(batch.summary), num_parts, batch.width), -1)
+        index = np.full((len(batch.summary), num_parts, batch.view.width), -1)
         logit = np.full(index.shape, -np.inf, np.float32)
         summary = batch.summary.numpy()
         self._together([partial(loops.score, table, summary, part, index, logit) for part in range(num_parts)])
@@ -173,10 +179,10 @@ class _ViewArrays:
     Arrays, not tensors, because each of torch's calls gives the interpreter's lock away.
     """
 
-    def __init__(self, view: View | Batch, num_rows: int, num_heads: int) -> None:
+    def __init__(self, view: View, num_rows: int, num_heads: int) -> None:
         arena, contents = view.arena, view.arena.contents
         assert contents is not None, "this kernel runs on a CPU"
-        size, dim, width = arena.chunk_size, arena.dim, max(search.k for search in view.searches)
+        size, dim, width = arena.chunk_size, arena.dim, view.width
         no_pages = (0, size, dim)
         is_wide = contents.dtype == torch.float32
         self.pages = (

@@ -30,9 +30,9 @@ class ReferenceKernel:
 
     def select(self, batch: Batch) -> Tensor:
         """Search by search; see `Kernel`."""
-        chosen = batch.summary.new_full((len(batch.summary), batch.width), -1, dtype=torch.int64)
+        chosen = batch.summary.new_full((len(batch.summary), batch.view.width), -1, dtype=torch.int64)
         first = 0
-        for search in batch.searches:
+        for search in batch.view.searches:
             rows = torch.arange(search.num_queries)
             index, _ = _select(search, batch.summary[first + rows], rows)
             chosen[first : first + search.num_queries, : search.k] = torch.where(index >= 0, index + search.first, -1)
@@ -43,16 +43,15 @@ class ReferenceKernel:
         """Search by search: select and attend; see `Attended`."""
         parts: list[Attended] = []
         first = 0
-        for search in batch.searches:
+        for search in batch.view.searches:
             rows = torch.arange(first, first := first + search.num_queries)
             parts.extend(_attend(batch, search, part - rows[0], part) for part in rows.split(ROWS_AT_ONCE))
-        return Attended(
-            torch.cat([part.chunk_index for part in parts]),
-            torch.cat([part.chunk_weight for part in parts]),
-            torch.cat([part.z for part in parts]),
-            torch.cat([part.token_weight for part in parts if part.token_weight is not None]) if batch.tokens else None,
-            torch.cat([part.token_score for part in parts if part.token_score is not None]) if batch.tokens else None,
-        )
+
+        def joined(name: str) -> Tensor:
+            return torch.cat([getattr(part, name) for part in parts])
+
+        tokens = (joined("token_weight"), joined("token_score")) if batch.view.tokens else (None, None)
+        return Attended(joined("chunk_index"), joined("chunk_weight"), joined("z"), *tokens)
 
     def project(self, projections: Projections, z: Tensor) -> Tensor:
         """One matrix product per head, and one for all."""
@@ -66,19 +65,20 @@ class ReferenceKernel:
 
 def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Attended:
     """Rows of one search: their numbers in the search and in the batch."""
+    view = batch.view
     index, logits = _select(search, batch.summary[rows], queries)
     taken = index >= 0
     # A row without any chunk would be 0 / 0; one that overflowed stays NaN.
     weight = logits.softmax(dim=-1).masked_fill(logits == -torch.inf, 0.0)
-    visible = _visible(search, index, batch.arena.chunk_size)  # [Q, k, C]
+    visible = _visible(search, index, view.arena.chunk_size)  # [Q, k, C]
     if len(search.pages):
         pages = search.pages[index.clamp(min=0)].clamp(min=0)
-        x = rearrange(batch.arena.take(pages.flatten()).float(), "(q k) c d -> q k c d", k=search.k)
+        x = rearrange(view.arena.take(pages.flatten()).float(), "(q k) c d -> q k c d", k=search.k)
     else:
-        x = weight.new_zeros(*visible.shape, batch.arena.dim)
+        x = weight.new_zeros(*visible.shape, view.arena.dim)
     # Slots that were never written hold anything, NaN included, and 0 x NaN is NaN.
     x = x.masked_fill(~visible[..., None], 0.0)
-    y = x if batch.positions is None else x + batch.positions
+    y = x if view.positions is None else x + view.positions
     scores = einsum(batch.heads[rows], y, "q h d, q k c d -> q h k c")
     scores = scores.masked_fill(~visible[:, None], -torch.inf)
     shares = scores.softmax(dim=-1).masked_fill(~visible[:, None], 0.0)  # chunks without a visible token: 0 / 0
@@ -86,7 +86,7 @@ def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Atte
 
     def widen(tensor: Tensor, fill: float) -> Tensor:
         """From the search's k chunks to the batch's K."""
-        wide = tensor.new_full((tensor.shape[0], batch.width, *tensor.shape[2:]), fill)
+        wide = tensor.new_full((tensor.shape[0], view.width, *tensor.shape[2:]), fill)
         wide[:, : search.k] = tensor
         return wide
 
@@ -94,8 +94,8 @@ def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Atte
         widen(torch.where(taken, index + search.first, -1), -1),
         widen(weight, 0.0),
         z,
-        widen(shares.mean(dim=1), 0.0) if batch.tokens else None,
-        widen(scores.mean(dim=1), -torch.inf) if batch.tokens else None,
+        widen(shares.mean(dim=1), 0.0) if view.tokens else None,
+        widen(scores.mean(dim=1), -torch.inf) if view.tokens else None,
     )
 
 

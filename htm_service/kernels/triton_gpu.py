@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from htm_service.kernels import triton_loops as loops
-from htm_service.kernels.base import Attended, Batch, Search
+from htm_service.kernels.base import Attended, Batch, Search, View
 from htm_service.kernels.reference import ReferenceKernel
 from htm_service.memory.arena import Arena, Budget
 
@@ -52,42 +52,42 @@ class TritonKernel(ReferenceKernel):
             for num_rows, num_heads, positions in ((1, 1, None), (FEW_ROWS + 1, 8, tokens)):
                 search = Search(tokens[:1], pages, 0, 0, 1, num_rows, 1)
                 heads = torch.zeros(num_rows, num_heads, 64, device=self._device)
-                self.attend(Batch(arena, heads[:, 0], heads, positions, [search]))
+                self.attend(Batch(View(arena, positions, [search]), heads[:, 0], heads))
 
     def select(self, batch: Batch) -> Tensor:
         """Two launches; see `Kernel`."""
         with torch.cuda.device_of(batch.summary):
-            return _choose(batch, _plan(batch)).chunks
+            return _choose(batch, _plan(batch.view)).chunks
 
     def attend(self, batch: Batch) -> Attended:
         """Four launches and a softmax; see `Attended`."""
-        arena, heads_of_rows = batch.arena, batch.heads.contiguous()
+        view, arena, heads_of_rows = batch.view, batch.view.arena, batch.heads.contiguous()
         num_rows, num_heads, _ = heads_of_rows.shape
-        sizes = (batch.width, num_heads, arena.dim, arena.chunk_size)
+        sizes = (view.width, num_heads, arena.dim, arena.chunk_size)
         slots = max(16, min(SLOTS_AT_ONCE, triton.next_power_of_2(arena.chunk_size)))
         heads = min(HEADS_AT_ONCE, triton.next_power_of_2(num_heads))
         slot_blocks, head_blocks = triton.cdiv(arena.chunk_size, slots), triton.cdiv(num_heads, heads)
         tiles: dict[str, Any] = {"HEADS": heads, "SLOTS": slots, "BLOCK": COLUMNS_AT_ONCE}
         encoding = {"DTYPE": _DTYPES[arena.dtype], "ALIGNMENT": _alignment(arena.dim)}
-        logits = heads_of_rows.new_empty(num_rows, batch.width, num_heads, arena.chunk_size)
+        logits = heads_of_rows.new_empty(num_rows, view.width, num_heads, arena.chunk_size)
         z = torch.empty_like(heads_of_rows)
         with torch.cuda.device_of(batch.summary):
-            plan = _plan(batch)
+            plan = _plan(view)
             chosen = _choose(batch, plan)
-            loops.score_tokens[(num_rows, batch.width * slot_blocks, head_blocks)](
-                *(plan.searches, plan.search_of_row, heads_of_rows, batch.positions),
+            loops.score_tokens[(num_rows, view.width * slot_blocks, head_blocks)](
+                *(plan.searches, plan.search_of_row, heads_of_rows, view.positions),
                 *(chosen.chunks, chosen.contents, logits, *sizes),
                 **encoding,
                 **tiles,
             )
             shares = logits.softmax(dim=-1)
             loops.add_up[(num_rows, triton.cdiv(arena.dim, COLUMNS_AT_ONCE), head_blocks)](
-                *(plan.searches, plan.search_of_row, batch.positions),
+                *(plan.searches, plan.search_of_row, view.positions),
                 *(chosen.chunks, chosen.weights, chosen.contents, shares, z, *sizes),
                 **encoding,
                 **tiles,
             )
-        if not batch.tokens:
+        if not view.tokens:
             return Attended(chosen.chunks, chosen.weights, z, None, None)
         shares = shares.masked_fill(logits == -torch.inf, 0.0)  # chunks without a visible token: 0 / 0
         return Attended(chosen.chunks, chosen.weights, z, shares.mean(dim=2), logits.mean(dim=2))
@@ -113,14 +113,14 @@ class _Chosen(NamedTuple):
 
 def _choose(batch: Batch, plan: _Plan) -> _Chosen:
     """Score the keys and take the best chunks."""
-    arena, summary, width = batch.arena, batch.summary.contiguous(), batch.width
+    arena, summary, width = batch.view.arena, batch.summary.contiguous(), batch.view.width
     num_listed = _list_size(width)
     piece = _piece_size(width)
     lists = plan.searches.new_empty(plan.num_lists, num_listed)
     loops.score_keys[(len(plan.tiles),)](
         *(plan.searches, plan.tiles, summary, lists, arena.dim),
         ALIGNMENT=_alignment(arena.dim),
-        ROWS=_rows_at_once(batch),
+        ROWS=_rows_at_once(batch.view),
         PIECE=piece,
         LIST=num_listed,
         BLOCK=32,
@@ -137,26 +137,26 @@ def _choose(batch: Batch, plan: _Plan) -> _Chosen:
     return chosen
 
 
-def _plan(batch: Batch) -> _Plan:
+def _plan(view: View) -> _Plan:
     """All that the device must know, in one copy that the host does not wait for."""
-    table = np.array([(*search.numbers(), 0, 0) for search in batch.searches], np.int64)
+    table = np.array([(*search.numbers(), 0, 0) for search in view.searches], np.int64)
     num_rows, num_keys = table[:, loops.NUM_ROWS.value], table[:, loops.NUM_KEYS.value]
-    num_pieces = -(-num_keys // _piece_size(batch.width))
+    num_pieces = -(-num_keys // _piece_size(view.width))
     table[:, loops.FIRST_ROW.value] = _starts(num_rows)
     table[:, loops.FIRST_LIST.value] = _starts(num_rows * num_pieces)
     numbers = np.arange(len(table))
-    num_tiles = -(-num_rows // _rows_at_once(batch)) * num_pieces
+    num_tiles = -(-num_rows // _rows_at_once(view)) * num_pieces
     search_of_tile = np.repeat(numbers, num_tiles)
     number_of_tile = np.arange(len(search_of_tile)) - _starts(num_tiles)[search_of_tile]
     parts = (
         table,
         np.repeat(numbers, num_rows),
         np.stack((search_of_tile, number_of_tile), axis=1),
-        np.array(batch.arena.slab_addresses, np.int64),
+        np.array(view.arena.slab_addresses, np.int64),
     )
     # Each begins at a multiple of 16 bytes, which Triton compiles for.
     padded = [np.pad(part.ravel(), (0, part.size % 2)) for part in parts]
-    device = batch.summary.device
+    device = view.arena.device
     pinned = torch.empty(sum(map(len, padded)), dtype=torch.int64, pin_memory=device.type == "cuda")
     np.concatenate(padded, out=pinned.numpy())
     pieces = pinned.to(device, non_blocking=True).split([len(part) for part in padded])
@@ -180,10 +180,10 @@ def _piece_size(width: int) -> int:
     return max(MIN_PIECE, _list_size(width))
 
 
-def _rows_at_once(batch: Batch) -> int:
+def _rows_at_once(view: View) -> int:
     """Few where that is all there are, or where long lists take the registers."""
-    most = max(search.num_queries for search in batch.searches)
-    return FEW_ROWS if most <= FEW_ROWS or _list_size(batch.width) > 64 else MANY_ROWS
+    most = max(search.num_queries for search in view.searches)
+    return FEW_ROWS if most <= FEW_ROWS or _list_size(view.width) > 64 else MANY_ROWS
 
 
 def _alignment(dim: int) -> int:

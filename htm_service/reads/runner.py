@@ -117,8 +117,7 @@ class Runner:
         chosen: list[Missing] = []
         if ready:
             attends = [attend for together in ready for attend in together]
-            folded = attends[0].model.fold(_stack_queries(attends), self.kernel)
-            index = self.kernel.select(_view(ready, attends).batch(folded.summary, folded.heads)).cpu().numpy()
+            index = attends[0].model.select(_stack_queries(attends), _view(ready, attends), self.kernel).cpu().numpy()
             stop = 0
             for attend in attends:
                 rows = index[stop : (stop := stop + len(attend.request.queries))]
