@@ -18,7 +18,8 @@ from torch import Tensor
 from bench.figures import Figure, print_figures, say
 from bench.scene import CHUNK_SIZE, DIM, HEADS, TOP_K
 from htm_service.attention.positions import position_table
-from htm_service.kernels import Attended, Batch, Kernel, Search, View, resolve_kernel
+from htm_service.kernels.base import Attended, Batch, Kernel, Search, View
+from htm_service.kernels.resolve import resolve_kernel
 from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.chunks import KEY_ITEMSIZE, Chunks
 

@@ -18,7 +18,7 @@ import torch
 from bench import cluster
 
 if find_spec("triton") is None:
-    collect_ignore = ["test_triton.py"]
+    collect_ignore = ["kernels/test_triton.py"]
 elif not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 

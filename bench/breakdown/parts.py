@@ -17,8 +17,7 @@ from bench.figures import machine
 from bench.machine import raw_log_rate
 from bench.processes import Call
 from bench.scene import CHUNK_SIZE, DIM, LENGTH, Scene
-from htm_service.kernels import Attended, Batch, Kernel, Projections, View
-from htm_service.kernels.base import answer_in_steps
+from htm_service.kernels.base import Attended, Batch, Kernel, Projections, View, answer_in_steps
 from htm_service.records import AppendRequest, CreateRequest, Timing
 
 Part = tuple[str, float]

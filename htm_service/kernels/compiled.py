@@ -31,7 +31,7 @@ _ENCODINGS = {
 
 
 ROWS_PER_THREAD = 3
-"""A batch is shared out in parts of at least this many rows: fewer are no tile of `loops._dots`, and two parts of two
+"""A batch is shared out in parts of at least this many rows: fewer are no tile of `loops.dots`, and two parts of two
 rows take longer than one of four."""
 PRODUCTS_PER_THREAD = 1 << 21
 """Of keys with queries; as many multiply-adds as one query does with 8 MiB of keys."""

@@ -2,7 +2,7 @@
 
 Written for one core's vector units and caches: each number that comes from memory is used for several products
 before the next one is fetched. Measured against BLAS in docs/decisions.md.
-Shapes: S searches, R rows, Q rows of one search, D width, H heads, C chunk size, K chunks X
+Shapes: S searches, R rows, Q rows of one search, D width, H heads, C chunk size, K chunks per row
 """
 
 from __future__ import annotations
@@ -196,7 +196,7 @@ def project(
     of_head, summed = np.empty((dim_head, len(z)), np.float32), _aligned(len(z), z.shape[2])
     for h in range(num_heads):
         summed[:] = z[:, h]
-        _dots(value_weight[h], summed, of_head)
+        dots(value_weight[h], summed, of_head)
         values[:, h * dim_head : (h + 1) * dim_head] = of_head.T
     _linear(values, output_weight, output_bias, output)
 
@@ -234,7 +234,7 @@ def attend(
         for row in range(rows.start, rows.stop):
             head_queries[:], sums[:], by_slot[:] = heads[row], 0, 0
             if len(positions):
-                _dots(head_queries, positions, position_logits)
+                dots(head_queries, positions, position_logits)
             for place in range(search.k):
                 chunk = chunk_index[row, place]
                 if chunk < 0:
@@ -244,7 +244,7 @@ def attend(
                 if begin >= end or (search.token_mask != 0 and not seen.any()):
                     continue
                 tokens = _tokens(wide, narrow, encoding, page_table[chunk - search.first], begin, end, workspace)
-                _dots(head_queries, tokens, share)
+                dots(head_queries, tokens, share)
                 for h in range(num_heads):
                     logits, spread = share[h, : end - begin], by_slot[h, begin:end]
                     logits += position_logits[h, begin:end]
@@ -297,7 +297,7 @@ def _score(search: Any, begin: int, end: int, summary: Array, index: Array, logi
     overflowed = np.zeros(num_rows, np.bool_)
     for start in range(begin, end, KEYS_AT_ONCE):
         block = keys[start : min(start + KEYS_AT_ONCE, end)]
-        _dots(block, rows, scores)
+        dots(block, rows, scores)
         for q in range(num_rows):
             for i in range(len(block)):
                 if search.hidden != 0 and hidden[q if search.hidden_stride else 0, start + i]:
@@ -415,14 +415,14 @@ def _linear(x: Array, weight: Array, bias: Array, out: Array) -> None:
     """`x` [R, D] times the transposed `weight` [N, D], plus `bias` [N], into out [R, N]; the weight is read once."""
     rows, columns = _aligned(*x.shape), np.empty((len(weight), len(x)), np.float32)
     rows[:] = x
-    _dots(weight, rows, columns)
+    dots(weight, rows, columns)
     for row in range(len(x)):
         for n in range(len(weight)):
             out[row, n] = columns[n, row] + bias[n]
 
 
 @compile_loop
-def _dots(a: Array, b: Array, out: Array) -> None:
+def dots(a: Array, b: Array, out: Array) -> None:
     """All dot products of a [n, D] with b [m, D] into out[:n, :m]; four by three, so that a load serves several.
 
     Twelve sums are what fits in the registers of most machines; sixteen were written to memory and back.

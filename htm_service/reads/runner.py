@@ -21,7 +21,7 @@ from torch import Tensor
 
 from htm_service.attention.model import Model
 from htm_service.errors import HTMError, InvalidArgument
-from htm_service.kernels import Attended, Kernel, Search, View
+from htm_service.kernels.base import Attended, Kernel, Search, View
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.memory.resident import Resident

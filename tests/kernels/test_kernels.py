@@ -1,11 +1,7 @@
-"""Kernels against each other: equal answers, unchanged arguments; the arena and memory beneath them."""
+"""Kernels against each other: equal answers, unchanged arguments."""
 
 import os
-import re
-import sys
 from dataclasses import replace
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numba
@@ -14,15 +10,13 @@ import pytest
 import torch
 from numba.core.codegen import get_host_cpu_features
 
-from htm_service.errors import OutOfMemory
-from htm_service.kernels import Batch, Kernel, Projections, Search, View, loops, resolve, resolve_kernel
-from htm_service.kernels.base import answer_in_steps
+from htm_service.kernels import loops
+from htm_service.kernels.base import Batch, Kernel, Projections, Search, View, answer_in_steps
 from htm_service.kernels.compiled import CompiledKernel
 from htm_service.kernels.reference import ReferenceKernel
-from htm_service.kernels.resolve import KERNELS
-from htm_service.memory import arena as arena_module
+from htm_service.kernels.resolve import KERNELS, resolve_kernel
 from htm_service.memory.arena import Arena, Budget
-from htm_service.memory.chunks import Chunks, sum_slots
+from htm_service.memory.chunks import Chunks
 
 DIM, SIZE, HEADS = 13, 5, 3
 NAMES = [name for name in KERNELS if name != "triton" or "TRITON_INTERPRET" in os.environ]
@@ -104,16 +98,18 @@ def test_compiled_answers_equal_the_reference(
 
 
 def test_the_softmax_is_right_over_its_whole_range() -> None:
-    logits = np.linspace(-100, 0, 10_007, dtype=np.float32)
+    """Of many chunks' logits, best first; the contents do not matter."""
+    logits = np.linspace(0, -100, 10_007, dtype=np.float32)
     exact = np.exp(logits.astype(np.float64)) / np.exp(logits.astype(np.float64)).sum()
-    got = logits.copy()
-    loops._softmax(got)
+    keys, summary = torch.zeros(len(logits), DIM), torch.zeros(1, DIM)
+    keys[:, 0], summary[0, 0] = torch.from_numpy(logits), 1.0
+    arena, _ = make_arena()
+    search = Search(keys, torch.tensor(arena.allocate(1) * len(keys)), 0, 0, 0, 1, len(keys))
+    got = CompiledKernel(1).attend(Batch(View(arena, None, [search]), summary, torch.zeros(1, HEADS, DIM)))
+    weight = got.chunk_weight[0].numpy()
     far = logits < -80  # from there on float32 has fewer digits, and from -87 none
-    assert np.abs(got / exact - 1)[~far].max() < 3e-6
-    assert np.abs(got - exact)[far].max() < 1e-36 and not got[logits < -87].any()
-    got[5] = np.nan
-    loops._softmax(got)
-    assert np.isnan(got).all()
+    assert np.abs(weight / exact - 1)[~far].max() < 3e-6
+    assert np.abs(weight - exact)[far].max() < 1e-36 and not weight[logits < -87].any()
 
 
 @pytest.mark.parametrize("features", [None, ""])
@@ -123,7 +119,7 @@ def test_vectors_are_as_wide_as_the_cpu_s_unless_its_features_are_given(
     """LLVM left half of AVX-512 unused; what NUMBA_CPU_FEATURES says stands."""
     monkeypatch.setattr(numba.config, "CPU_FEATURES", features)
     a, b, out = torch.randn(6, 101).numpy(), torch.randn(5, 101).numpy(), np.empty((6, 5), np.float32)
-    dots = numba.njit(fastmath=True)(loops._dots.py_func)  # type: ignore[attr-defined]
+    dots = numba.njit(fastmath=True)(loops.dots.py_func)  # type: ignore[attr-defined]
     dots(a, b, out)
     torch.testing.assert_close(torch.tensor(out), torch.tensor(a @ b.T), rtol=1e-5, atol=1e-5)
     assert (loops.WIDE_VECTORS in dots.inspect_llvm(dots.signatures[0])) == (features is None)
@@ -212,126 +208,3 @@ def test_no_hidden_chunk_is_taken_and_an_overflow_is_told(kernel: Kernel) -> Non
     assert found.chunk_index[:2].tolist() == [[1, -1], [-1, -1]]
     assert found.chunk_weight[:2].tolist() == [[1, 0], [0, 0]]
     assert found.z[1].eq(0).all() and found.chunk_weight[2:].isnan().all()
-
-
-def test_pages_are_taken_and_given_back_in_slabs(monkeypatch: pytest.MonkeyPatch) -> None:
-    page_bytes = DIM * SIZE * 4
-    monkeypatch.setattr(arena_module, "SLAB_BYTES", 3 * page_bytes)
-    arena, budget = make_arena(limit=100 * page_bytes)
-    pages = arena.allocate(7)
-    assert pages == list(range(7)) and budget.used_bytes == 9 * page_bytes
-    for page in pages:
-        arena.page(page)[:] = page
-    taken = arena.take(torch.tensor([6, 0, 3, 3, 1]))
-    assert taken[:, 0, 0].tolist() == [6, 0, 3, 3, 1]
-    arena.free(pages[3:6])
-    assert budget.used_bytes == 6 * page_bytes
-    assert arena.allocate(4) == [7, 8, 3, 4] and budget.used_bytes == 9 * page_bytes
-    with pytest.raises(OutOfMemory, match="are in use"):
-        arena.allocate(1000)
-    assert arena.allocate(1) == [5]
-
-
-@pytest.mark.parametrize("parts", [[23], [1] * 23, [4, 1, 11, 7], [5, 5, 5, 5, 3]])
-def test_keys_are_the_same_bits_however_tokens_arrive(parts: list[int]) -> None:
-    torch.manual_seed(5)
-    tokens = torch.randn(23, DIM)
-    arena, budget = make_arena()
-    memory, at_once = Chunks(arena, budget), Chunks(arena, budget)
-    at_once.append(tokens)
-    for part in tokens.split(parts):
-        memory.append(part)
-    assert torch.equal(memory.keys, at_once.keys)
-    means = torch.stack([part.mean(dim=0) for part in tokens.split(SIZE)])
-    torch.testing.assert_close(memory.keys, means, rtol=1e-6, atol=1e-6)
-    assert torch.equal(memory.contents(torch.arange(4)).view(-1, DIM), tokens[:20])
-    assert (memory.length, memory.num_chunks) == (23, 5)
-    used = budget.used_bytes
-    memory.free()
-    assert budget.used_bytes < used and memory.num_chunks == 0
-
-
-def test_an_append_that_does_not_fit_changes_nothing() -> None:
-    arena, budget = make_arena(limit=4_000)
-    memory = Chunks(arena, budget)
-    memory.append(torch.ones(7, DIM))
-    with pytest.raises(OutOfMemory):
-        memory.append(torch.ones(100, DIM))
-    assert (memory.length, memory.num_chunks) == (7, 2)
-    memory.append(torch.ones(4, DIM))
-    assert memory.length == 11 and torch.equal(memory.keys, torch.ones(3, DIM))
-
-
-def test_sum_slots_counts_only_what_is_visible() -> None:
-    tokens = torch.randn(3, SIZE, DIM, dtype=torch.bfloat16)
-    visible = torch.rand(3, SIZE) < 0.5
-    expected = (tokens.float() * visible[..., None]).sum(dim=1)
-    torch.testing.assert_close(sum_slots(tokens, visible), expected)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("size", "dim"), [(1, 1), (23, 1), (1_021, 1), (1, 2), (7, 2), (257, 3), (31, 13), (32, 512)])
-def test_few_chunks_are_summed_slot_by_slot(size: int, dim: int, dtype: torch.dtype) -> None:
-    """To the last bit as many are: numpy must not add in pairs, nor keep the sign of zeros."""
-    tokens = (torch.randn(3, size, dim) * 10 ** (6 * torch.rand(3, size, dim) - 3)).to(dtype)
-    tokens[1] = -0.0
-    total = torch.zeros(3, dim)
-    for slot in range(size):
-        total += tokens[:, slot].float()
-    assert sum_slots(tokens).numpy().tobytes() == total.numpy().tobytes()
-
-
-@pytest.mark.parametrize(
-    ("is_there", "version", "capability", "compiler", "reason"),
-    [
-        (True, "3.7.1", (8, 0), "/usr/bin/cc", None),
-        (False, "", (9, 0), "/usr/bin/cc", "not installed"),
-        (True, "3.4.0", (9, 0), "/usr/bin/cc", "3.5 is the oldest"),
-        (True, "3.10.0", (7, 5), "/usr/bin/cc", r"capability is \(7, 5\)"),
-        (True, "3.7.1", (9, 0), None, "needs gcc or clang"),
-    ],
-)
-def test_a_gpu_gets_triton_where_that_can_run(
-    is_there: bool,
-    version: str,
-    capability: tuple[int, int],
-    compiler: str | None,
-    reason: str | None,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "triton" if is_there else None)
-    monkeypatch.setitem(sys.modules, "triton", SimpleNamespace(__version__=version))
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    monkeypatch.setattr("shutil.which", lambda name: compiler)
-    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
-    (tmp_path / "Python.h").touch()
-    device = torch.device("cuda")
-    if reason is None:
-        assert resolve.why_not_triton(device) is None
-    else:
-        assert resolve.resolve_kernel(device).name == "reference"
-        assert re.search(f"cuda gets the reference kernel.* {reason}", caplog.text)
-
-
-def test_a_gpu_s_kernel_is_triton_s(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(resolve, "why_not_triton", lambda device: None)
-    if "triton" in NAMES:
-        assert resolve.resolve_kernel(torch.device("cuda")).name == "triton"
-    with pytest.raises(KeyError):
-        resolve.resolve_kernel(torch.device("cuda"), "tpu")
-
-
-def test_bad_devices_are_refused() -> None:
-    from htm_service.errors import InvalidArgument
-    from htm_service.memory.device import choose_device
-
-    assert choose_device("cpu")[0].type == "cpu"
-    assert choose_device("auto")[1].startswith("auto: ")
-    with pytest.raises(InvalidArgument, match="device is 'tpu'"):
-        choose_device("tpu")
-    if not torch.cuda.is_available():
-        with pytest.raises(InvalidArgument, match="finds no CUDA device"):
-            choose_device("cuda")

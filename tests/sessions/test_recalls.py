@@ -1,9 +1,26 @@
 """What the recall log keeps, and what it does not."""
 
+import tracemalloc
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
+import pytest
 
 from htm_service.records import AttendRequest, AttendResult
 from htm_service.sessions.recalls import QUERIES_KEPT, TRIMMED_TOGETHER, RecallLog
+
+
+@pytest.fixture
+def traced() -> Iterator[None]:
+    """Count what is allocated from here on."""
+    tracemalloc.start()
+    yield
+    tracemalloc.stop()
+
+
+def held_bytes() -> int:
+    return tracemalloc.get_traced_memory()[0]
 
 
 def add(log: RecallLog, index: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> None:
@@ -25,10 +42,11 @@ def test_chunks_are_counted_when_asked_for() -> None:
 def test_attends_without_chunks_are_not_kept_for_counting() -> None:
     """Every attend to an empty session once stayed in memory until the session was inspected."""
     log = RecallLog(2)
-    for _ in range(3):
-        add(log, np.empty((1, 0), np.int64))
-    assert not log._uncounted
-    assert len(log.latest(5)) == 2
+    indexes = [np.empty((1, 0), np.int64) for _ in range(3)]
+    oldest = weakref.ref(indexes[0])
+    while indexes:
+        add(log, indexes.pop(0))
+    assert oldest() is None and len(log.latest(5)) == 2
 
 
 def test_an_account_keeps_its_rows_only() -> None:
@@ -40,7 +58,7 @@ def test_an_account_keeps_its_rows_only() -> None:
         assert len(kept) == QUERIES_KEPT and kept.base is None
 
 
-def test_counters_of_evicted_chunks_are_forgotten_and_the_others_keep_their_numbers() -> None:
+def test_counters_of_trimmed_chunks_are_forgotten_and_the_others_keep_their_numbers() -> None:
     log = RecallLog(1)
     add(log, np.array([[3, 2_000], [2_000, 2_100]]))
     log.trim(TRIMMED_TOGETHER - 1)
@@ -48,12 +66,19 @@ def test_counters_of_evicted_chunks_are_forgotten_and_the_others_keep_their_numb
     log.trim(1_999)
     add(log, np.array([[5, 2_000], [-1, 2_100]]))
     assert [log.of_chunk(index)[0] for index in (3, 5, 1_998, 2_000, 2_100, 9_999)] == [0, 0, 0, 3, 2, 0]
-    assert len(log._num_recalls) < 1_000
 
 
-def test_counters_begin_with_the_first_chunk_that_is_left() -> None:
-    """After a restart those of a session that had evicted a billion chunks once took 24 GB."""
+def test_counters_of_trimmed_chunks_take_no_memory(traced: None) -> None:
+    log, num_chunks = RecallLog(1), 1_000_000
+    add(log, np.array([[num_chunks, num_chunks + 1]]))
+    assert log.of_chunk(num_chunks)[0] == 1 and held_bytes() > 8 * num_chunks
+    log.trim(num_chunks)
+    assert log.of_chunk(num_chunks)[0] == 1 and held_bytes() < 1 << 20
+
+
+def test_counters_begin_with_the_first_chunk_that_is_left(traced: None) -> None:
+    """After a restart those of a session that had trimmed a billion chunks once took 24 GB."""
     log = RecallLog(1, first_chunk=10**9)
     add(log, np.array([[10**9 + 1, 10**9 + 2]]))
     assert log.of_chunk(10**9 + 2) == (1, 1.0, 5.0)
-    assert len(log._num_recalls) < 10
+    assert held_bytes() < 1 << 20

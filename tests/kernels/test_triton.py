@@ -18,7 +18,7 @@ from torch import Tensor
 
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
-from htm_service.kernels import Batch, Projections, Search, View
+from htm_service.kernels.base import Batch, Projections, Search, View
 from htm_service.kernels.reference import ReferenceKernel
 from htm_service.kernels.triton_gpu import TritonKernel
 from htm_service.memory.arena import Arena, Budget
@@ -26,7 +26,7 @@ from htm_service.memory.chunks import Chunks
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest
 from storage.resolve import open_store
 from tests.engine.models import write_model
-from tests.interpreter import INTERPRETED
+from tests.kernels.interpreter import INTERPRETED
 from tests.reference import htm_reference, relative_error
 
 DIM, SIZE, HEADS = 13, 5, 3
@@ -88,18 +88,23 @@ def ragged(device: str, dtype: torch.dtype = torch.float32, *, positions: bool =
     return scene.batch(positions=positions)
 
 
+def given(batch: Batch) -> list[Tensor]:
+    """Copies of all that the kernel must leave as it is, NaN as 7."""
+    searches, arena = batch.view.searches, batch.view.arena
+    contents = [arena.take(search.pages) for search in searches]
+    keys = [search.keys for search in searches]
+    return [tensor.nan_to_num(7) for tensor in (batch.summary, batch.heads, *contents, *keys)]
+
+
 def check_equal(batch: Batch) -> None:
     """Its answers are the reference's, and its arguments unchanged."""
-    slabs = [slab for slab in batch.view.arena._slabs if slab is not None]
-    tensors = [batch.summary, batch.heads, *slabs, *(search.keys for search in batch.view.searches)]
-    before = [tensor.nan_to_num(7) for tensor in tensors]
+    before = given(batch)
     expected, result = ReferenceKernel().attend(batch), TritonKernel(batch.view.arena.device).attend(batch)
     assert torch.equal(result.chunk_index, expected.chunk_index)
     for field in ("chunk_weight", "z", "token_weight", "token_score"):
         got, want = getattr(result, field), getattr(expected, field)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
-    for tensor, copy in zip(tensors, before, strict=True):
-        assert torch.equal(tensor.nan_to_num(7), copy)
+    assert all(map(torch.equal, given(batch), before))
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -257,8 +262,8 @@ def test_all_of_it_compiles_for_gpus_of_two_generations(tmp_path: Path) -> None:
     """The interpreter lets errors of types pass. Needs no GPU: Triton brings NVIDIA's assembler."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     run = subprocess.run(
-        [sys.executable, "-W", "error", "-m", "tests.compiled_ahead"],
-        cwd=Path(__file__).parents[1],
+        [sys.executable, "-W", "error", "-m", "tests.kernels.compiled_ahead"],
+        cwd=Path(__file__).parents[2],
         env={**environment, "TRITON_CACHE_DIR": str(tmp_path)},
         capture_output=True,
         text=True,

@@ -19,7 +19,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import mangle_type
 
-from htm_service.kernels import Batch, Search, View, triton_loops
+from htm_service.kernels import triton_loops
+from htm_service.kernels.base import Batch, Search, View
 from htm_service.kernels.triton_gpu import TritonKernel
 from htm_service.memory.arena import Arena, Budget
 
