@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from htm_service.config import MAX_TOP_K
 from htm_service.errors import InvalidArgument
 
-MAX_TOP_K = 256
 MAX_DIM = 16_384
 MAX_HEADS = 1_024
 MAX_CHUNK_SIZE = 4_096

@@ -249,19 +249,14 @@ def attend(
                     logits, spread = share[h, : end - begin], by_slot[h, begin:end]
                     logits += position_logits[h, begin:end]
                     if search.token_mask != 0:
-                        for i in range(len(logits)):
-                            if not seen[i]:
-                                logits[i] = -np.inf
+                        _hide(logits, seen)
                     if len(token_score):
-                        for i in range(len(logits)):
-                            score = logits[i] / np.float32(num_heads)
-                            token_score[row, place, begin + i] = score + (
-                                token_score[row, place, begin + i] if h else 0
-                            )
+                        if h == 0:
+                            token_score[row, place, begin:end] = 0
+                        _add_mean(logits, num_heads, token_score[row, place, begin:end])
                     _softmax(logits)
                     if len(token_weight):
-                        for i in range(len(logits)):
-                            token_weight[row, place, begin + i] += logits[i] / np.float32(num_heads)
+                        _add_mean(logits, num_heads, token_weight[row, place, begin:end])
                     logits *= chunk_weight[row, place]
                     spread += logits
                 _add_weighted(share, tokens, sums)
@@ -269,6 +264,21 @@ def attend(
                 _add_weighted(by_slot, positions, sums)
             z[row] = sums
         row = rows.stop
+
+
+@compile_loop
+def _hide(logits: Array, seen: Array) -> None:
+    """-inf for the tokens [n] that are not visible."""
+    for i in range(len(logits)):
+        if not seen[i]:
+            logits[i] = -np.inf
+
+
+@compile_loop
+def _add_mean(numbers: Array, num_heads: int, mean: Array) -> None:
+    """One head's part of a mean over heads [n]."""
+    for i in range(len(numbers)):
+        mean[i] += numbers[i] / np.float32(num_heads)
 
 
 @compile_loop

@@ -1,7 +1,8 @@
 """The Triton kernel's device code: four launches read a whole batch's keys and contents where they lie.
 
-`score` reads each key once for all rows of its search, and keeps the best of every piece of keys; `choose` merges these
-lists to the chunks a row takes; `weigh` gives their tokens softmax weights; `add_up` sums the tokens with them.
+`score_keys` reads each key once for all rows of its search, and keeps the best of every piece of keys; `choose` merges
+these lists to the chunks a row takes; `score_tokens` gives the logits of their tokens, of which the host has torch make
+a softmax; `add_up` sums the tokens with that.
 A candidate is one int64, the score above the complement of the index: greater is better, and of equal scores the
 lower index is. A score that is not finite is greater than all others, so the first of a row's candidates tells of it.
 Dimensions are padded to powers of two and masked. All arithmetic is float32.
@@ -75,7 +76,7 @@ def choose(
     searches,  # [S, COLUMNS] int64
     search_of_row,  # [R] int64
     slabs,  # [..] int64: where each slab of the arena begins
-    lists,  # [.., LIST] int64: what `score` found
+    lists,  # [.., LIST] int64: what `score_keys` found
     chunk_index,  # [R, K] int64; written
     chunk_weight,  # [R, K]; written
     contents,  # [R, K] int64: where each chunk's contents begin, 0 for none; written
