@@ -97,48 +97,44 @@ class CompiledKernel:
 
     def attend(self, batch: Batch) -> Attended:
         """In one call, or two where a session is long: first its keys, shared out, then the rows; see `Attended`."""
-        table = _table(batch.view.searches)
-        arrays = _ViewArrays(batch.view, len(batch.summary), batch.heads.shape[1])
+        view = batch.view
+        table, pages, positions = _table(view.searches), _pages(view.arena), _positions(view)
+        taken = _nothing_taken(view, len(batch.summary), batch.heads.shape[1])
         summary, heads = batch.summary.numpy(), batch.heads.numpy()
-        if self._is_long(table, batch.view.arena):
+        if self._is_long(table, view.arena):
             found, logit = self._score(batch, table)
             self._by_rows(
                 table,
                 lambda rows, searches: loops.attend(
-                    *arrays.pages,
-                    searches,
-                    found[rows],
-                    logit[rows],
-                    heads[rows],
-                    arrays.positions,
-                    *arrays.written(rows),
+                    *pages, searches, found[rows], logit[rows], heads[rows], positions, *_of(rows, taken)
                 ),
             )
         else:
             self._by_rows(
                 table,
                 lambda rows, searches: loops.read(
-                    *arrays.pages, searches, summary[rows], heads[rows], arrays.positions, *arrays.written(rows)
+                    *pages, searches, summary[rows], heads[rows], positions, *_of(rows, taken)
                 ),
             )
-        return arrays.attended()
+        return _attended(view, taken)
 
     def answer(self, projections: Projections, queries: Tensor, view: View) -> tuple[Attended, Tensor]:
         """In one call, or in steps where a session is long; see `Kernel`."""
         table = _table(view.searches)
         if self._is_long(table, view.arena):
             return answer_in_steps(self, projections, queries, view)
-        arrays = _ViewArrays(view, len(queries), len(projections.key))
+        pages, positions = _pages(view.arena), _positions(view)
+        taken = _nothing_taken(view, len(queries), len(projections.key))
         questions, weights = queries.contiguous().numpy(), [tensor.numpy() for tensor in projections]
         output = np.zeros(queries.shape, np.float32)
         self._by_rows(
             table,
             lambda rows, searches: loops.answer(
-                *(questions[rows], *weights, *arrays.pages, searches, arrays.positions),
-                *(*arrays.written(rows), output[rows]),
+                *(questions[rows], *weights, *pages, searches, positions),
+                *(*_of(rows, taken), output[rows]),
             ),
         )
-        return arrays.attended(), torch.from_numpy(output)
+        return _attended(view, taken), torch.from_numpy(output)
 
     def _is_long(self, table: Array, arena: Arena) -> bool:
         """Whether a search has so many keys that two cores should share them."""
@@ -173,43 +169,46 @@ class CompiledKernel:
             call.result()
 
 
-class _ViewArrays:
-    """A view as the loops take it, and what they write for R rows with H heads.
+def _pages(arena: Arena) -> tuple[Array, Array, int]:
+    """All pages [P, C, D] as the loops take them: float32, or the bits of narrower numbers; and which these are."""
+    contents, none = arena.contents, (0, arena.chunk_size, arena.dim)
+    assert contents is not None, "this kernel runs on a CPU"
+    encoding = _ENCODINGS[contents.dtype]
+    if encoding == loops.FLOAT32:
+        return contents.numpy(), np.empty(none, np.uint16), encoding
+    return np.empty(none, np.float32), contents.view(torch.uint16).numpy(), encoding
+
+
+def _positions(view: View) -> Array:
+    """[C, D], or [0, D] for none."""
+    return np.empty((0, view.arena.dim), np.float32) if view.positions is None else view.positions.numpy()
+
+
+def _nothing_taken(view: View, num_rows: int, num_heads: int) -> tuple[Array, ...]:
+    """The fields of `Attended` for the loops to write into, those about tokens empty where they are not asked for.
 
     Arrays, not tensors, because each of torch's calls gives the interpreter's lock away.
     """
+    size, taken = view.arena.chunk_size, (num_rows, view.width)
+    listed = (*taken, size) if view.tokens else (0, size, size)
+    return (
+        np.full(taken, -1),
+        np.zeros(taken, np.float32),
+        np.zeros((num_rows, num_heads, view.arena.dim), np.float32),
+        np.zeros(listed, np.float32),
+        np.full(listed, -np.inf, np.float32),
+    )
 
-    def __init__(self, view: View, num_rows: int, num_heads: int) -> None:
-        arena, contents = view.arena, view.arena.contents
-        assert contents is not None, "this kernel runs on a CPU"
-        size, dim, width = arena.chunk_size, arena.dim, view.width
-        no_pages = (0, size, dim)
-        is_wide = contents.dtype == torch.float32
-        self.pages = (
-            contents.numpy() if is_wide else np.empty(no_pages, np.float32),
-            np.empty(no_pages, np.uint16) if is_wide else contents.view(torch.uint16).numpy(),
-            _ENCODINGS[contents.dtype],
-        )
-        self.positions = np.empty((0, dim), np.float32) if view.positions is None else view.positions.numpy()
-        self._has_tokens = view.tokens
-        listed = (num_rows, width, size) if view.tokens else (0, size, size)
-        index = np.full((num_rows, width), -1)
-        self._written = (
-            index,
-            np.zeros(index.shape, np.float32),
-            np.zeros((num_rows, num_heads, dim), np.float32),
-            np.zeros(listed, np.float32),
-            np.full(listed, -np.inf, np.float32),
-        )
 
-    def written(self, rows: slice) -> list[Array]:
-        """Where the loops write what these rows took."""
-        return [array[rows] for array in self._written]
+def _of(rows: slice, fields: tuple[Array, ...]) -> list[Array]:
+    """Where the loops write what these rows take."""
+    return [field[rows] for field in fields]
 
-    def attended(self) -> Attended:
-        """What they wrote."""
-        *taken, token_weight, token_score = map(torch.from_numpy, self._written)
-        return Attended(*taken, *((token_weight, token_score) if self._has_tokens else (None, None)))
+
+def _attended(view: View, fields: tuple[Array, ...]) -> Attended:
+    """What the loops wrote."""
+    *taken, token_weight, token_score = map(torch.from_numpy, fields)
+    return Attended(*taken, *((token_weight, token_score) if view.tokens else (None, None)))
 
 
 def _num_cores() -> int:
