@@ -31,7 +31,7 @@ RUN if [ -n "$(find /opt/htm/lib -path '*/site-packages/triton')" ]; then \
         apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
     fi
 # HTM_INSECURE: in a container the published port decides who can call; compose.yaml publishes it on 127.0.0.1 only.
-# NUMBA_CACHE_DIR, TRITON_CACHE_DIR: kernels are compiled for the machine that they run on; kept, so that only the first start waits.
+# HTM_KERNEL_CACHE, TRITON_CACHE_DIR: kernels are compiled for the machine that they run on, and kept.
 ENV PATH=/opt/htm/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1 \
@@ -39,7 +39,7 @@ ENV PATH=/opt/htm/bin:$PATH \
     HTM_PORT=8000 \
     HTM_DATA=/data \
     HTM_INSECURE=true \
-    NUMBA_CACHE_DIR=/data/numba \
+    HTM_KERNEL_CACHE=/data/kernels \
     TRITON_CACHE_DIR=/data/triton
 USER 10001:10001
 VOLUME /data

@@ -124,6 +124,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         create_on_append=settings.create_on_append,
         stuck_s=settings.stuck_seconds,
         models_dir=settings.directory_of_models,
+        kernel_cache=settings.kernel_cache,
         retrieval_summary_scale=settings.retrieval_summary_scale,
         retrieval_attention_scale=settings.retrieval_attention_scale,
     )

@@ -140,7 +140,7 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
     )
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each plug-in that it loads
     with listen_socket(settings.host, settings.port) as listener:
-        app = app or create_app(settings)
+        app = app or create_app(settings.model_copy(update={"kernel_cache": settings.directory_of_kernels}))
         config = uvicorn.Config(
             app,
             lifespan="off",  # entered below: what goes wrong in it is then an exception, not a log entry

@@ -68,6 +68,11 @@ class Settings(BaseSettings):
         description="Directory of model files `NAME.safetensors`. Default: `models` in `data`, if there; none where "
         "`store_url` is given and `data` is not.",
     )
+    kernel_cache: Path | None = Field(
+        default=None,
+        description="Directory where the compiled kernel is kept from one start to the next. Default: `htm-service` in "
+        "the user's cache directory.",
+    )
     device: str = Field(
         default="auto",
         pattern=r"^(auto|cpu|cuda(:[0-9]+)?)$",
@@ -139,6 +144,11 @@ class Settings(BaseSettings):
     def url_of_store(self) -> str:
         """The store's URL, from `store_url` or the data directory."""
         return self.store_url or f"sqlite:///{(self.data / 'htm.sqlite3').absolute()}"
+
+    @property
+    def directory_of_kernels(self) -> Path:
+        """Where a server keeps the compiled kernel, so that no later start waits for it."""
+        return self.kernel_cache or Path(platformdirs.user_cache_dir("htm-service", appauthor=False))
 
     @property
     def directory_of_models(self) -> Path | None:

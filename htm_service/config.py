@@ -37,6 +37,8 @@ class EngineConfig:
     recalls_per_session: int = 64
     create_on_append: bool = False
     models_dir: Path | None = None
+    kernel_cache: Path | None = None
+    """Where the compiled kernel is kept, so that no start waits for it; None: a start waits until it is ready."""
     retrieval_summary_scale: float = 20.0
     retrieval_attention_scale: float = 20.0
     stuck_s: float = 120.0

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -21,7 +22,8 @@ from htm_service.attention.registry import ModelRegistry
 from htm_service.config import EngineConfig
 from htm_service.errors import Draining, SessionDamaged, SessionExpired, SessionNotFound, Unhealthy
 from htm_service.inspection import Inspection, engine_info
-from htm_service.kernels.resolve import resolve_kernel
+from htm_service.kernels.compilation import CompilationFailed
+from htm_service.kernels.resolve import resolve_for_start
 from htm_service.memory.cache import Cache
 from htm_service.memory.device import choose_device
 from htm_service.memory.loader import Loader
@@ -58,6 +60,7 @@ from storage.base import Store
 
 COMPACTION_SHARE = 0.2
 """Of the time that closing may take: to keep the summary keys of the sessions in use."""
+COMPILING = "the compiled one is on its way: a process compiles it, then it takes over"
 
 
 class Engine:
@@ -79,7 +82,9 @@ class Engine:
         )
         cache = Cache(self.device, config.memory_budget_bytes)
         loader = Loader(store, cache, device)
-        self.worker = DeviceWorker(device, cache, loader, Runner(resolve_kernel(self.device)))
+        kernel, self._compilation = resolve_for_start(self.device, config.kernel_cache)
+        self.kernel_reason = "the fastest that this device has" if self._compilation is None else COMPILING
+        self.worker = DeviceWorker(device, cache, loader, Runner(kernel))
 
         writer: Batcher[Work, Written] = Batcher(
             "store", max_waiting=config.max_waiting, max_cost=config.max_write_group_bytes
@@ -104,7 +109,7 @@ class Engine:
         self.worker.queue.start(self.worker.run)
         self.worker.loader.start()
         self.committer.queue.start(self.committer.run)
-        beside = (self.expiry.run(), self.compaction.run(), self._supervisor.run())
+        beside = (self.expiry.run(), self.compaction.run(), self._supervisor.run(), self._change_kernel())
         self._beside = [asyncio.create_task(work) for work in beside]
 
     async def close(self, timeout_s: float = 10.0) -> None:
@@ -120,6 +125,18 @@ class Engine:
         await self.committer.queue.close(timeout_s)
         await self.worker.queue.close(timeout_s)
         await asyncio.to_thread(self.worker.loader.close, max(1.0, timeout_s))
+
+    async def _change_kernel(self) -> None:
+        """Let the compiled kernel take over once it is there; without it the reference goes on serving."""
+        if self._compilation is None:
+            return
+        try:
+            await self._compilation.run()
+            self.worker.use(await asyncio.to_thread(self._compilation.load))
+            self.kernel_reason = "the fastest that this device has; the reference served until it was compiled"
+        except (CompilationFailed, OSError) as error:
+            self.kernel_reason = f"the compiled one cannot be had: {error}"
+            logging.getLogger(__name__).warning("the reference kernel goes on serving, slowly: %s", error)
 
     # --- sessions ---
 
@@ -228,7 +245,13 @@ class Engine:
         """Version, device, dtype with their reasons, models, limits, totals."""
         totals = self.directory.totals()
         return await engine_info(
-            self.config, self._store, self.worker, self.committer, self.device_reason, self.models(), totals
+            self.config,
+            self._store,
+            self.worker,
+            self.committer,
+            (self.device_reason, self.kernel_reason),
+            self.models(),
+            totals,
         )
 
     def models(self) -> list[ModelInfo]:

@@ -178,11 +178,11 @@ async def engine_info(
     store: Store,
     worker: DeviceWorker,
     committer: Committer,
-    device_reason: str,
+    reasons: tuple[str, str],
     models: list[ModelInfo],
     of_sessions: Mapping[str, int],
 ) -> EngineInfo:
-    """What the engine is, may take and holds. Raises Unhealthy."""
+    """What the engine is, may take and holds; `reasons` for its device and its kernel. Raises Unhealthy."""
     try:
         totals = await asyncio.to_thread(store.totals)
     except StoreError as error:
@@ -191,10 +191,11 @@ async def engine_info(
     return EngineInfo(
         version=__version__,
         device=str(cache.device),
-        device_reason=device_reason,
+        device_reason=reasons[0],
         dtype=config.dtype,
         dtype_reason="configured; each session may name its own",
         kernel=worker.runner.kernel.name,
+        kernel_reason=reasons[1],
         models=models,
         limits={
             "memory_budget_bytes": config.memory_budget_bytes,

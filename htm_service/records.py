@@ -272,6 +272,7 @@ class EngineInfo:
     dtype: DType
     dtype_reason: str
     kernel: str
+    kernel_reason: str
     models: Sequence[ModelInfo]
     limits: Mapping[str, float]
     totals: Mapping[str, float] = field(default_factory=dict)

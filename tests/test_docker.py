@@ -112,7 +112,7 @@ def test_a_compiler_comes_only_with_triton_and_needs_no_home() -> None:
     (install,) = [command for command in arguments(FINAL, "RUN") if "apt-get" in command]
     assert install.startswith("if ") and "site-packages/triton" in install.split(";")[0] and " gcc " in install
     data = only(FINAL, "VOLUME")
-    assert all(environment()[name].startswith(f"{data}/") for name in ("TRITON_CACHE_DIR", "NUMBA_CACHE_DIR"))
+    assert all(environment()[name].startswith(f"{data}/") for name in ("TRITON_CACHE_DIR", "HTM_KERNEL_CACHE"))
 
 
 def test_user_is_not_root_and_owns_the_data() -> None:

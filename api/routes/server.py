@@ -54,6 +54,7 @@ async def info(request: Request) -> Info:
         dtype=found.dtype,
         dtype_reason=found.dtype_reason,
         kernel=found.kernel,
+        kernel_reason=found.kernel_reason,
         models=[item.name for item in found.models],
         limits={**found.limits, **own},
         totals=dict(found.totals),

@@ -195,6 +195,7 @@ class Info(Body):
     dtype: DType
     dtype_reason: str
     kernel: str
+    kernel_reason: str
     models: list[str]
     limits: dict[str, int | float]
     totals: dict[str, int | float]

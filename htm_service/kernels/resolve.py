@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from htm_service.kernels.base import Kernel
+from htm_service.kernels.compilation import Compilation, use_cache
 from htm_service.kernels.reference import ReferenceKernel
 
 KERNELS = ("reference", "compiled", "triton")
@@ -35,6 +36,18 @@ def resolve_kernel(device: torch.device, override: str | None = None) -> Kernel:
 
         return TritonKernel(device)
     return ReferenceKernel()
+
+
+def resolve_for_start(device: torch.device, cache: Path | None) -> tuple[Kernel, Compilation | None]:
+    """The kernel that serves at once, and, where that is not the best for `device`, how the best one comes."""
+    name = _default(device)
+    if name != "compiled" or cache is None:
+        return resolve_kernel(device, name), None
+    compilation = Compilation(cache)
+    if not compilation.is_done:
+        return ReferenceKernel(), compilation
+    use_cache(compilation.folder)
+    return resolve_kernel(device, name), None
 
 
 def _default(device: torch.device) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from htm_service.errors import HTMError, OutOfMemory, SessionNotFound
+from htm_service.kernels.base import Kernel
 from htm_service.memory.cache import Cache
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch, Loader
@@ -68,6 +69,10 @@ class DeviceWorker:
     def free(self, resident: Resident) -> None:
         """Have what a deleted session holds given back before the next batch (any thread)."""
         self.queue.post(partial(self.cache.free, resident))
+
+    def use(self, kernel: Kernel) -> None:
+        """Have the batches after the one at hand computed with another kernel (any thread)."""
+        self.queue.post(partial(setattr, self.runner, "kernel", kernel))
 
     # --- the device thread ---
 

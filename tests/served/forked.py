@@ -10,12 +10,12 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
-from tests.served.server import Server
+from tests.served.server import Server, compile_kernel
 
 FORKS = multiprocessing.get_context("forkserver")
 PRELOADED = ["api.cli", "api.serving", "api.wire.safetensors", "htm_service.engine", "storage.resolve"]
 PRELOADED += ["storage.databases.sqlite"]
-PRELOADED += ["htm_service.kernels.loops", "uvicorn.protocols.http.httptools_impl", "uvloop", "alembic.command"]
+PRELOADED += ["numba", "uvicorn.protocols.http.httptools_impl", "uvloop", "alembic.command"]
 
 
 class ForkedServer(Server):
@@ -31,6 +31,7 @@ class ForkedServer(Server):
 
     def begin(self) -> None:
         """Start the process, without waiting until it is ready."""
+        compile_kernel()
         FORKS.set_forkserver_preload(PRELOADED)
         receiver, sender = FORKS.Pipe(duplex=False)
         self.child = FORKS.Process(target=serve, args=(self.program, self.arguments(), self.log, sender), daemon=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
@@ -9,7 +10,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from api.settings import Settings
+
 ROOT = Path(__file__).parents[2]
+
+
+@functools.cache
+def compile_kernel() -> None:
+    """As the first of all starts leaves it: what servers compile is in the user's cache, so that none does it again."""
+    folder = Settings().directory_of_kernels
+    folder.mkdir(parents=True, exist_ok=True)
+    code = f"from htm_service.kernels.compilation import compile_into; compile_into({str(folder)!r})"
+    with subprocess.Popen([sys.executable, "-c", code], cwd=ROOT, stdin=subprocess.PIPE) as compiling:
+        assert compiling.wait() == 0
 
 
 class Server:
@@ -59,6 +72,7 @@ class Server:
 
     def begin(self) -> None:
         """Start the process, without waiting until it is ready."""
+        compile_kernel()
         environment = {name: value for name, value in os.environ.items() if not name.startswith("HTM_")}
         with self.log.open("a") as log:
             self.process = subprocess.Popen(

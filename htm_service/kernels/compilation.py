@@ -1,0 +1,145 @@
+"""The compiled kernel, made ready beside a server that serves already: a process of its own fills numba's cache.
+
+Compiling takes longer than everything else of a start, and holds up the process that does it. So it is left to a
+child, of low priority, that ends with its parent; what it compiled is then read from the cache, which takes a second.
+One child works at a time in a folder, whoever started it. What is there is known by a mark that names all that machine
+code depends on: the processor, the versions, the source. So the first start on another processor compiles once more,
+beside what is there, and none compiles twice.
+Does not know batches, sessions or which kernel serves meanwhile.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import hashlib
+import importlib.metadata
+import logging
+import os
+import platform
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # numba takes a second to import: not before somebody wants the kernel
+    from htm_service.kernels.compiled import CompiledKernel
+
+LOOPS = "htm_service.kernels.loops"
+SOURCE = Path(__file__).with_name("loops.py")
+CPUINFO = Path("/proc/cpuinfo")
+NICENESS = 19
+"""Of the child: it takes what nobody else wants."""
+
+
+class CompilationFailed(Exception):
+    """The child ended without a kernel; the message says how."""
+
+
+class Compilation:
+    """See the head of this module. `folder` is where machine code is kept; another one when it cannot be written."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = writable(folder)
+        self._child: asyncio.subprocess.Process | None = None
+
+    @property
+    def is_done(self) -> bool:
+        """Whether the kernel only has to be read from the cache."""
+        return mark_of(self.folder).exists()
+
+    def load(self) -> CompiledKernel:
+        """The kernel, ready: from the cache, or compiled here and now where that has nothing (any thread)."""
+        use_cache(self.folder)
+        from htm_service.kernels.compiled import CompiledKernel
+
+        kernel = CompiledKernel()
+        kernel.warm_up()
+        return kernel
+
+    async def run(self) -> None:
+        """Have the child compile what is not there yet, and wait for it. Raises CompilationFailed."""
+        code = f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r}); "
+        code += f"from {__name__} import compile_into; compile_into({str(self.folder)!r})"
+        self._child = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", code), stdin=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        try:
+            assert self._child.stderr is not None
+            said = await self._child.stderr.read()
+            exit_code = await self._child.wait()
+        finally:
+            await self.stop()
+        if not self.is_done:
+            last = said.decode(errors="replace").strip().rpartition("\n")[2]
+            raise CompilationFailed(f"the process that compiles ended with {exit_code}: {last or 'it said nothing'}")
+
+    async def stop(self) -> None:
+        """End the child, if there is one. Safe to call twice."""
+        child, self._child = self._child, None
+        if child is not None and child.returncode is None:
+            with contextlib.suppress(ProcessLookupError):
+                child.kill()
+            await child.wait()
+
+
+def compile_into(folder: str) -> None:
+    """What the child does: compile, unless another one just did, and leave the mark. It ends with its parent."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    os.nice(NICENESS)
+    with (Path(folder) / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        compilation = Compilation(Path(folder))
+        if not compilation.is_done:
+            compilation.load()
+            mark_of(Path(folder)).touch()
+
+
+def _end_with_parent() -> None:
+    sys.stdin.buffer.read()  # until the other end is closed, however its process ended
+    os._exit(1)
+
+
+def use_cache(folder: Path) -> None:
+    """Have numba keep the loops' machine code in `folder`, unless they were imported before."""
+    if LOOPS not in sys.modules:
+        import numba
+
+        numba.config.CACHE_DIR = str(folder)  # type: ignore[attr-defined]
+
+
+def mark_of(folder: Path) -> Path:
+    """The mark that says: for this processor, these versions and this source all is in the cache."""
+    status = SOURCE.stat()
+    versions = [f"{name} {importlib.metadata.version(name)}" for name in ("numba", "llvmlite", "numpy")]
+    depends_on = [sys.version, processor(), *versions, f"{SOURCE} {status.st_mtime_ns} {status.st_size}"]
+    return folder / f"{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]}.ready"
+
+
+def processor(cpuinfo: Path = CPUINFO) -> str:
+    """What machine code may depend on of this machine's processor: its kind and features."""
+    try:
+        lines = cpuinfo.read_text().splitlines()
+    except OSError:
+        return f"{platform.machine()} {platform.processor()}"
+    told = {line for line in lines if line.startswith(("model name", "flags", "Features", "CPU part"))}
+    return f"{platform.machine()} {sorted(told)}"
+
+
+def writable(folder: Path) -> Path:
+    """The folder, made where it is missing; a temporary one, with a line in the log, when it cannot be written."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
+    except OSError as error:
+        other = Path(tempfile.mkdtemp(prefix="htm-kernels-"))
+        logging.getLogger(__name__).warning(
+            "the compiled kernel is kept in %s, and lost with it: %s cannot be written: %s",
+            other,
+            folder,
+            error.strerror,
+        )
+        return other
