@@ -7,10 +7,11 @@ STAMP  := $(VENV)/.installed
 PIP    := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install -q -c constraints.txt
 PEERS  := .venv-peers
 ARGS   ?=
+GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test faults check format bench bench-breakdown bench-gpu bench-peers bench-plots image clean
+.PHONY: help setup demo serve test faults check format bench bench-breakdown bench-gpu gpu-check bench-peers bench-plots image clean
 
 help:  ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s%s\n", $$1, $$2 }' Makefile
@@ -49,7 +50,7 @@ format: $(STAMP)  ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## S1 to S12, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
+bench: $(STAMP)  ## S1 to S12 and S22, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
 	@$(BIN)/python -m bench $(ARGS)
 
 bench-breakdown: $(STAMP)  ## Where the time goes, and how it grows: the tables of docs/performance.md (ARGS=--quick)
@@ -57,6 +58,10 @@ bench-breakdown: $(STAMP)  ## Where the time goes, and how it grows: the tables 
 
 bench-gpu: $(STAMP)  ## The batch kernel on a GPU, beside what that copies (ARGS="--sessions 16")
 	@$(BIN)/python -m bench.gpu $(ARGS)
+
+# Not $(STAMP): on a GPU machine what is there is used, PYTHON with its torch for CUDA, and nothing is fetched.
+gpu-check:  ## Everything on an NVIDIA GPU within six minutes: tests, parity, rates (GPU_PYTHON=python3 takes that one's packages)
+	@PYTHONPATH=.:client $(GPU_PYTHON) -m bench.gpu_check
 
 bench-peers: $(STAMP) $(PEERS)/.installed  ## Beside Chroma and PostgreSQL with pgvector (ARGS="--only htm,chroma", ARGS=--quick)
 	@$(BIN)/python -m bench.peers --environment $(PEERS) $(ARGS)

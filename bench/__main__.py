@@ -1,4 +1,4 @@
-"""`make bench`: S1 to S12, each beside its bar."""
+"""`make bench`: S1 to S12 and S22, each beside its bar."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import in_process, over_http
+from bench import in_process, over_http, starting
 from bench.figures import Figure, print_figures, say
 from bench.scene import make_scene, run
 
 OVER_HTTP = ("S1", "S2", "S3", "S8", "S9")
-ALL = tuple(f"S{number}" for number in range(1, 13))
+ALL = (*(f"S{number}" for number in range(1, 13)), "S22")
 
 
 def main() -> None:
@@ -46,6 +46,8 @@ def main() -> None:
             say("S10, S12")
             found = run(in_process.restore(stage, options.quick))
             figures += [figure for figure in found if figure.id in wanted]
+    if "S22" in wanted:
+        figures += starting.measure(options.quick)
     figures.sort(key=lambda figure: int(figure.id[1:]))
     print_figures(figures, quick=options.quick, sessions=sessions, seconds=round(time.perf_counter() - began))
 

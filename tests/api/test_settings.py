@@ -71,7 +71,7 @@ def test_every_setting_is_read_from_its_variable(monkeypatch: pytest.MonkeyPatch
         if field.annotation is str and name == "host":
             with pytest.raises(ValidationError, match="refusing to listen"):
                 Settings()
-        elif name not in ("data", "store_url", "models_dir"):
+        elif name not in ("data", "store_url", "models_dir", "kernel_cache"):
             with pytest.raises(ValidationError):
                 Settings()
         monkeypatch.delenv(env_name(name, field))

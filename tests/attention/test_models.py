@@ -201,6 +201,7 @@ class TestFolding:
         for model in (ProjectedModel(CONFIG, make_tensors(CONFIG)), RetrievalModel()):
             assert model.to("cpu") is model
 
+    @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_to_cuda(self) -> None:
         for model in (ProjectedModel(CONFIG, make_tensors(CONFIG)), RetrievalModel(top_k=3)):

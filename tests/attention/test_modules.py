@@ -356,6 +356,7 @@ class TestEdges:
         block = HTMBlock(dim=26, topk_mems=2, mem_chunk_size=3)
         assert block(torch.randn(1, 5, 26), torch.randn(1, 9, 26)).shape == (1, 5, 26)
 
+    @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_cuda(self) -> None:
         case = Case(8, 2, 5, 31, 7, 37, 3, 11, 5, True, True, True)

@@ -32,7 +32,10 @@ from tests.reference import htm_reference, relative_error
 DIM, SIZE, HEADS = 13, 5, 3
 DEVICES = [
     pytest.param("cpu", marks=pytest.mark.skipif(not INTERPRETED, reason="on a GPU; TRITON_INTERPRET=1 to interpret")),
-    pytest.param("cuda", marks=pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU")),
+    pytest.param(
+        "cuda",
+        marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available() or INTERPRETED, reason="no GPU")],
+    ),
 ]
 pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")
 """The interpreter computes with numpy what is masked afterwards; a GPU does so in silence."""
