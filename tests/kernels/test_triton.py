@@ -200,7 +200,7 @@ def test_from_queries_to_answers(device: str) -> None:
 @pytest.mark.parametrize("device", DEVICES)
 async def test_an_engine_serves_with_it(device: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Concurrent attends of all kinds, against the definition."""
-    monkeypatch.setattr("htm_service.engine.resolve_kernel", TritonKernel)
+    monkeypatch.setattr("htm_service.engine.resolve_for_start", lambda device, cache: (TritonKernel(device), None))
     config, weights = write_model(tmp_path / "trained.safetensors", dim=DIM, heads=HEADS, dim_head=7)
     random = np.random.default_rng(3)
     tokens, queries = (random.standard_normal((num, DIM)).astype(np.float32) for num in (6 * SIZE + 3, 2))
