@@ -11,14 +11,13 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import errors, openapi
 from api.disconnect import Watch
-from api.middleware import RequestMiddleware, ShortWay
-from api.routes import hot as memory
-from api.routes import hot_openapi as memory_calls
-from api.routes import inspection, pages, server, sessions
+from api.middleware import Front
+from api.routes import hot, hot_openapi, inspection, pages, server, sessions
 from api.settings import Settings
 from htm_service.config import EngineConfig
 from htm_service.errors import HTMError
@@ -31,13 +30,19 @@ DESCRIPTION = "A memory server for agents: chunked memories, Hierarchical Transf
 
 
 class App(FastAPI):
-    """FastAPI with a short way around it for the hot calls."""
+    """FastAPI behind one middleware of ours."""
 
     front: ASGIApp
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
         await self.front(scope, receive, send)
+
+    def build_middleware_stack(self) -> ASGIApp:
+        """The framework's, without the outermost that answers when code fails: `front` does that, for all alike."""
+        stack = super().build_middleware_stack()
+        assert isinstance(stack, ServerErrorMiddleware)
+        return stack.app
 
 
 def create_app(settings: Settings, *, engine: Engine | None = None, clock: Callable[[], float] = time.time) -> FastAPI:
@@ -70,10 +75,9 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Calla
     app.state.watch = Watch()
     if engine is not None:  # in-process tests need no lifespan
         app.state.engine = engine
-    hot = memory.routes()
-    app.add_middleware(RequestMiddleware)
-    app.front = ShortWay(super(App, app).__call__, hot, app)
-    app.router.routes.extend(hot)  # for what the short way leaves: other methods are answered 405
+    hot_routes = hot.routes()
+    app.front = Front(super(App, app).__call__, hot_routes, app)
+    app.router.routes.extend(hot_routes)  # for what the short way leaves: other methods are answered 405
     app.include_router(sessions.router())
     app.include_router(inspection.router())
     app.include_router(server.router())
@@ -81,7 +85,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Calla
 
     def describe() -> dict[str, Any]:
         if app.openapi_schema is None:
-            app.openapi_schema = openapi.build(app, memory_calls.calls())
+            app.openapi_schema = openapi.build(app, hot_openapi.calls())
         return app.openapi_schema
 
     app.openapi = describe  # type: ignore[method-assign]

@@ -25,75 +25,55 @@ Endpoint = Callable[[Request], Awaitable[Response]]
 _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
-class RequestMiddleware:
-    """Gives each request an id (the client's own, when sane) and turns unexpected exceptions into 500."""
+class Front:
+    """The one middleware. Every request gets an id (the client's own, when sane) and an answer, even when code fails.
 
-    def __init__(self, app: ASGIApp) -> None:
-        self.app = app
-        self._ids = new_ids()
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """One request."""
-        if scope["type"] != "http":
-            await self.app(scope, receive, send)
-            return
-        request_id = scope["htm.request_id"] = incoming_id(scope) or next(self._ids)
-        started = False
-
-        async def send_with_id(message: Message) -> None:
-            nonlocal started
-            if message["type"] == "http.response.start":
-                started = True
-                message["headers"] = [*message["headers"], id_header(request_id)]
-            await send(message)
-
-        try:
-            await self.app(scope, receive, send_with_id)
-        except ClientDisconnect:
-            return  # nobody is left to answer
-        except Exception:
-            failed = on_failure(scope)
-            if started:
-                raise  # the server closes the connection, so that half an answer is not taken for a whole
-            await failed(scope, receive, send_with_id)
-
-
-class ShortWay:
-    """Calls the endpoints of hot routes itself; everything else goes the framework's way, `app`.
-
-    The framework's layers and its search for the route cost as much as the rest of a small call. What is promised
-    for every request is kept here as well, once an endpoint has its whole answer: there is nothing to wrap then.
+    The endpoints of hot routes it calls itself: the framework's layers and its search for the route cost as much as
+    the rest of a small call. Everything else goes the framework's way.
     """
 
-    def __init__(self, app: ASGIApp, routes: Sequence[Route], owner: Starlette) -> None:
-        self._app = app
+    def __init__(self, framework: ASGIApp, routes: Sequence[Route], owner: Starlette) -> None:
+        self._framework = framework
         self._routes = [(route.path_regex, route.methods or (), route.endpoint) for route in routes]
         self._owner = owner
         self._ids = new_ids()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request."""
-        endpoint = self._endpoint(scope)
-        if endpoint is None:
-            await self._app(scope, receive, send)
+        if scope["type"] != "http":
+            await self._framework(scope, receive, send)
             return
         request_id = scope["htm.request_id"] = incoming_id(scope) or next(self._ids)
+        is_begun = False
+
+        async def send_with_id(message: Message) -> None:
+            nonlocal is_begun
+            if message["type"] == "http.response.start":
+                is_begun = True
+                message["headers"] = [*message["headers"], id_header(request_id)]
+            await send(message)
+
         try:
+            endpoint = self._endpoint(scope)
+            if endpoint is None:
+                await self._framework(scope, receive, send_with_id)
+                return
             response = await _answer_of(endpoint, _HotRequest(scope, receive, send))
         except ClientDisconnect:
             return  # nobody is left to answer
         except Exception:
             response = on_failure(scope)
-        response.raw_headers.append(id_header(request_id))
+            if is_begun:
+                raise  # the server closes the connection, so that half an answer is not taken for a whole
+        response.raw_headers.append(id_header(request_id))  # a whole answer: there is nothing to wrap
         await response(scope, receive, send)
 
     def _endpoint(self, scope: Scope) -> Endpoint | None:
         """The hot endpoint of a request, which gets what the framework would tell it."""
-        if scope["type"] == "http":
-            for path, methods, endpoint in self._routes:
-                if (found := path.match(scope["path"])) is not None and scope["method"] in methods:
-                    scope["app"], scope["path_params"] = self._owner, found.groupdict()
-                    return endpoint
+        for path, methods, endpoint in self._routes:
+            if (found := path.match(scope["path"])) is not None and scope["method"] in methods:
+                scope["app"], scope["path_params"] = self._owner, found.groupdict()
+                return endpoint
         return None
 
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from api.errors import MEDIA_TYPE, PROBLEMS, RETRY_STATUSES, document
-from api.schemas import bodies as schemas
+from api.schemas import bodies
 from api.wire import safetensors
 
 REF = "#/components/schemas/{model}"
@@ -95,7 +95,7 @@ def problems(codes: Iterable[str]) -> dict[int | str, dict[str, Any]]:
 
 
 def _empty(status: int) -> dict[str, Any]:
-    schema = {"$ref": REF.format(model=schemas.ProblemDocument.__name__)}
+    schema = {"$ref": REF.format(model=bodies.ProblemDocument.__name__)}
     response: dict[str, Any] = {"content": {MEDIA_TYPE: {"schema": schema, "examples": {}}}}
     if status in RETRY_STATUSES:
         response["headers"] = {"Retry-After": {"description": "Seconds.", "schema": {"type": "integer"}}}
@@ -147,7 +147,7 @@ def build(app: FastAPI, calls: Iterable[HotCall]) -> dict[str, Any]:
     result = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
     for call in calls:
         result["paths"].setdefault(call.path, {})[call.method] = operation(call)
-    models: list[type[BaseModel]] = [schemas.ProblemDocument, *(call.answer for call in calls)]
+    models: list[type[BaseModel]] = [bodies.ProblemDocument, *(call.answer for call in calls)]
     models += [call.body for call in calls if call.body is not None]
     _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=REF)
     components = result.setdefault("components", {}).setdefault("schemas", {})

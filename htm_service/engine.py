@@ -71,7 +71,7 @@ class Engine:
         self.device, self.device_reason = choose_device(config.device)
         self.is_draining = False
         """Set to refuse what is new; what has begun goes on."""
-        self._store = store
+        self.store = store
         retrieval = RetrievalModel(
             summary_scale=config.retrieval_summary_scale, attention_scale=config.retrieval_attention_scale
         )
@@ -105,7 +105,7 @@ class Engine:
     async def start(self) -> None:
         """Start the threads, and what is done beside requests, on the running loop."""
         await asyncio.to_thread(self.worker.runner.kernel.warm_up)
-        self._store.watch(self._supervisor.fail)
+        self.store.watch(self._supervisor.fail)
         self.worker.queue.start(self.worker.run)
         self.worker.loader.start()
         self.committer.queue.start(self.committer.run)
@@ -217,11 +217,23 @@ class Engine:
         return await self._steps.step(session, attend, append)
 
     async def read(
-        self, session_id: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool
+        self,
+        session_id: str,
+        start: int,
+        stop: int | None,
+        *,
+        embeddings: bool,
+        payloads: bool,
+        max_bytes: int | None = None,
     ) -> Memories:
-        """Read tokens start .. stop-1 back (to the end when None), as they are stored."""
+        """Read tokens start .. stop-1 back (to the end when None), with at most `max_bytes` of embeddings."""
         return await self._inspection.read(
-            await self._session(session_id), start, stop, embeddings=embeddings, payloads=payloads
+            await self._session(session_id),
+            start,
+            stop,
+            embeddings=embeddings,
+            payloads=payloads,
+            max_bytes=max_bytes,
         )
 
     # --- inspection ---
@@ -246,7 +258,7 @@ class Engine:
         totals = self.directory.totals()
         return await engine_info(
             self.config,
-            self._store,
+            self.store,
             self.worker,
             self.committer,
             (self.device_reason, self.kernel_reason),

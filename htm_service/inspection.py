@@ -55,11 +55,19 @@ class Inspection:
         self._worker = worker
 
     async def read(
-        self, session: Session, start: int, stop: int | None, *, embeddings: bool, payloads: bool
+        self,
+        session: Session,
+        start: int,
+        stop: int | None,
+        *,
+        embeddings: bool,
+        payloads: bool,
+        max_bytes: int | None = None,
     ) -> Memories:
         """Tokens start .. stop-1 as they are stored, as far as they were not trimmed.
 
-        Raises InvalidArgument for a range outside the session.
+        Raises InvalidArgument for a range outside the session, and for more than `max_bytes` of embeddings: a long
+        session would not fit into memory twice, so it is read in parts.
         """
         length = session.length
         stop = length if stop is None else stop
@@ -67,6 +75,12 @@ class Inspection:
             raise InvalidArgument(f"the range is {start} to {stop}, it must lie within 0 to {length}")
         start = max(start, session.first_position)
         stop = max(start, stop)
+        row_bytes = session.settings.dim * 4  # read back as float32
+        if embeddings and max_bytes is not None and (stop - start) * row_bytes > max_bytes:
+            raise InvalidArgument(
+                f"positions {start} to {stop} have {(stop - start) * row_bytes} bytes of embeddings, "
+                f"the limit of one answer is {max_bytes}: read at most {max_bytes // row_bytes} tokens at once"
+            )
         start, found, texts = await asyncio.to_thread(self._fetch, session, start, stop, embeddings, payloads)
         return Memories(start, max(start, stop), length, found, texts)
 

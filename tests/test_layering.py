@@ -26,6 +26,17 @@ EXCEPTIONS = {
 """Edges beyond ALLOWED, by file; each must be in use."""
 
 ROOMS = {
+    "api": (
+        ("cli", "__main__"),
+        ("serving",),
+        ("app",),
+        ("routes", "middleware"),
+        ("openapi",),
+        ("schemas",),
+        ("wire", "disconnect"),
+        ("settings", "errors", "machine"),
+    ),
+    "storage": (("resolve",), ("databases",), ("sql", "in_memory"), ("base", "migrations")),
     "htm_service": (
         ("engine", "inspection"),
         ("writes",),
@@ -220,6 +231,50 @@ def makes_a_constant(call: ast.Call) -> bool:
         return True  # a method of a value made on the spot, such as `"a b".split()`; that value is looked at itself
     name = function.rpartition(".")[2]
     return function in AT_IMPORT or (name[0].isupper() and name not in LIVING) or name in ("items", "split", "values")
+
+
+def handlers(tree: ast.Module) -> Iterator[ast.AsyncFunctionDef]:
+    """The handlers of a module of routes: what takes a request and is no helper of another one."""
+    for node in tree.body:
+        if isinstance(node, ast.AsyncFunctionDef) and any(arg.arg == "request" for arg in node.args.args):
+            yield node
+
+
+def engine_calls(function: ast.AST) -> int:
+    """How often a function asks the engine for something: uses of `engine_of(request)` or of what it was kept as."""
+    kept = {
+        target.id
+        for node in ast.walk(function)
+        if isinstance(node, ast.Assign) and "engine_of(" in ast.unparse(node.value)
+        for target in node.targets
+        if isinstance(target, ast.Name)
+    }
+    asked = [
+        node
+        for node in ast.walk(function)
+        if isinstance(node, ast.Call)
+        and isinstance(node.func, ast.Attribute)
+        and (
+            (isinstance(node.func.value, ast.Call) and ast.unparse(node.func.value).startswith("engine_of("))
+            or (isinstance(node.func.value, ast.Name) and node.func.value.id in kept)
+        )
+    ]
+    return len(asked)
+
+
+ENGINE_FREE = {"memories", "parse", "to_ui"}
+"""Functions of routes that take a request and ask the engine for nothing: they pass it on, or read it."""
+
+
+def test_a_handler_makes_one_engine_call() -> None:
+    wrong = [
+        f"{file}:{function.lineno} {function.name} makes {engine_calls(function)} calls"
+        for file, tree in TREES.items()
+        if file.startswith("api/routes/")
+        for function in handlers(tree)
+        if function.name not in ENGINE_FREE and engine_calls(function) != 1
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_no_drawers() -> None:

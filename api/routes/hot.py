@@ -17,11 +17,10 @@ from starlette.routing import Route
 
 from api.errors import request_id_of, shorten
 from api.routes.context import engine_of, settings_of, watch_of
-from api.wire import answers
-from api.wire import hot_bodies as requests
+from api.wire import answers, hot_bodies
 from api.wire.answers import Params, Tensors
 from api.wire.body import THREAD_BYTES, read_body, wire_of
-from api.wire.fields import Body
+from api.wire.fields import HotBody
 from api.wire.hot_bodies import Wire
 from htm_service.errors import InvalidArgument
 
@@ -50,7 +49,7 @@ async def attend(request: Request) -> Response:
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     request_id = request_id_of(request)
-    query, asked = await parse(request, wire, lambda body: requests.attend(body, request_id))
+    query, asked = await parse(request, wire, lambda body: hot_bodies.attend(body, request_id))
     result = await watch_of(request).unless_gone(
         request, engine_of(request).attend(request.path_params["session_id"], query)
     )
@@ -63,7 +62,7 @@ async def append(request: Request) -> Response:
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     key = idempotency_key(request)
-    tokens = await parse(request, wire, lambda body: requests.append(body, key))
+    tokens = await parse(request, wire, lambda body: hot_bodies.append(body, key))
     result = await watch_of(request).unless_gone(
         request, engine_of(request).append(request.path_params["session_id"], tokens)
     )
@@ -76,7 +75,7 @@ async def step(request: Request) -> Response:
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     key, request_id = idempotency_key(request), request_id_of(request)
-    query, asked, tokens = await parse(request, wire, lambda body: requests.step(body, request_id, key))
+    query, asked, tokens = await parse(request, wire, lambda body: hot_bodies.step(body, request_id, key))
     work = engine_of(request).step(request.path_params["session_id"], query, tokens)
     attended, appended = await watch_of(request).unless_gone(request, work)
     tensors, params = answers.attend_parts(attended, asked, query.payloads)
@@ -93,19 +92,13 @@ async def read(request: Request) -> Response:
     reply = answers.reply_of(request)
     start, stop = position(request, "start"), position(request, "stop")
     include = included(request, ("embeddings", "payloads"), default=("embeddings", "payloads"))
-    engine, session_id = engine_of(request), request.path_params["session_id"]
-    # The whole of a long session would not fit in memory twice, so it is read in parts.
-    info = await engine.inspect(session_id)
-    first, last = max(start or 0, info.first_position), info.length if stop is None else stop
-    num_bytes = (last - first) * info.dim * 4
-    limit = settings_of(request).max_body_bytes
-    if "embeddings" in include and num_bytes > limit:
-        raise InvalidArgument(
-            f"positions {first} to {last} have {num_bytes} bytes of embeddings, "
-            f"the limit of one answer is {limit}: read at most {limit // (info.dim * 4)} tokens at once"
-        )
-    found = await engine.read(
-        session_id, start or 0, stop, embeddings="embeddings" in include, payloads="payloads" in include
+    found = await engine_of(request).read(
+        request.path_params["session_id"],
+        start or 0,
+        stop,
+        embeddings="embeddings" in include,
+        payloads="payloads" in include,
+        max_bytes=settings_of(request).max_body_bytes,
     )
     tensors: Tensors = {} if found.embeddings is None else {"embeddings": found.embeddings}
     params: Params = {"start": found.start, "stop": found.stop, "length": found.length}
@@ -114,7 +107,7 @@ async def read(request: Request) -> Response:
     return await answers.respond(reply, tensors, params)
 
 
-async def parse(request: Request, wire: Wire, build: Callable[[Body], T]) -> T:
+async def parse(request: Request, wire: Wire, build: Callable[[HotBody], T]) -> T:
     """The engine's request from the body, in a thread when the body is large."""
     settings = settings_of(request)
     header_limit = settings.max_json_body_bytes
@@ -124,8 +117,8 @@ async def parse(request: Request, wire: Wire, build: Callable[[Body], T]) -> T:
     else:
         body = await read_body(request, settings.max_body_bytes)
     if len(body) <= THREAD_BYTES:
-        return build(requests.read_body(body, wire, header_limit))
-    return await asyncio.to_thread(lambda: build(requests.read_body(body, wire, header_limit)))
+        return build(hot_bodies.read_body(body, wire, header_limit))
+    return await asyncio.to_thread(lambda: build(hot_bodies.read_body(body, wire, header_limit)))
 
 
 def idempotency_key(request: Request) -> str | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from api.openapi import BODY_CODES, IDEMPOTENCY_KEY, SESSION_CODES, WRITE_CODES, HotCall
-from api.schemas import bodies as schemas
+from api.schemas import bodies
 
 _ATTEND_BODY = {"queries": [[0.6, 0.8]], "top_k": 8, "return": ["output", "chunks", "payloads"]}
 _APPEND_BODY = {"embeddings": [[1.0, 0.0]], "payloads": [{"text": "the key is under the mat"}]}
@@ -46,9 +46,9 @@ def calls() -> list[HotCall]:
             method="post",
             operation_id="append",
             summary="Append tokens",
-            body=schemas.AppendBody,
+            body=bodies.AppendBody,
             body_example=_APPEND_BODY,
-            answer=schemas.AppendAnswer,
+            answer=bodies.AppendAnswer,
             example=_APPENDED,
             tensors="Binary: tensor `embeddings`; the answer has none.",
             parameters=(IDEMPOTENCY_KEY,),
@@ -59,7 +59,7 @@ def calls() -> list[HotCall]:
             method="get",
             operation_id="read_memories",
             summary="Read tokens back",
-            answer=schemas.MemoriesAnswer,
+            answer=bodies.MemoriesAnswer,
             example=_READ,
             tensors="Binary (by `Accept`): tensor `embeddings`.",
             parameters=(
@@ -76,9 +76,9 @@ def calls() -> list[HotCall]:
             method="post",
             operation_id="attend",
             summary="Attend to the memory",
-            body=schemas.AttendBody,
+            body=bodies.AttendBody,
             body_example=_ATTEND_BODY,
-            answer=schemas.AttendAnswer,
+            answer=bodies.AttendAnswer,
             example=_ATTENDED,
             tensors="Binary: tensors `queries`, `mask`, `chunk_mask`; `output`, `chunks.index`, `chunks.weight`.",
             codes=_ATTEND_CODES,
@@ -88,9 +88,9 @@ def calls() -> list[HotCall]:
             method="post",
             operation_id="step",
             summary="Attend, then append",
-            body=schemas.StepBody,
+            body=bodies.StepBody,
             body_example={"attend": _ATTEND_BODY, "append": _APPEND_BODY},
-            answer=schemas.StepAnswer,
+            answer=bodies.StepAnswer,
             example={"attend": _ATTENDED, "append": _APPENDED},
             tensors="Binary: tensors `queries`, `mask`, `chunk_mask`, `embeddings`; `attend.output`, "
             "`attend.chunks.index`, `attend.chunks.weight`.",

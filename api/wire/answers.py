@@ -17,9 +17,9 @@ from starlette.responses import Response
 
 from api.errors import shorten
 from api.wire import safetensors
-from api.wire import tensors as codec
 from api.wire.body import THREAD_BYTES
 from api.wire.hot_bodies import Asked, Wire
+from api.wire.tensors import to_base64, to_lists
 from htm_service.errors import InvalidArgument
 from htm_service.records import AppendResult, AttendResult, Recalled, Timing
 
@@ -70,7 +70,7 @@ def render(reply: Reply, tensors: Mapping[str, npt.NDArray[Any]], params: Mappin
         place = content
         for part in path:
             place = place.setdefault(part, {})
-        place[last] = codec.to_base64(array) if reply == "b64" else codec.to_lists(array)
+        place[last] = to_base64(array) if reply == "b64" else to_lists(array)
     return orjson.dumps(content)
 
 

@@ -31,7 +31,7 @@ class Table:
     tensors: Mapping[str, Reader]
 
 
-class Body(NamedTuple):
+class HotBody(NamedTuple):
     """One object's fields as they came. `tensors` is None in a JSON body, where tensors are fields like the others."""
 
     params: Mapping[str, Any]
@@ -65,14 +65,14 @@ class Body(NamedTuple):
             extra = min(self.tensors.keys() - known)
             raise InvalidArgument(f"unknown tensor {extra[:80]}; known are {', '.join(known)}")
 
-    def inner(self, name: str) -> Body:
+    def inner(self, name: str) -> HotBody:
         """The fields of an object that must be there; it shares the tensors."""
         value = self.params.get(name)
         if value is None:
             raise InvalidArgument(f"{name} is required")
         if not isinstance(value, dict):
             raise _wrong(name, value, "an object")
-        return Body(value, self.tensors, f"{name}.")
+        return HotBody(value, self.tensors, f"{name}.")
 
 
 def integer(name: str, value: Any) -> int:

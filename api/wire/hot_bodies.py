@@ -11,8 +11,8 @@ import orjson
 
 from api.errors import shorten
 from api.wire import fields, safetensors
-from api.wire import tensors as codec
-from api.wire.fields import Body, Table
+from api.wire.fields import HotBody, Table
+from api.wire.tensors import bools, floats
 from htm_service.errors import InvalidArgument, MalformedBody
 from htm_service.records import AppendRequest, AttendRequest
 
@@ -42,7 +42,7 @@ ATTEND = Table(
         "rank_by": rank_by,
         "timeout_ms": fields.number,
     },
-    tensors={"queries": codec.floats, "mask": codec.bools, "chunk_mask": codec.bools},
+    tensors={"queries": floats, "mask": bools, "chunk_mask": bools},
 )
 APPEND = Table(
     params={
@@ -50,7 +50,7 @@ APPEND = Table(
         "episode": fields.integer,
         "if_length": fields.integer,
     },
-    tensors={"embeddings": codec.floats},
+    tensors={"embeddings": floats},
 )
 
 
@@ -65,33 +65,33 @@ class Asked(NamedTuple):
     chunks: bool
 
 
-def read_body(body: bytes | bytearray, wire: Wire, max_header_bytes: int) -> Body:
+def read_body(body: bytes | bytearray, wire: Wire, max_header_bytes: int) -> HotBody:
     """The fields of a body."""
     if wire == "safetensors":
         tensors, params = safetensors.parse(body, max_header_bytes)
-        return Body(params, tensors)
+        return HotBody(params, tensors)
     try:
         value = orjson.loads(body)
     except orjson.JSONDecodeError as error:
         raise MalformedBody(f"the body is not JSON: {error}") from error
     if not isinstance(value, dict):
         raise InvalidArgument(f"the body is {shorten(value)}; it must be a JSON object")
-    return Body(value, None)
+    return HotBody(value, None)
 
 
-def attend(body: Body, request_id: str) -> tuple[AttendRequest, Asked]:
+def attend(body: HotBody, request_id: str) -> tuple[AttendRequest, Asked]:
     """The body of an attend."""
     body.check_tensors(ATTEND.tensors.keys())
     return _attend(body, request_id)
 
 
-def append(body: Body, idempotency_key: str | None) -> AppendRequest:
+def append(body: HotBody, idempotency_key: str | None) -> AppendRequest:
     """The body of an append."""
     body.check_tensors(APPEND.tensors.keys())
     return _append(body, idempotency_key)
 
 
-def step(body: Body, request_id: str, idempotency_key: str | None) -> tuple[AttendRequest, Asked, AppendRequest]:
+def step(body: HotBody, request_id: str, idempotency_key: str | None) -> tuple[AttendRequest, Asked, AppendRequest]:
     """The body of a step: an attend and an append, each under its name; their tensors side by side."""
     query, tokens = body.inner("attend"), body.inner("append")
     if unknown := body.params.keys() - {"attend", "append"}:
@@ -100,7 +100,7 @@ def step(body: Body, request_id: str, idempotency_key: str | None) -> tuple[Atte
     return *_attend(query, request_id), _append(tokens, idempotency_key)
 
 
-def _attend(body: Body, request_id: str) -> tuple[AttendRequest, Asked]:
+def _attend(body: HotBody, request_id: str) -> tuple[AttendRequest, Asked]:
     found = body.read(ATTEND)
     _require("queries", found, body)
     wanted: set[str] | None = found.pop("return", None)
@@ -117,13 +117,13 @@ def _attend(body: Body, request_id: str) -> tuple[AttendRequest, Asked]:
     return request, Asked("output" in wanted, "chunks" in wanted)
 
 
-def _append(body: Body, idempotency_key: str | None) -> AppendRequest:
+def _append(body: HotBody, idempotency_key: str | None) -> AppendRequest:
     found = body.read(APPEND)
     _require("embeddings", found, body)
     return AppendRequest(**found, idempotency_key=idempotency_key)
 
 
-def _require(name: str, found: dict[str, Any], body: Body) -> None:
+def _require(name: str, found: dict[str, Any], body: HotBody) -> None:
     if name not in found:
         raise InvalidArgument(f"{body.where}{name} is required")
 

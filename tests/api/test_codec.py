@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from api.wire import tensors as codec
+from api.wire.tensors import PIECE, bools, floats, to_base64, to_lists
 from htm_service.errors import HTMError, InvalidArgument, MalformedBody
 
 FLOATS = hnp.arrays(
@@ -29,8 +29,8 @@ def b64(data: bytes, shape: list[Any], dtype: str = "float32") -> dict[str, Any]
 @settings(max_examples=60, deadline=None)
 @given(FLOATS)
 def test_lists_round_trip_exactly(array: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-    text = orjson.dumps(codec.to_lists(array))
-    back = codec.floats("x", orjson.loads(text))
+    text = orjson.dumps(to_lists(array))
+    back = floats("x", orjson.loads(text))
     assert back.dtype == np.float32
     assert back.flags.writeable
     np.testing.assert_array_equal(back, array)
@@ -39,7 +39,7 @@ def test_lists_round_trip_exactly(array: np.ndarray[Any, np.dtype[np.float32]]) 
 @settings(max_examples=60, deadline=None)
 @given(FLOATS)
 def test_base64_round_trips_exactly(array: np.ndarray[Any, np.dtype[np.float32]]) -> None:
-    back = codec.floats("x", orjson.loads(orjson.dumps(codec.to_base64(array))))
+    back = floats("x", orjson.loads(orjson.dumps(to_base64(array))))
     assert back.flags.writeable
     np.testing.assert_array_equal(back, array)
 
@@ -51,9 +51,9 @@ def test_golden_bytes_of_each_dtype() -> None:
         "float16": bytes.fromhex("003e00c0"),
         "bfloat16": bytes.fromhex("c03f00c0"),
     }.items():
-        assert codec.floats("x", b64(data, [2], dtype)).tolist() == [1.5, -2.0], dtype
-    assert codec.bools("m", b64(b"\x01\x00\x01", [3], "bool")).tolist() == [True, False, True]
-    assert codec.to_base64(np.array([1.5, -2.0], np.float32)) == {
+        assert floats("x", b64(data, [2], dtype)).tolist() == [1.5, -2.0], dtype
+    assert bools("m", b64(b"\x01\x00\x01", [3], "bool")).tolist() == [True, False, True]
+    assert to_base64(np.array([1.5, -2.0], np.float32)) == {
         "b64": "AADAPwAAAMA=",
         "shape": [2],
         "dtype": "float32",
@@ -61,22 +61,22 @@ def test_golden_bytes_of_each_dtype() -> None:
 
 
 def test_shapes_are_kept() -> None:
-    assert codec.floats("x", [1, 2.5, 3]).shape == (3,)
-    assert codec.floats("x", [[1, 2], [3, 4], [5, 6]]).shape == (3, 2)
-    assert codec.floats("x", []).shape == (0,)
-    assert codec.floats("x", b64(b"", [0, 7])).shape == (0, 7)
-    assert codec.bools("m", [[True, False]]).shape == (1, 2)
+    assert floats("x", [1, 2.5, 3]).shape == (3,)
+    assert floats("x", [[1, 2], [3, 4], [5, 6]]).shape == (3, 2)
+    assert floats("x", []).shape == (0,)
+    assert floats("x", b64(b"", [0, 7])).shape == (0, 7)
+    assert bools("m", [[True, False]]).shape == (1, 2)
 
 
 def test_what_is_no_finite_float32_is_left_to_the_engine() -> None:
-    assert codec.floats("x", [[0.0, 1e39]]).tolist() == [[0.0, np.inf]]
-    assert np.isnan(codec.floats("x", b64(np.array([np.nan], np.float16).tobytes(), [1], "float16"))).all()
+    assert floats("x", [[0.0, 1e39]]).tolist() == [[0.0, np.inf]]
+    assert np.isnan(floats("x", b64(np.array([np.nan], np.float16).tobytes(), [1], "float16"))).all()
 
 
 def test_large_arrays_are_written_in_pieces_of_the_same_text() -> None:
-    array = np.arange(3 * codec.PIECE, dtype=np.float32).reshape(-1, 3)
-    assert orjson.loads(orjson.dumps(codec.to_lists(array))) == array.tolist()
-    assert orjson.loads(orjson.dumps(codec.to_lists(array.ravel()))) == array.ravel().tolist()
+    array = np.arange(3 * PIECE, dtype=np.float32).reshape(-1, 3)
+    assert orjson.loads(orjson.dumps(to_lists(array))) == array.tolist()
+    assert orjson.loads(orjson.dumps(to_lists(array.ravel()))) == array.ravel().tolist()
 
 
 REJECTED: dict[str, tuple[Any, type[HTMError], str]] = {
@@ -115,20 +115,20 @@ REJECTED: dict[str, tuple[Any, type[HTMError], str]] = {
 def test_rejected(case: str) -> None:
     value, error, message = REJECTED[case]
     with pytest.raises(error, match=message):
-        codec.floats("x", value) if "base64" not in case and case != "not ascii" else codec.bools("x", value)
+        floats("x", value) if "base64" not in case and case != "not ascii" else bools("x", value)
 
 
 def test_rejected_masks() -> None:
     with pytest.raises(InvalidArgument, match=r"m\[1\] is 1; expected true or false"):
-        codec.bools("m", [True, 1])
+        bools("m", [True, 1])
     with pytest.raises(InvalidArgument, match="dtype float32"):
-        codec.bools("m", b64(bytes(4), [1]))
+        bools("m", b64(bytes(4), [1]))
     with pytest.raises(InvalidArgument, match="bytes other than 0 and 1"):
-        codec.bools("m", b64(b"\x02", [1], "bool"))
+        bools("m", b64(b"\x02", [1], "bool"))
 
 
 def test_a_few_long_rows_and_many_empty_ones_allocate_nothing() -> None:
     """Width of the first row times the number of rows would be 4 TB."""
     rows: list[Any] = [[0.0] * 1_000_000, *([] for _ in range(1_000_000))]
     with pytest.raises(InvalidArgument, match=r"x\[1\] has 0 numbers"):
-        codec.floats("x", rows)
+        floats("x", rows)

@@ -10,7 +10,7 @@ import pytest
 from fastapi import FastAPI
 from starlette.requests import ClientDisconnect, Request
 
-from api import disconnect as watch
+from api import disconnect
 from api.app import create_app
 from api.settings import Settings
 from tests.api.conftest import fill, talk_to
@@ -29,7 +29,7 @@ def scope_of(app: FastAPI, path: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("goes", [True, False])
 async def test_a_client_that_goes_away(monkeypatch: pytest.MonkeyPatch, goes: bool) -> None:
-    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.01)
+    monkeypatch.setattr(disconnect, "LOOK_EVERY_S", 0.01)
     app = create_app(Settings(store_url="memory://", device="cpu", memory_budget_bytes=64 << 20))
     is_watched, is_gone, release = asyncio.Event(), asyncio.Event(), threading.Event()
     sent: list[Any] = []
@@ -97,8 +97,8 @@ async def test_a_request_that_is_cancelled_by_others_is_cancelled() -> None:
 
 async def test_one_look_is_not_enough_and_each_request_is_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     """The one timer ends when nobody waits, and begins anew with the next request."""
-    monkeypatch.setattr(watch, "LOOK_EVERY_S", 0.02)
-    over, num_asked = watch.Watch(), 0
+    monkeypatch.setattr(disconnect, "LOOK_EVERY_S", 0.02)
+    over, num_asked = disconnect.Watch(), 0
 
     async def receive() -> Any:
         nonlocal num_asked

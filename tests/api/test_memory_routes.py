@@ -12,7 +12,7 @@ import orjson
 import pytest
 
 from api.wire import safetensors as wire
-from api.wire import tensors as codec
+from api.wire.tensors import floats, to_base64
 from tests.api.conftest import Serve
 from tests.api.test_errors import check_problem
 
@@ -62,8 +62,8 @@ async def test_attend_answers_the_same_in_every_format(client: httpx.AsyncClient
         assert sum(item["weight"] for item in row) == pytest.approx(1, abs=1e-5)
         assert row[0].keys() == {"position", "weight", "score", "chunk"}
 
-    b64 = (await client.post(f"{ATTEND}?encoding=b64", json={"queries": codec.to_base64(queries), **asked})).json()
-    np.testing.assert_array_equal(codec.floats("o", b64["output"]), np.float32(lists["output"]))
+    b64 = (await client.post(f"{ATTEND}?encoding=b64", json={"queries": to_base64(queries), **asked})).json()
+    np.testing.assert_array_equal(floats("o", b64["output"]), np.float32(lists["output"]))
     index = np.frombuffer(base64.b64decode(b64["chunks"]["index"]["b64"]), "<i8").reshape(2, 2)
     assert index.tolist() == lists["chunks"]["index"]
 
@@ -118,7 +118,7 @@ async def test_appending_and_reading_back_in_every_format(client: httpx.AsyncCli
     body = wire.build({"embeddings": rows}, {"payloads": payloads, "if_length": 5, "episode": 2})
     tensors, params = unpack((await client.post(MEMORIES, content=body, headers=BINARY)).content)
     assert (tensors, params) == ({}, {"start": 5, "length": 7, "num_chunks": 4})
-    added = await client.post(MEMORIES, json={"embeddings": codec.to_base64(rows), "payloads": payloads})
+    added = await client.post(MEMORIES, json={"embeddings": to_base64(rows), "payloads": payloads})
     assert added.json() == {"start": 7, "length": 9, "num_chunks": 5}
 
     found = (await client.get(f"{MEMORIES}?start=5")).json()
@@ -175,7 +175,7 @@ BAD: dict[str, tuple[str, Any, int]] = {
     "empty tokens": (MEMORIES, {"embeddings": [[], []]}, 422),
     "no embeddings": (MEMORIES, {}, 422),
     "null": (MEMORIES, {"embeddings": None}, 422),
-    "nan in base64": (MEMORIES, {"embeddings": codec.to_base64(NAN)}, 422),
+    "nan in base64": (MEMORIES, {"embeddings": to_base64(NAN)}, 422),
     "nan in binary": (MEMORIES, wire.build({"embeddings": NAN}, {}), 422),
     "nan in json": (MEMORIES, b'{"embeddings": [NaN, 1, 2]}', 400),
     "huge shape": (MEMORIES, {"embeddings": {"b64": "AAAA", "shape": [2**40, 3], "dtype": "float32"}}, 422),

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from api.wire import safetensors as wire
-from api.wire import tensors as codec
+from api.wire.tensors import bools, floats
 from htm_service.errors import BodyTooLarge, HTMError, InvalidArgument, MalformedBody
 
 LIMIT = 1 << 20
@@ -62,7 +62,7 @@ def test_round_trip_and_the_library_reads_it(tensors: dict[str, Any], params: di
     assert back == params
     assert raw.keys() == tensors.keys()
     for name, array in tensors.items():
-        np.testing.assert_array_equal(codec.floats(name, raw[name]), array)
+        np.testing.assert_array_equal(floats(name, raw[name]), array)
     assert safetensors.numpy.load(built).keys() == tensors.keys()
 
 
@@ -71,8 +71,8 @@ def test_reads_what_the_library_writes() -> None:
     arrays = {"mask": np.array([True, False, True]), "queries": np.arange(6, dtype=np.float16).reshape(2, 3)}
     raw, params = wire.parse(safetensors.numpy.save(arrays, {"params": '{"top_k": 2}'}), LIMIT)
     assert params == {"top_k": 2}
-    assert codec.bools("mask", raw["mask"]).tolist() == [True, False, True]
-    queries = codec.floats("queries", raw["queries"])
+    assert bools("mask", raw["mask"]).tolist() == [True, False, True]
+    queries = floats("queries", raw["queries"])
     assert queries.tolist() == [[0, 1, 2], [3, 4, 5]]
     assert queries.flags.aligned
     assert queries.flags.writeable
@@ -83,7 +83,7 @@ def test_a_header_that_came_before() -> None:
     header = {"x": entry(), "__metadata__": {"params": '{"episodes": [1]}'}}
     for numbers in ([1.0, 2.0], [3.0, 4.0]):
         raw, params = wire.parse(body(header, np.array(numbers, "<f4").tobytes()), LIMIT)
-        assert codec.floats("x", raw["x"]).tolist() == numbers
+        assert floats("x", raw["x"]).tolist() == numbers
         assert params == {"episodes": [1]}
         params["episodes"].append(2)
         raw.clear()

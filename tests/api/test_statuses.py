@@ -11,10 +11,9 @@ import pytest
 from pydantic import TypeAdapter
 
 from api.app import create_app
-from api.schemas import bodies as schemas
-from api.schemas import views
+from api.schemas import bodies, views
 from api.settings import Settings
-from api.wire import tensors as codec
+from api.wire.tensors import to_base64
 from tests.api.conftest import Serve, fill, talk_to
 from tests.api.exercised import CALLS, ON_SESSION, WITH_BODY, Call, FailingEngine, domain_error
 from tests.api.test_errors import check_problem
@@ -126,7 +125,7 @@ async def test_success(client: httpx.AsyncClient, name: str, document: dict[str,
     )
     content = operation["responses"][str(answer.status_code)]["content"]["application/json"]
     name = content["schema"]["$ref"].rsplit("/", 1)[-1]
-    model = getattr(views, name, None) or getattr(schemas, name)
+    model = getattr(views, name, None) or getattr(bodies, name)
     TypeAdapter(model).validate_json(answer.content)
     if "example" in content:
         model.model_validate_json(httpx.Response(200, json=content["example"]).content)
@@ -178,7 +177,7 @@ async def test_beyond_the_budget_with_nothing_to_evict(serve: Serve) -> None:
         for name, chunk_size in (("large", 1), ("small", 10)):
             await client.put(f"/v1/sessions/{name}", json={"dim": 1_024, "chunk_size": chunk_size})
             for _ in range(2 if name == "large" else 1):
-                body = {"embeddings": codec.to_base64(rows)}
+                body = {"embeddings": to_base64(rows)}
                 assert (await client.post(f"/v1/sessions/{name}/memories", json=body)).status_code == 200
         query = {"queries": [[1.0] * 1_024], "top_k": 1}
         refused = await client.post("/v1/sessions/large/attend", json=query)

@@ -326,7 +326,7 @@ async def test_an_attend_that_is_overtaken_by_trims(
     attends = [asyncio.ensure_future(engine.attend("s", request)) for request in requests]
     await asyncio.sleep(0)
     new = tokens[27 : 42 if num_left else 57]
-    session, store, length = session_of(engine, "s"), engine._store, 27
+    session, store, length = session_of(engine, "s"), engine.store, 27
     for part in np.split(new, range(15, len(new), 15)):
         write = Append(session.sid, len(part), part.tobytes(), evict_chunk=SIZE)
         (written,) = store.write([write], now=1.0)

@@ -62,7 +62,7 @@ class Faults:
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
         self.gates = {"device": Gate(), "batch": Gate(), "store": Gate()}
-        store, reader = engine._store, engine.worker.runner
+        store, reader = engine.store, engine.worker.runner
         store.write = self.gates["store"].before(store.write)  # type: ignore[method-assign]
         store.close = self.gates["store"].before(store.close)  # type: ignore[method-assign]
         reader.run = self.gates["batch"].before(poisoned(reader.run))  # type: ignore[method-assign]
