@@ -17,7 +17,7 @@ from htm_client import HTMClient
 
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
-from htm_service.kernels import compilation
+from htm_service.kernels import compilation, loops
 from htm_service.kernels.compilation import Compilation, CompilationFailed, mark_of, processor
 from storage.in_memory import MemoryStore
 from tests.served.server import Server
@@ -109,6 +109,21 @@ async def test_a_kernel_that_cannot_be_compiled_leaves_the_reference_serving(
         await engine.close()
     assert info.kernel == "reference" and "No module named 'no_such_module'" in info.kernel_reason
     assert "the reference kernel goes on serving, slowly" in caplog.text
+
+
+async def test_a_mark_without_its_kernel_is_no_kernel(tmp_path: Path) -> None:
+    """A server never compiles: what a child left nothing of is told, and the reference goes on serving."""
+    mark_of(tmp_path).touch()
+    code = f"import asyncio, pathlib, sys; from {compilation.__name__} import Compilation\n"
+    code += "one = Compilation(pathlib.Path(sys.argv[1])); asyncio.run(one.run()); one.load()"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = await asyncio.to_thread(subprocess.run, command, capture_output=True, text=True)
+    assert done.returncode == 1 and "CompilationFailed: what was compiled is not in the cache" in done.stderr
+
+
+def test_who_compiles_does_not_import_torch() -> None:
+    code = f"import sys, {compilation.__name__}, {loops.__name__}; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 async def test_a_child_that_says_nothing_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,17 +21,18 @@ import platform
 import sys
 import tempfile
 import threading
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:  # numba takes a second to import: not before somebody wants the kernel
+if TYPE_CHECKING:  # numba takes a second to import, and need not be there
     from htm_service.kernels.compiled import CompiledKernel
 
 LOOPS = "htm_service.kernels.loops"
 SOURCE = Path(__file__).with_name("loops.py")
 CPUINFO = Path("/proc/cpuinfo")
-NICENESS = 10
-"""Of the child: it takes little from who serves, and ends on a busy machine too."""
+NICENESS = 5
+"""Of the child: a third of the share of who serves, so that it ends soon on a busy machine too."""
 
 
 class CompilationFailed(Exception):
@@ -51,13 +52,19 @@ class Compilation:
         return mark_of(self.folder).exists()
 
     def load(self) -> CompiledKernel:
-        """The kernel, ready: from the cache, or compiled here and now where that has nothing (any thread)."""
+        """The kernel, ready, from the cache (any thread). Nothing is compiled here. Raises CompilationFailed."""
         use_cache(self.folder)
+        from htm_service.kernels import loops
         from htm_service.kernels.compiled import CompiledKernel
 
-        kernel = CompiledKernel()
-        kernel.warm_up()
-        return kernel
+        with refusing():
+            loops.compile_all()
+        return CompiledKernel()
+
+    def prepare(self) -> None:
+        """Do now what `load` need not do beside requests: numba's import would hold all of them up for 0.1 s."""
+        with contextlib.suppress(CompilationFailed):
+            self.load()
 
     async def run(self) -> None:
         """Have the child compile what is not there yet, and wait for it. Raises CompilationFailed."""
@@ -91,15 +98,38 @@ def compile_into(folder: str) -> None:
     os.nice(NICENESS)
     with (Path(folder) / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        compilation = Compilation(Path(folder))
-        if not compilation.is_done:
-            compilation.load()
+        if not mark_of(Path(folder)).exists():
+            use_cache(Path(folder))
+            from htm_service.kernels import loops  # and no torch: it would be imported for nothing
+
+            loops.compile_all()
             mark_of(Path(folder)).touch()
 
 
 def _end_with_parent() -> None:
-    sys.stdin.buffer.read()  # until the other end is closed, however its process ended
+    # Until the other end is closed, however its process ended; not through `sys.stdin`, whose lock this thread would
+    # hold when the interpreter ends: a fatal error.
+    os.read(0, 1)
     os._exit(1)
+
+
+@contextlib.contextmanager
+def refusing() -> Iterator[None]:
+    """While this lasts, raise CompilationFailed where numba would compile one of the loops on this thread."""
+    from numba.core.event import Listener, install_listener
+
+    here = threading.get_ident()
+
+    class Refusal(Listener):
+        def on_start(self, event: Any) -> None:
+            if threading.get_ident() == here:
+                raise CompilationFailed("what was compiled is not in the cache")
+
+        def on_end(self, event: Any) -> None:
+            pass
+
+    with install_listener("numba:compile", Refusal()):
+        yield
 
 
 def use_cache(folder: Path) -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from htm_service.kernels import loops
 from htm_service.kernels.base import Attended, Batch, Projections, Search, View, answer_in_steps
 from htm_service.kernels.loops import Array
-from htm_service.memory.arena import Arena, Budget
+from htm_service.memory.arena import Arena
 
 _ENCODINGS = {
     torch.float32: loops.FLOAT32,
@@ -52,14 +52,8 @@ class CompiledKernel:
 
     def warm_up(self) -> None:
         """Compile now rather than with the first batch; from numba's cache on disk, where it can write one."""
-        log = logging.getLogger(__name__)
-        log.info("the kernel is made ready; the first time it is compiled, which takes about 20 s")
-        arena = Arena(2, 1, torch.float32, torch.device("cpu"), Budget(64))
-        search = Search(torch.zeros(1, 2), torch.tensor(arena.allocate(1)), 0, 0, 0, 1, 1)
-        one, cube = torch.ones(2, 2), torch.ones(1, 2, 2)
-        projections = Projections(one, one[0], one, one[0], cube, cube, one, one[0])
-        for kernel in (self, CompiledKernel(2, products_per_thread=1)):  # to which one key is many
-            kernel.answer(projections, one[:1], View(arena, None, [search]))
+        logging.getLogger(__name__).info("the kernel is made ready; where it is not kept it is compiled, in about 20 s")
+        loops.compile_all()
 
     def fold(self, projections: Projections, queries: Tensor) -> tuple[Tensor, Tensor]:
         """In one call; see `Kernel`."""

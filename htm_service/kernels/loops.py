@@ -503,3 +503,31 @@ def _add_weighted(shares: Array, tokens: Array, z: Array) -> None:
         for h in range(len(z)):
             for d in range(z.shape[1]):
                 z[h, d] += shares[h, i] * tokens[i, d]
+
+
+def compile_all() -> None:
+    """Have all that `compiled` calls: from the cache, or compile it."""
+    for loop, types in signatures():
+        loop.compile(types)
+
+
+def signatures() -> list[tuple[Any, tuple[Any, ...]]]:
+    """The loops that `compiled` calls, with the types of what it calls them with."""
+
+    def array(ndim: int, dtype: npt.DTypeLike = np.float32) -> Any:
+        return numba.typeof(np.empty((0,) * ndim, dtype))  # type: ignore[no-untyped-call]
+
+    vector, matrix, cube = array(1), array(2), array(3)
+    integer, indexes, found = numba.types.int64, array(2, np.int64), (array(3, np.int64), cube)
+    to_fold, to_project = (matrix, vector, matrix, vector, cube), (cube, matrix, vector)
+    contents, searches = (cube, array(3, np.uint16), integer), array(1, SEARCH)
+    written = (indexes, matrix, cube, cube, cube)
+    return [
+        (answer, (matrix, *to_fold, *to_project, *contents, searches, matrix, *written, matrix)),
+        (read, (*contents, searches, matrix, cube, matrix, *written)),
+        (fold, (matrix, *to_fold, matrix, cube)),
+        (project, (cube, *to_project, matrix)),
+        (score, (searches, matrix, integer, *found)),
+        (attend, (*contents, searches, *found, cube, matrix, *written)),
+        (choose, (searches, *found, indexes, matrix)),
+    ]

@@ -45,6 +45,7 @@ def resolve_for_start(device: torch.device, cache: Path | None) -> tuple[Kernel,
         return resolve_kernel(device, name), None
     compilation = Compilation(cache)
     if not compilation.is_done:
+        compilation.prepare()
         return ReferenceKernel(), compilation
     use_cache(compilation.folder)
     return resolve_kernel(device, name), None

@@ -150,6 +150,12 @@ def logits_of(rows: list[list[float]], k: int, hidden: torch.Tensor | None = Non
     return Batch(View(arena, None, [search]), summary, torch.randn(len(rows), HEADS, DIM))
 
 
+def make_projections() -> Projections:
+    """Of HEADS heads of width 2."""
+    shapes = ((DIM, DIM), (DIM,), (HEADS * 2, DIM), (HEADS * 2,), *[(HEADS, 2, DIM)] * 2, (DIM, HEADS * 2), (DIM,))
+    return Projections(*map(torch.randn, shapes))
+
+
 def all_kernels() -> list[Kernel]:
     """Each by its name, and the compiled one as it shares out rows, and the keys of the smallest batch."""
     named = [resolve_kernel(torch.device("cpu"), name) for name in NAMES]
@@ -182,8 +188,7 @@ def test_from_queries_to_answers_in_one_call(kernel: Kernel, dtype: torch.dtype)
         make_search(memory, 5, 8, start=SIZE + 1),
         make_search(memory, 2, 1, hidden=all_hidden),
     ]
-    shapes = ((DIM, DIM), (DIM,), (HEADS * 2, DIM), (HEADS * 2,), *[(HEADS, 2, DIM)] * 2, (DIM, HEADS * 2), (DIM,))
-    projections = Projections(*map(torch.randn, shapes))
+    projections = make_projections()
     queries = torch.randn(30, DIM)
     given = [tensor.clone() for tensor in (queries, *projections)]
     for tokens in (True, False):
@@ -208,3 +213,23 @@ def test_no_hidden_chunk_is_taken_and_an_overflow_is_told(kernel: Kernel) -> Non
     assert found.chunk_index[:2].tolist() == [[1, -1], [-1, -1]]
     assert found.chunk_weight[:2].tolist() == [[1, 0], [0, 0]]
     assert found.z[1].eq(0).all() and found.chunk_weight[2:].isnan().all()
+
+
+@pytest.mark.parametrize("products_per_thread", [1, 1 << 21])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_all_that_is_called_is_compiled_ahead(dtype: torch.dtype, products_per_thread: int) -> None:
+    """Else a later request would wait for seconds: each loop knows the types of `loops.signatures` and no others."""
+    kernel = CompiledKernel(2, products_per_thread)
+    kernel.warm_up()
+    arena = Arena(DIM, SIZE, dtype, torch.device("cpu"), Budget(1 << 20))
+    search = Search(torch.randn(2, DIM), torch.tensor(arena.allocate(2)), 0, 0, SIZE, 7, 1, torch.ones(SIZE).bool())
+    projections = make_projections()
+    for positions, tokens in ((None, False), (torch.randn(SIZE, DIM), True)):
+        view = View(arena, positions, [search], tokens)
+        summary, heads = kernel.fold(projections, torch.randn(7, DIM))
+        kernel.select(Batch(view, summary, heads))
+        kernel.project(projections, kernel.attend(Batch(view, summary, heads)).z)
+        kernel.answer(projections, torch.randn(7, DIM), view)
+    for loop, types in loops.signatures():
+        others = {tuple(map(numba.types.unliteral, known)) for known in loop.signatures} - {types}
+        assert not others, f"{loop} was compiled for {others}"
