@@ -57,7 +57,7 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self.address = address
         self.notice_s = notice_s
-        self._last_resort = last_resort
+        self.last_resort = last_resort
         self._is_told_to_stop = False
         self.engine: Engine | None = None
         self._stop_at = math.inf
@@ -67,7 +67,7 @@ class Server(uvicorn.Server):
         """A first SIGTERM makes the engine refuse what is new, and stops the server after the notice."""
         if not self._is_told_to_stop:
             self._is_told_to_stop = True
-            self._last_resort.start()
+            self.last_resort.start()
         if sig == signal.SIGTERM and self.engine is not None and not self.engine.is_draining:
             self.engine.is_draining = True
             self._stop_at = time.monotonic() + self.notice_s

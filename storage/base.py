@@ -100,7 +100,7 @@ class SessionRow:
     updated_at: float = 0.0
     """Time of the last append, or of the creation."""
     first_position: int = 0
-    """Where the tokens begin: those before were evicted."""
+    """Where the tokens begin: those before were trimmed."""
 
 
 class Block(NamedTuple):
@@ -162,7 +162,7 @@ class Append(NamedTuple):
     idempotency_key: str | None = None
     digest: bytes = b""
     """Digest of the request's content, compared when the key comes again."""
-    evict_chunk: int | None = None
+    trim_chunk: int | None = None
     """Where `max_tokens` would be passed, the oldest chunks of so many tokens go, whole; None: it is refused."""
 
 
@@ -179,7 +179,7 @@ class Appended(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Seal:
+class Compact:
     """Put a session's next chunks in order: keep their summary, and join the small blocks that they came in.
 
     The summary must follow those that are there, or begin with the session; `chunk_size` is in tokens. No token,
@@ -191,9 +191,9 @@ class Seal:
     chunk_size: int
 
 
-Write = CreateSession | UpdateSession | DeleteSession | Append | Seal
-Outcome = SessionRow | Appended | Refused
-"""CreateSession, UpdateSession and Seal answer the SessionRow as it is now, DeleteSession the one it was."""
+Write = CreateSession | UpdateSession | DeleteSession | Append | Compact
+WriteResult = SessionRow | Appended | Refused
+"""CreateSession, UpdateSession and Compact answer the SessionRow as it is now, DeleteSession the one it was."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,7 +211,7 @@ CheckSettings = Callable[[Mapping[str, Any]], str | None]
 
 
 @dataclass(frozen=True, slots=True)
-class Problem:
+class Damage:
     """Something `Store.verify` found: the session's id, or None for the store itself, and a sentence."""
 
     session_id: str | None
@@ -225,7 +225,7 @@ IDEMPOTENCY_SECONDS = 24 * 3600
 def first_to_keep(length: int, num_tokens: int, max_tokens: int, chunk_size: int | None) -> int | None:
     """The first position that stays when `num_tokens` follow `length` others; None when they do not fit.
 
-    What is appended is never evicted by its own append; without `chunk_size` nothing is evicted.
+    What is appended is never trimmed by its own append; without `chunk_size` nothing is trimmed.
     """
     if chunk_size is None:
         return None
@@ -243,7 +243,7 @@ class Store(ABC):
     durable: bool
 
     @abstractmethod
-    def write(self, writes: Sequence[Write], *, now: float) -> list[Outcome]:
+    def write(self, writes: Sequence[Write], *, now: float) -> list[WriteResult]:
         """Apply a group of writes in order, in one transaction; one outcome per write.
 
         A write that is refused gets its `Refused` as outcome and changes nothing; the others go on. Later
@@ -302,8 +302,8 @@ class Store(ABC):
 
     @abstractmethod
     def read_summaries(self, sid: int) -> Iterator[Summary]:
-        """The summaries that `Seal` kept, in order and without a gap, from the session's first chunk on or from a few
-        before that were evicted since; fewer when one is damaged.
+        """The summaries that `Compact` kept, in order and without a gap, from the session's first chunk on or from a
+        few before that were trimmed since; fewer when one is damaged.
 
         Never all of them in memory at once.
         """
@@ -321,7 +321,7 @@ class Store(ABC):
         """What the store holds altogether."""
 
     @abstractmethod
-    def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Problem]:
+    def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Damage]:
         """Read everything and compare checksums, lengths and positions; changes nothing."""
 
     @abstractmethod

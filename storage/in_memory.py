@@ -14,14 +14,13 @@ from storage.base import (
     Appended,
     Block,
     CheckSettings,
+    Compact,
     CreateSession,
+    Damage,
     DeleteSession,
     KeyReused,
     NoSuchSession,
-    Outcome,
-    Problem,
     Refused,
-    Seal,
     SessionExists,
     SessionFull,
     SessionRow,
@@ -30,6 +29,7 @@ from storage.base import (
     Totals,
     UpdateSession,
     Write,
+    WriteResult,
     WrongLength,
     first_to_keep,
 )
@@ -43,8 +43,8 @@ class _Session:
     payloads: dict[int, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
 
-    def evict(self, first_position: int, chunk_size: int) -> SessionRow:
-        """Forget what lies before a position, a chunk's begin; as `eviction.evict`."""
+    def trim(self, first_position: int, chunk_size: int) -> SessionRow:
+        """Forget what lies before a position, a chunk's begin; as `trim.trim`."""
         self.blocks = [block for block in self.blocks if block.start + block.num_tokens > first_position]
         first = first_position // chunk_size
         self.summaries = [summary for summary in self.summaries if summary.first + summary.num_chunks > first]
@@ -66,7 +66,7 @@ class MemoryStore(Store):
         self._sids: dict[str, int] = {}
         self._last_sid = 0
 
-    def write(self, writes: Sequence[Write], *, now: float) -> list[Outcome]:
+    def write(self, writes: Sequence[Write], *, now: float) -> list[WriteResult]:
         """See `Store.write`; nothing here can fail half-way."""
         with self._lock:
             return [self._apply(write, now) for write in writes]
@@ -140,7 +140,7 @@ class MemoryStore(Store):
             len(rows), sum(row.length - row.first_position for row in rows), sum(row.num_bytes for row in rows), 0
         )
 
-    def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Problem]:
+    def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Damage]:
         """Nothing at rest, nothing to find."""
         return iter(())
 
@@ -159,7 +159,7 @@ class MemoryStore(Store):
                 positions = range(positions.start, min(positions.stop, session.row.length))
             return {position: session.payloads[position] for position in positions if position in session.payloads}
 
-    def _apply(self, write: Write, now: float) -> Outcome:
+    def _apply(self, write: Write, now: float) -> WriteResult:
         if isinstance(write, CreateSession):
             return self._create(write.row)
         session = self._by_sid.get(write.sid)
@@ -169,7 +169,7 @@ class MemoryStore(Store):
             session.row = replace(session.row, settings=dict(write.settings))
         elif isinstance(write, DeleteSession):
             del self._by_sid[write.sid], self._sids[session.row.id]
-        elif isinstance(write, Seal):
+        elif isinstance(write, Compact):
             ends = (summary.first + summary.num_chunks for summary in session.summaries[-1:])
             end = max(*ends, session.row.first_position // write.chunk_size, 0)
             if write.summary.first != end:
@@ -179,7 +179,7 @@ class MemoryStore(Store):
             return self._append(session, write, now)
         return session.row
 
-    def _create(self, row: SessionRow) -> Outcome:
+    def _create(self, row: SessionRow) -> WriteResult:
         if row.id in self._sids:
             return SessionExists(f"there is a session {row.id!r}")
         self._last_sid += 1
@@ -201,10 +201,10 @@ class MemoryStore(Store):
             return WrongLength(row.length)
         length = row.length + write.num_tokens
         if row.max_tokens is not None and length - row.first_position > row.max_tokens:
-            first = first_to_keep(row.length, write.num_tokens, row.max_tokens, write.evict_chunk)
-            if first is None or write.evict_chunk is None:
+            first = first_to_keep(row.length, write.num_tokens, row.max_tokens, write.trim_chunk)
+            if first is None or write.trim_chunk is None:
                 return SessionFull(row.length, row.max_tokens)
-            row = session.evict(first, write.evict_chunk)
+            row = session.trim(first, write.trim_chunk)
         session.blocks.append(Block(row.length, write.num_tokens, write.data, write.episode))
         for place, payload in enumerate(write.payloads or ()):
             if payload is not None:

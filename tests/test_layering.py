@@ -277,6 +277,28 @@ def test_a_handler_makes_one_engine_call() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+OTHERS = {"interpreter._patch_lang", "tl.standard._xor_combine"}
+"""Private names of other projects that have no public twin, in tests/kernels/interpreter.py."""
+
+
+@pytest.mark.parametrize("folder", ["tests", "client/tests", "bench"])
+def test_tests_enter_by_public_names(folder: str) -> None:
+    """So that rooms can be moved. A named tuple's `_replace` is public; two underscores are Python's."""
+    wrong = []
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Attribute) and ast.unparse(node.value) not in ("self", "cls"):
+                names = [node.attr]
+            elif isinstance(node, ast.ImportFrom) and not (node.module or "").startswith("_"):
+                names = [alias.name for alias in node.names]
+            else:
+                continue
+            private = [name for name in names if name.startswith("_") and not name.startswith("__")]
+            if private and private != ["_replace"] and ast.unparse(node) not in OTHERS:
+                wrong.append(f"{path.relative_to(ROOT)}:{node.lineno} {private}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_drawers() -> None:
     drawers = {"utils.py", "util.py", "common.py", "helpers.py", "misc.py"}
     assert not [file for file in TREES if Path(file).name in drawers or "manager" in Path(file).name]

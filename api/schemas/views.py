@@ -41,7 +41,7 @@ class Session(Body):
     ttl_s: float | None
     max_tokens: int | None
     on_full: OnFull
-    first_position: int = Field(description="The tokens before this position were evicted.")
+    first_position: int = Field(description="The tokens before this position were trimmed.")
     length: int
     num_chunks: int
     num_sealed_chunks: int

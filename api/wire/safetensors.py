@@ -48,7 +48,7 @@ def parse(body: bytes | bytearray, max_header_bytes: int) -> tuple[dict[str, Raw
     """Tensors, as views of `body`, and params. Raises MalformedBody, InvalidArgument, BodyTooLarge."""
     header, data = _split(body, max_header_bytes)
     is_kept = len(header) <= KNOWN_BYTES and b"payloads" not in header
-    places, params = (_known_layout if is_kept else _layout)(header, len(data))
+    places, params = (known_layout if is_kept else _layout)(header, len(data))
     tensors = {name: RawTensor(dtype, shape, data[start:stop]) for name, dtype, shape, start, stop in places}
     return tensors, _params(params)
 
@@ -103,7 +103,7 @@ def _layout(text: bytes, num_bytes: int) -> tuple[tuple[_Place, ...], str]:
 
 
 @lru_cache
-def _known_layout(text: bytes, num_bytes: int) -> tuple[tuple[_Place, ...], str]:
+def known_layout(text: bytes, num_bytes: int) -> tuple[tuple[_Place, ...], str]:
     """The same, read once."""
     return _layout(text, num_bytes)
 

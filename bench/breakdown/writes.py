@@ -24,8 +24,6 @@ from bench.scene import DIM, Scene
 from storage.base import Append, CreateSession, SessionRow
 from storage.databases.sqlite import PAGE_BYTES
 from storage.resolve import open_store
-from storage.sql.journal import ENTRY_BYTES, MAX_BYTES
-from storage.sql.rows import BLOCK_BYTES
 
 GROUP = 32
 NUM_BEFORE = 1_000
@@ -35,8 +33,8 @@ _VALUES = "(sid, start, num_tokens, episode, checksum, data) VALUES (?, ?, ?, ?,
 
 
 def layers(stage: Scene, quick: bool) -> list[tuple[str, float]]:
-    """Appends per second of a raw log, of one with writers, of bare SQLite in four layouts, and of the store, whose
-    layout is the last one.
+    """Appends per second of a raw log, of one with writers, of bare SQLite in three layouts, and of the store, whose
+    layout is the first of these.
 
     All are synced once per group.
     """
@@ -53,8 +51,6 @@ def layers(stage: Scene, quick: bool) -> list[tuple[str, float]]:
     ):
         path = stage.directory / f"bare{len(found)}.sqlite3"
         found.append((name, _bare_sqlite(path, columns, per_group, record, num_groups)))
-    path = stage.directory / "folded.sqlite3"
-    found.append(("SQLite: a row per group, folded into blocks", _folded_sqlite(path, record, num_groups)))
     found.append(
         ("the store: owner, lengths, checksums", _store(stage.directory / "store.sqlite3", record, num_groups))
     )
@@ -118,30 +114,6 @@ def _bare_sqlite(path: Path, columns: str, per_group: int, record: bytes, num_gr
         def write() -> None:
             connection.execute("BEGIN IMMEDIATE")
             insert(record * (GROUP // per_group))
-            connection.execute("COMMIT")
-
-        return _rate(write, num_groups)
-
-
-def _folded_sqlite(path: Path, record: bytes, num_groups: int) -> float:
-    """Rows of groups that become rows of blocks, as many at once as the store's journal holds."""
-    num_kept = MAX_BYTES // (GROUP * (len(record) + ENTRY_BYTES))
-    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as connection:
-        _set_up(
-            connection, f"blocks ({_COLUMNS}, PRIMARY KEY (sid, start))", "journal (id INTEGER PRIMARY KEY, data BLOB)"
-        )
-        starts = count()
-
-        def write() -> None:
-            start = next(starts)
-            connection.execute("BEGIN IMMEDIATE")
-            if start and start % num_kept == 0:
-                connection.execute("DELETE FROM journal")
-                for first in range(start - num_kept, start, step := BLOCK_BYTES // len(record)):
-                    size = min(step, start - first)
-                    rows = [(sid, first, size, None, 0, record * size) for sid in range(GROUP)]
-                    connection.executemany(f"INSERT INTO blocks {_VALUES}", rows)
-            connection.execute("INSERT INTO journal (data) VALUES (?)", [record * GROUP])
             connection.execute("COMMIT")
 
         return _rate(write, num_groups)

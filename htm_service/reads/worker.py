@@ -66,9 +66,15 @@ class DeviceWorker:
         """Have what was appended put into the chunks before the next batch (any thread)."""
         self.queue.post(partial(self.cache.fill, resident))
 
-    def free(self, resident: Resident) -> None:
-        """Have what a deleted session holds given back before the next batch (any thread)."""
-        self.queue.post(partial(self.cache.free, resident))
+    def free(self, resident: Resident, then: Callable[[], None]) -> None:
+        """Have what a deleted session holds given back before the next batch, and `then` told (any thread)."""
+
+        def act() -> None:
+            self.cache.free(resident)
+            then()
+
+        if not self.queue.post(act):  # it holds nothing any more that anybody could take
+            then()
 
     def use(self, kernel: Kernel) -> None:
         """Have the batches after the one at hand computed with another kernel (any thread)."""

@@ -74,7 +74,7 @@ def _prepare(session: Session, request: AppendRequest, only_repeat: bool) -> App
         NO_LENGTH if only_repeat else request.if_length,  # a store looks for the key before it compares lengths
         request.idempotency_key,
         _digest(data, request) if request.idempotency_key is not None else b"",
-        evict_chunk=settings.chunk_size if settings.trims else None,
+        trim_chunk=settings.chunk_size if settings.trims else None,
     )
 
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 from htm_service.memory.resident import Resident
@@ -83,25 +84,29 @@ class Committer:
         changes = [ticket.item for ticket in tickets if isinstance(ticket.item, Change)]
         if not changes:
             return [_outcome_of(ticket.item) for ticket in tickets if isinstance(ticket.item, Upkeep)]
-        written = self._store.write([change.write for change in changes], now=self._clock())
-        for change, outcome in zip(changes, written, strict=True):
-            if change.resident is not None:
-                self._publish(change.write, change.resident, outcome)
+        written = iter(self._store.write([change.write for change in changes], now=self._clock()))
         if len(changes) < len(tickets):
             self.queue.requeue([ticket for ticket in tickets if isinstance(ticket.item, Upkeep)])
-        outcomes = iter(written)
-        return [LATER if isinstance(ticket.item, Upkeep) else next(outcomes) for ticket in tickets]
+        return [
+            LATER if isinstance(ticket.item, Upkeep) else self._publish(ticket, next(written)) for ticket in tickets
+        ]
 
-    def _publish(self, write: Write, resident: Resident, outcome: Written | Refused) -> None:
-        """Let readers see what is on disk."""
+    def _publish(self, ticket: WorkTicket, outcome: Written | Refused) -> Outcome[Written]:
+        """Let readers see what is on disk; a deletion is answered when the device has given everything back."""
+        assert isinstance(ticket.item, Change)
+        write, resident = ticket.item
+        if resident is None or isinstance(outcome, Refused):
+            return outcome
         if isinstance(outcome, Appended) and isinstance(write, Append) and not outcome.replayed:
             new = Block(outcome.start, write.num_tokens, write.data, write.episode)
             self.num_trimmed_tokens += outcome.first_position - resident.extent.first_position
             if resident.publish(new, outcome.first_position):
                 self._device.fill(resident)
-        elif isinstance(write, DeleteSession) and not isinstance(outcome, Refused):
+        elif isinstance(write, DeleteSession):
             resident.is_deleted = True
-            self._device.free(resident)
+            self._device.free(resident, partial(self.queue.finish, [(ticket, outcome)]))
+            return LATER
+        return outcome
 
 
 def _outcome_of(upkeep: Upkeep) -> bool | Exception:

@@ -16,7 +16,7 @@ from htm_service.reads.worker import DeviceWorker
 from htm_service.sessions.directory import Directory
 from htm_service.sessions.session import Session
 from htm_service.writes.committer import Committer
-from storage.base import Refused, Seal, Summary, WrongLength
+from storage.base import Compact, Refused, Summary, WrongLength
 
 PORTION_BYTES = 4 << 20
 """Contents of the chunks that are compacted by one write."""
@@ -74,7 +74,7 @@ class Compaction:
         keys = await self._worker.ask(session.resident, copy_keys)
         if keys is None:
             return False
-        write = Seal(session.sid, Summary(first, num_chunks, keys), session.settings.chunk_size)
+        write = Compact(session.sid, Summary(first, num_chunks, keys), session.settings.chunk_size)
         try:
             await self._committer.write(write, session.resident)
         except WrongLength as error:

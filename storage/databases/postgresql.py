@@ -98,7 +98,6 @@ def _take(writer: Engine, store: SqlStore, ownership: Ownership, name: str) -> H
             return holder
         schema.upgrade(connection, name)
         ownership.take(connection)
-        store.recover(connection)
     return None
 
 
@@ -115,11 +114,11 @@ def _upkeep(writer: Engine, readers: Engine) -> Upkeep:
         finish=lambda connection: None,
         release=lambda: None,
         structure=lambda connection: [],
-        has_committed=lambda transaction: _has_committed(writer, transaction),
+        has_committed=lambda transaction: has_committed(writer, transaction),
     )
 
 
-def _has_committed(writer: Engine, transaction: str | None) -> bool:
+def has_committed(writer: Engine, transaction: str | None) -> bool:
     """Whether a transaction was committed; waits while it is on its way. Raises StoreError when nobody says.
 
     The number of one that a crash undid is used again: then only that it was not committed is certain.

@@ -59,7 +59,6 @@ def open_sqlite(path: Path) -> SqlStore:
         with writer.begin() as connection:
             schema.upgrade(connection, str(path))
             ownership.take(connection)
-            store.recover(connection)
     return store
 
 

@@ -12,13 +12,13 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from storage.base import Refused, Seal, WrongLength
+from storage.base import Compact, Refused, WrongLength
 from storage.sql.prepared import Values
 from storage.sql.rows import BLOCK_BYTES, INSERT_BLOCKS
 from storage.sql.tables import blocks, summaries
 
 
-def seal(connection: Connection, write: Seal, first_position: int) -> Refused | None:
+def compact(connection: Connection, write: Compact, first_position: int) -> Refused | None:
     """Keep the summary and join the blocks of its chunks; None, or why not. The session begins at `first_position`."""
     table, summary = summaries.c, write.summary
     last = select(func.max(table.first + table.num_chunks)).where(table.sid == write.sid)
@@ -49,36 +49,36 @@ def _join(connection: Connection, sid: int, start: int, stop: int) -> None:
         return  # large already
     rows = connection.execute(select(blocks).where(*inside).order_by(columns.start)).all()
     connection.execute(delete(blocks).where(*inside))
-    INSERT_BLOCKS.run(connection, list(joined(rows, are_known=False)))
+    INSERT_BLOCKS.run(connection, list(joined(rows)))
 
 
-def joined(rows: Iterable[Any], *, are_known: bool) -> Iterator[Values]:
+def joined(rows: Iterable[Any]) -> Iterator[Values]:
     """Rows in the order of their positions as fewer blocks: of neighbours of one episode, and at most BLOCK_BYTES
     unless one row is larger.
 
-    Unless they `are_known` to be as they were, what is damaged stays by itself, under the checksum that shows it.
+    What is damaged stays by itself, under the checksum that shows it.
     """
-    lot: list[Any] = []
+    together: list[Any] = []
     num_bytes = end = 0
     for row in rows:
-        is_sound = are_known or zlib.crc32(row.data) == row.checksum
-        is_next = row.start == end and lot and row.episode == lot[-1].episode  # after a gap no token moves
+        is_sound = zlib.crc32(row.data) == row.checksum
+        is_next = row.start == end and together and row.episode == together[-1].episode  # after a gap no token moves
         num_bytes += len(row.data)
-        if lot and not (is_sound and is_next and num_bytes <= BLOCK_BYTES):
-            yield _joined(lot)
-            lot, num_bytes = [], len(row.data)
-        lot.append(row)
+        if together and not (is_sound and is_next and num_bytes <= BLOCK_BYTES):
+            yield _joined(together)
+            together, num_bytes = [], len(row.data)
+        together.append(row)
         end = row.start + row.num_tokens
         if not is_sound:
-            yield _joined(lot)
-            lot, num_bytes = [], 0
-    if lot:
-        yield _joined(lot)
+            yield _joined(together)
+            together, num_bytes = [], 0
+    if together:
+        yield _joined(together)
 
 
-def _joined(lot: Sequence[Any]) -> Values:
-    first = lot[0]
-    if len(lot) == 1:
+def _joined(together: Sequence[Any]) -> Values:
+    first = together[0]
+    if len(together) == 1:
         return first.sid, first.start, first.num_tokens, first.episode, first.checksum, first.data
-    data = b"".join(row.data for row in lot)
-    return first.sid, first.start, sum(row.num_tokens for row in lot), first.episode, zlib.crc32(data), data
+    data = b"".join(row.data for row in together)
+    return first.sid, first.start, sum(row.num_tokens for row in together), first.episode, zlib.crc32(data), data

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Row, String, cast, delete, or_, select, update
 
 from storage.base import CheckSettings
-from storage.sql import journal
 from storage.sql.deletion import leave
 from storage.sql.failures import trouble_with
 from storage.sql.tables import blocks, deleted_sessions, idempotency, payloads, sessions, summaries
@@ -20,12 +19,9 @@ from storage.sql.tables import blocks, deleted_sessions, idempotency, payloads, 
 
 @dataclass(frozen=True, slots=True)
 class Repair:
-    """What is to be done to one session; `length` None: it goes altogether. `message` says what is lost, and why.
+    """What is to be done to one session; `length` None: it goes altogether. `message` says what is lost, and why."""
 
-    Without a `session_id` it is about a row of the journal that cannot be read, number `sid`: it goes.
-    """
-
-    session_id: str | None
+    session_id: str
     sid: int
     length: int | None
     num_bytes: int
@@ -33,22 +29,17 @@ class Repair:
 
 
 def plan(connection: Connection, check_settings: CheckSettings) -> list[Repair]:
-    """The repairs that are needed: of the journal, then of sessions, by id. Reads everything, changes nothing."""
+    """The repairs that are needed, by the sessions' ids. Reads everything, changes nothing."""
     columns = (sessions.c.id, sessions.c.sid, sessions.c.length, sessions.c.num_bytes, sessions.c.first_position)
     settings = cast(sessions.c.settings, String).label("settings")
     rows = connection.execute(select(*columns, settings).order_by(sessions.c.id)).all()
-    _, damaged = journal.read(connection)
-    of_journal = [Repair(None, seq, None, 0, message) for seq, message in damaged.items()]
-    of_sessions = (_of_session(connection, row, check_settings) for row in rows)
-    return of_journal + [repair for repair in of_sessions if repair is not None]
+    found = (_of_session(connection, row, check_settings) for row in rows)
+    return [repair for repair in found if repair is not None]
 
 
 def carry_out(connection: Connection, repairs: list[Repair]) -> None:
     """Do what was planned, and delete what belongs to no session or lies outside of one."""
     for repair in repairs:
-        if repair.session_id is None:
-            journal.delete_row(connection, repair.sid)
-            continue
         of_session = sessions.c.sid == repair.sid
         if repair.length is None:
             connection.execute(delete(sessions).where(of_session))

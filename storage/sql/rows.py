@@ -68,7 +68,7 @@ class Rows:
             raise StoreError("a session was changed by something else than its owner; the group is refused")
 
 
-def lots(items: Iterable[T], size: int) -> Iterator[list[T]]:
+def portions(items: Iterable[T], size: int) -> Iterator[list[T]]:
     """The items in lists of at most `size`."""
     rest = iter(items)
     while some := list(islice(rest, size)):

@@ -1,7 +1,7 @@
 """The contract on a SQL database, through SQLAlchemy Core: one connection writes, within a transaction per group.
 
 Does not know which database it is (see `sqlite.py`, `postgresql.py`), nor what the settings mean. The reading half
-is `reading.py`.
+is `reader.py`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import TypeVar
 from sqlalchemy import Connection, Engine
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
-from storage.base import CheckSettings, Outcome, StoreDamaged, StoreError, StoreFenced, Write
-from storage.sql import journal, repair
+from storage.base import CheckSettings, StoreDamaged, StoreError, StoreFenced, Write, WriteResult
+from storage.sql import repair
 from storage.sql.deletion import purge_more
 from storage.sql.failures import translated
 from storage.sql.ownership import Ownership
@@ -38,7 +38,7 @@ class SqlStore(SqlReader):
     def __init__(
         self, url: str, writer: Engine | None, readers: Engine, upkeep: Upkeep, ownership: Ownership | None
     ) -> None:
-        super().__init__(url, readers, upkeep, is_owner=ownership is not None)
+        super().__init__(url, readers, upkeep)
         self._writer_engine = writer
         self._ownership = ownership
         self._writer: Connection | None = None
@@ -46,19 +46,10 @@ class SqlStore(SqlReader):
         """What the connection that writes has found out about sessions; dropped with it."""
         self._write_lock = threading.Lock()
 
-    def write(self, writes: Sequence[Write], *, now: float) -> list[Outcome]:
+    def write(self, writes: Sequence[Write], *, now: float) -> list[WriteResult]:
         """See `Store.write`."""
 
-        def run(connection: Connection) -> tuple[WriteGroup, list[Outcome]]:
-            group = WriteGroup(connection, writes, now, self._tallies, self._journal)
-            return group, group.run()
-
-        _, outcomes = self._transact(run, lambda done: done[0].publish())
-        return outcomes
-
-    def recover(self, connection: Connection) -> None:
-        """Take over the journal that the last owner left, in the transaction in which this one becomes the owner."""
-        self._journal = journal.recover(connection)
+        return self._transact(lambda connection: WriteGroup(connection, writes, now, self._tallies).run())
 
     def purge(self, sid: int | None = None) -> bool:
         """See `Store.purge`."""
@@ -76,10 +67,10 @@ class SqlStore(SqlReader):
 
     def plan_repair(self, check_settings: CheckSettings = lambda settings: None) -> list[Repair]:
         """What can be kept of each damaged session; one snapshot. Raises StoreDamaged when the file itself is."""
-        with self._reading() as (connection, _):
-            for message in self._upkeep.structure(connection):
+        with self._snapshot() as snapshot:
+            for message in self._upkeep.structure(snapshot.connection):
                 raise StoreDamaged(f"the database itself is damaged: {message}; a backup may help")
-            return repair.plan(connection, check_settings)
+            return repair.plan(snapshot.connection, check_settings)
 
     def carry_out_repair(self, repairs: list[Repair]) -> None:
         """Do what was planned, in one transaction, then delete what was left. No server may use the store."""
@@ -89,10 +80,7 @@ class SqlStore(SqlReader):
             pass
 
     def close(self) -> None:
-        """Fold the journal, give free space back for a moment, end the connections, release the rest."""
-        if self._journal.num_bytes and not self._is_closed:
-            with contextlib.suppress(StoreError):  # else the next start does it
-                self._transact(self._journal.fold, lambda _: self._journal.clear())
+        """Give free space back for a moment, end the connections, release the rest."""
         with self._write_lock:
             self._is_closed = True
             self._readers.dispose()  # before the writer's: SQLite folds its log in when the last one closes
@@ -119,11 +107,8 @@ class SqlStore(SqlReader):
             self._ownership.fence(reason)
             raise StoreFenced(reason) from error
 
-    def _transact(self, work: Callable[[Connection], T], committed: Callable[[T], None] = lambda result: None) -> T:
-        """One transaction, by the owner only; what `work` answers, once it is known to be committed.
-
-        `committed` is told first, before anybody else may write: to a fold, what it does not know of is not there.
-        """
+    def _transact(self, work: Callable[[Connection], T]) -> T:
+        """One transaction, by the owner only; what `work` answers, once it is known to be committed."""
         with self._writing() as (connection, ownership):
             results: list[T] = []
             transaction: str | None = None
@@ -140,7 +125,6 @@ class SqlStore(SqlReader):
                 self._drop_writer()
                 if not self._was_committed(transaction):
                     raise
-            committed(results[0])
             return results[0]
 
     @contextlib.contextmanager

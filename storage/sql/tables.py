@@ -81,15 +81,3 @@ owners = Table(
 
 # Sessions whose row is gone and whose other rows are not, all of them.
 deleted_sessions = Table("deleted_sessions", metadata, Column("sid", Sid, primary_key=True, autoincrement=False))
-
-# Small appends, a row per group of writes, in the order of the groups; see journal.py.
-journal = Table(
-    "journal",
-    metadata,
-    Column("seq", Sid, primary_key=True, autoincrement=False),
-    Column("at", Float, nullable=False),
-    Column("checksum", BigInteger, nullable=False),
-    Column("entries", LargeBinary, nullable=False),
-    Column("entries_again", LargeBinary, nullable=False),
-    Column("data", LargeBinary, nullable=False),
-)

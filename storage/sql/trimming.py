@@ -1,6 +1,6 @@
 """The oldest whole chunks of a session that is full make room for an append.
 
-Positions and chunks keep their numbers. A block or a summary goes once all of it was evicted, so that nothing at
+Positions and chunks keep their numbers. A block or a summary goes once all of it was trimmed, so that nothing at
 rest has to be cut; reads begin at the session's first position. Does not know what tokens say.
 """
 
@@ -11,7 +11,7 @@ from sqlalchemy import Connection, delete, func, select
 from storage.sql.tables import blocks, payloads, summaries
 
 
-def evict(connection: Connection, sid: int, first_position: int, chunk_size: int) -> int:
+def trim(connection: Connection, sid: int, first_position: int, chunk_size: int) -> int:
     """Delete what lies before `first_position`, a chunk's begin; how many bytes of tokens that was."""
     gone = (
         blocks.c.sid == sid,

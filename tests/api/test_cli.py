@@ -117,11 +117,10 @@ def test_back_up_a_running_server_then_repair(start: Start, tmp_path: Path) -> N
     server.communicate(timeout=30)
 
     with contextlib.closing(sqlite3.connect(copy / "htm.sqlite3")) as connection, connection:
-        (last,) = connection.execute("SELECT max(seq) FROM journal").fetchone()
-        connection.execute("UPDATE journal SET data = zeroblob(length(data)) WHERE seq = ?", [last])
+        connection.execute("UPDATE blocks SET data = zeroblob(length(data)) WHERE start = 2")
         connection.execute("UPDATE sessions SET id = 'é'")
     again = run("backup", str(copy), str(tmp_path / "second"))
-    assert again.exit_code == 1 and "é: the append in the journal at position 2 does not match" in again.stdout
+    assert again.exit_code == 1 and "é: the block at position 2 does not match" in again.stdout
     lost = "session é loses the tokens 2 to 2, 1 of 3, because the block at position 2 does not match its checksum\n"
     asked = run("repair", str(copy))  # there is nobody to say yes
     assert asked.exit_code == 1 and asked.stdout.startswith(lost)

@@ -95,10 +95,10 @@ def test_a_header_that_came_before() -> None:
 
 def test_payloads_are_not_kept() -> None:
     """A session's bytes are gone from the whole server when it is deleted."""
-    kept = wire._known_layout.cache_info().currsize
+    kept = wire.known_layout.cache_info().currsize
     for text in ('{"payloads": [{"name": "Ada"}]}', '{"top_k": 3}' + " " * wire.KNOWN_BYTES):
         wire.parse(body({"x": entry(), "__metadata__": {"params": text}}, EIGHT), LIMIT)
-    assert wire._known_layout.cache_info().currsize == kept
+    assert wire.known_layout.cache_info().currsize == kept
 
 
 EIGHT = bytes(8)

@@ -55,7 +55,7 @@ async def test_sigint_and_a_second_sigterm_stop_at_once(signals: list[signal.Sig
     for name in signals:
         server.handle_exit(name, None)
     assert await server.on_tick(1)
-    assert server._last_resort.num_starts == 1  # type: ignore[attr-defined]
+    assert server.last_resort.num_starts == 1  # type: ignore[attr-defined]
 
 
 def test_a_stop_that_does_not_end_ends_the_process(

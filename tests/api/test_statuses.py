@@ -170,7 +170,7 @@ async def test_injected_failures(code: str, caplog: pytest.LogCaptureFixture) ->
             assert "secret" not in problem["detail"]
 
 
-async def test_beyond_the_budget_with_nothing_to_evict(serve: Serve) -> None:
+async def test_beyond_the_budget_with_nothing_to_offload(serve: Serve) -> None:
     """Its keys alone need more than there is; the others go on, and the bytes are told tier by tier."""
     rows = np.ones((150, 1_024), np.float32)
     async with serve(memory_budget_bytes=1 << 20) as client:

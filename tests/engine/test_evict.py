@@ -18,7 +18,7 @@ from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest
-from storage.base import Append, Appended, Block, DeleteSession, Seal, Store, Summary
+from storage.base import Append, Appended, Block, Compact, DeleteSession, Store, Summary
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
@@ -179,7 +179,7 @@ async def test_what_is_trimmed_while_a_fetch_is_on_its_way(make_engine: MakeEngi
 
     def ahead(fetch: Fetch) -> None:
         if not fetched:
-            (written,) = store.write([Append(session.sid, 11, tokens[27:38].tobytes(), evict_chunk=SIZE)], now=1.0)
+            (written,) = store.write([Append(session.sid, 11, tokens[27:38].tobytes(), trim_chunk=SIZE)], now=1.0)
             assert isinstance(written, Appended) and written.first_position == 10
         fetched.append(fetch)
         if len(fetched) == 4:
@@ -207,11 +207,11 @@ async def test_what_is_trimmed_before_a_load_is_not_missed(make_engine: MakeEngi
     session = await go_cold(engine)
     summaries = store.read_summaries(session.sid)
     for start in (27, 47, 67):
-        write = Append(session.sid, 20, tokens[start : start + 20].tobytes(), episode=5, evict_chunk=SIZE)
+        write = Append(session.sid, 20, tokens[start : start + 20].tobytes(), episode=5, trim_chunk=SIZE)
         store.write([write], now=1.0)
     if keys == "of now":
         means = tokens[60:85].reshape(5, SIZE, DIM).mean(axis=1)
-        store.write([Seal(session.sid, Summary(12, 5, means.tobytes()), SIZE)], now=1.0)
+        store.write([Compact(session.sid, Summary(12, 5, means.tobytes()), SIZE)], now=1.0)
     else:
         store.read_summaries = lambda sid: summaries  # type: ignore[method-assign]  # as if read before all that
     result = await engine.attend("s", QUERY)
@@ -253,14 +253,14 @@ async def test_a_read_that_a_trim_overtakes_gives_the_rest(
 
     def late(*args: Any) -> Any:
         monkeypatch.undo()
-        store.write([Append(session.sid, 25, tokens[30:55].tobytes(), evict_chunk=SIZE)], now=1.0)
+        store.write([Append(session.sid, 25, tokens[30:55].tobytes(), trim_chunk=SIZE)], now=1.0)
         return read_blocks(*args)
 
     monkeypatch.setattr(store, "read_blocks", late)
     memories = await engine.read("s", 0, 28, embeddings=True, payloads=True)
     assert (memories.start, memories.stop) == (25, 28)
     np.testing.assert_array_equal(memories.embeddings, tokens[25:28])
-    store.write([Append(session.sid, 5, tokens[55:60].tobytes(), evict_chunk=SIZE)], now=1.0)
+    store.write([Append(session.sid, 5, tokens[55:60].tobytes(), trim_chunk=SIZE)], now=1.0)
     with pytest.raises(ChunkNotFound, match="chunk 4 of session 's' is being trimmed"):
         await engine.chunk("s", 4, embeddings=True)
 
@@ -283,7 +283,7 @@ async def test_payloads_that_a_trim_overtakes_are_not_said_to_be_none(
             start, stop = ends[0], ends[1]
             ends.pop(0)
             data, bodies = tokens[start:stop].tobytes(), payloads[start:stop]
-            store.write([Append(session.sid, stop - start, data, bodies, evict_chunk=SIZE)], now=1.0)
+            store.write([Append(session.sid, stop - start, data, bodies, trim_chunk=SIZE)], now=1.0)
         return read_payload_range(*args)
 
     monkeypatch.setattr(store, "read_payload_range", late)
@@ -328,7 +328,7 @@ async def test_an_attend_that_is_overtaken_by_trims(
     new = tokens[27 : 42 if num_left else 57]
     session, store, length = session_of(engine, "s"), engine.store, 27
     for part in np.split(new, range(15, len(new), 15)):
-        write = Append(session.sid, len(part), part.tobytes(), evict_chunk=SIZE)
+        write = Append(session.sid, len(part), part.tobytes(), trim_chunk=SIZE)
         (written,) = store.write([write], now=1.0)
         assert isinstance(written, Appended)
         new = Block(length, len(part), part.tobytes(), None)

@@ -13,7 +13,7 @@ import pytest
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
 from htm_service.errors import DiskFull, SessionExpired, SessionNotFound, Unhealthy
-from htm_service.records import AppendRequest, AppendResult, CreateRequest
+from htm_service.records import AppendRequest, AppendResult, CreateRequest, SessionChange
 from htm_service.sessions import directory
 from htm_service.writes import expiry
 from storage.base import DeleteSession, Store, StoreError, StoreFull
@@ -135,14 +135,27 @@ async def test_the_last_expired_ids_are_remembered_and_no_more(
             await engine.inspect(name)
 
 
-async def test_a_session_that_is_used_while_the_expiry_waits_for_it_stays(engine: Engine, clock: Clock) -> None:
+async def test_a_session_that_is_used_while_the_expiry_waits_for_it_stays(
+    engine: Engine, store: Store, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its settings are being changed: the expiry waits for that, and the session counts as used meanwhile."""
     await fill(engine, "s", TOKENS, ttl_s=60)
+    is_writing, let_go, write = threading.Event(), threading.Event(), store.write
+
+    def wait(writes: Any, *, now: float) -> Any:
+        is_writing.set()
+        assert let_go.wait(20)
+        return write(writes, now=now)
+
+    monkeypatch.setattr(store, "write", wait)
+    changing = asyncio.create_task(engine.update("s", SessionChange(labels={"a": "b"})))
+    await asyncio.to_thread(is_writing.wait)
     clock.now += 61
-    async with engine.directory._lock("s"):
-        expiring = asyncio.create_task(engine.expiry.expire())
-        await asyncio.sleep(0.05)
-        session_of(engine, "s").last_used_at = clock.now
-    await expiring
+    expiring = asyncio.create_task(engine.expiry.expire())
+    await asyncio.sleep(0.05)
+    session_of(engine, "s").last_used_at = clock.now
+    let_go.set()
+    await asyncio.gather(changing, expiring)
     assert right(TOKENS, await engine.attend("s", QUERY))
 
 

@@ -1,4 +1,4 @@
-"""Sessions through the engine: life, appends, restart, eviction, expiry, isolation, batching, inspection."""
+"""Sessions through the engine: life, appends, restart, offloading, expiry, isolation, batching, inspection."""
 
 import asyncio
 import contextlib

@@ -267,7 +267,7 @@ async def test_a_session_that_is_deleted_while_its_chunks_are_read_is_not_found(
         monkeypatch.undo()
         store.write([DeleteSession(sessions[name].sid)], now=1.0)
         sessions[name].resident.is_deleted = True
-        worker.free(sessions[name].resident)
+        worker.free(sessions[name].resident, lambda: None)
 
     chunks = sessions["fetched"].resident.held
     worker.queue.post(lambda: chunks.offload(chunks.offloadable().tolist()))

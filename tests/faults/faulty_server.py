@@ -25,7 +25,7 @@ from api.app import create_app
 from api.cli import build
 from api.settings import Settings
 from htm_service.engine import Engine
-from htm_service.threads.batcher import Ticket
+from htm_service.threads.batcher import Batcher
 from htm_service.writes import compaction
 
 POISON = 13.0
@@ -66,6 +66,29 @@ class Faults:
         store.write = self.gates["store"].before(store.write)  # type: ignore[method-assign]
         store.close = self.gates["store"].before(store.close)  # type: ignore[method-assign]
         reader.run = self.gates["batch"].before(poisoned(reader.run))  # type: ignore[method-assign]
+        self.futures: list[asyncio.Future[Any]] = []
+        self.num_posted = self.num_done = 0
+        self.count(engine.worker.queue)
+        self.count(engine.committer.queue)
+
+    def count(self, batcher: Batcher[Any, Any]) -> None:
+        """Note what is submitted to a queue and posted to it from now on."""
+        submit, post = batcher.submit, batcher.post
+
+        def submit_and_note(item: Any, **how: Any) -> asyncio.Future[Any]:
+            self.futures.append(future := submit(item, **how))
+            return future
+
+        def post_and_note(action: Callable[[], None]) -> bool:
+            def act() -> None:
+                self.num_done += 1
+                action()
+
+            self.num_posted += 1
+            return post(act)
+
+        batcher.submit = submit_and_note  # type: ignore[method-assign]
+        batcher.post = post_and_note  # type: ignore[method-assign]
 
     def shut(self, place: str) -> None:
         gate = self.gates[place]
@@ -91,6 +114,7 @@ class Faults:
         elif what == "inside":
             assert await asyncio.to_thread(self.gates[where].is_held.wait, 20), f"nobody is held at {where}"
         elif what == "open":
+            self.futures = [future for future in self.futures if not future.done()]
             self.gates[where].is_open.set()
         else:
             self.die(where)
@@ -99,12 +123,10 @@ class Faults:
     async def queue(self, request: Request) -> Response:
         """How many wait for the device and for the store, how many of both have gone; what else the device shall do."""
         counts: dict[str, int] = {}
-        tickets: list[Ticket[Any, Any]] = []
         for name, batcher in (("device", self.engine.worker.queue), ("store", self.engine.committer.queue)):
             counts[name] = batcher.num_waiting
-            tickets += list(batcher._open)
-        counts["gone"] = sum(ticket.future.cancelled() for ticket in tickets)
-        counts["actions"] = len(self.engine.worker.queue._actions)
+        counts["gone"] = sum(future.cancelled() for future in self.futures)
+        counts["actions"] = self.num_posted - self.num_done
         return JSONResponse(counts)
 
 

@@ -9,19 +9,12 @@ import pytest
 
 from storage.base import Store
 from storage.resolve import DATABASE_NAME, open_store
-from storage.sql import write_group as group
 
 
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """Where the database is, in a directory that is not there yet."""
     return tmp_path / "data" / DATABASE_NAME
-
-
-@pytest.fixture
-def no_journal(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every append goes into the tables at once, in rows of its own."""
-    monkeypatch.setattr(group, "MAX_ENTRY_BYTES", -1)
 
 
 @pytest.fixture

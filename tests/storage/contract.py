@@ -15,12 +15,11 @@ from storage.base import (
     Append,
     Appended,
     Block,
+    Compact,
     CreateSession,
     DeleteSession,
     KeyReused,
     NoSuchSession,
-    Outcome,
-    Seal,
     SessionExists,
     SessionFull,
     SessionRow,
@@ -28,6 +27,7 @@ from storage.base import (
     Summary,
     UpdateSession,
     Write,
+    WriteResult,
     WrongLength,
 )
 
@@ -40,7 +40,7 @@ def token(value: int) -> bytes:
     return bytes([value % 256] * TOKEN_BYTES)
 
 
-def write(store: Store, *writes: Write, now: float = NOW) -> list[Outcome]:
+def write(store: Store, *writes: Write, now: float = NOW) -> list[WriteResult]:
     return store.write(writes, now=now)
 
 
@@ -51,7 +51,7 @@ def create(store: Store, session_id: str = "a", **values: Any) -> SessionRow:
     return created
 
 
-def append(store: Store, sid: int, num_tokens: int, value: int = 0, **values: Any) -> Outcome:
+def append(store: Store, sid: int, num_tokens: int, value: int = 0, **values: Any) -> WriteResult:
     now = values.pop("now", NOW)
     (outcome,) = write(store, Append(sid, num_tokens, token(value) * num_tokens, **values), now=now)
     return outcome
@@ -122,7 +122,7 @@ class StoreContract:
         for first in range(0, 1_601, 400):
             some = range(first, min(first + 400, 1_601))
             write(store, *(Append(large, 1, token(n), [b"{}"], idempotency_key=str(n), digest=b"d") for n in some))
-        write(store, Seal(large, Summary(0, 3, b"three"), 5))
+        write(store, Compact(large, Summary(0, 3, b"three"), 5))
         append(store, small, 1)
         write(store, DeleteSession(large))
         again = create(store, "large").sid
@@ -421,7 +421,7 @@ class StoreContract:
         store.close()
         store.close()
 
-    # --- many ranges, episodes, sealing ---
+    # --- many ranges, episodes, compaction ---
 
     def test_many_ranges_are_read_as_one_by_one(self, store: Store) -> None:
         first, second = create(store, "a"), create(store, "b")
@@ -448,8 +448,8 @@ class StoreContract:
             append(store, created.sid, 1, value=number, episode=number // 17, payloads=[b"{}"])
         before = read(store, created.sid)
         row = store.get_session("a")
-        assert write(store, Seal(created.sid, Summary(0, 3, b"three"), 5)) == [row]
-        assert write(store, Seal(created.sid, Summary(3, 4, b"more"), 5)) == [row]
+        assert write(store, Compact(created.sid, Summary(0, 3, b"three"), 5)) == [row]
+        assert write(store, Compact(created.sid, Summary(3, 4, b"more"), 5)) == [row]
         assert list(store.read_summaries(created.sid)) == [Summary(0, 3, b"three"), Summary(3, 4, b"more")]
         assert read(store, created.sid) == before
         assert store.read_episodes(created.sid, 41) == [(0, 0), (17, 1), (34, 2)]
@@ -459,23 +459,23 @@ class StoreContract:
     def test_summaries_follow_each_other(self, store: Store) -> None:
         created = create(store)
         append(store, created.sid, 23)
-        (refused,) = write(store, Seal(created.sid, Summary(1, 1, b"x"), 5))
+        (refused,) = write(store, Compact(created.sid, Summary(1, 1, b"x"), 5))
         assert isinstance(refused, WrongLength) and refused.length == 0
-        write(store, Seal(created.sid, Summary(0, 2, b"x"), 5))
+        write(store, Compact(created.sid, Summary(0, 2, b"x"), 5))
         for first in (0, 1, 3):
-            (refused,) = write(store, Seal(created.sid, Summary(first, 1, b"y"), 5))
+            (refused,) = write(store, Compact(created.sid, Summary(first, 1, b"y"), 5))
             assert isinstance(refused, WrongLength) and refused.length == 2
         assert list(store.read_summaries(created.sid)) == [Summary(0, 2, b"x")]
-        assert isinstance(write(store, Seal(created.sid + 1, Summary(0, 1, b"x"), 5))[0], NoSuchSession)
+        assert isinstance(write(store, Compact(created.sid + 1, Summary(0, 1, b"x"), 5))[0], NoSuchSession)
         write(store, DeleteSession(created.sid))
         assert list(store.read_summaries(created.sid)) == []
 
-    # --- evicting ---
+    # --- trimming ---
 
     def test_the_oldest_whole_chunks_make_room(self, store: Store) -> None:
         sid = create(store, max_tokens=13).sid
         for start in range(0, 60, 4):
-            answer = append(store, sid, 4, start, payloads=[b"%d" % n for n in range(start, start + 4)], evict_chunk=5)
+            answer = append(store, sid, 4, start, payloads=[b"%d" % n for n in range(start, start + 4)], trim_chunk=5)
             first = max(0, -(-(start + 4 - 13) // 5) * 5)
             assert answer == Appended(start, start + 4, first_position=first)
             row = store.get_session("a")
@@ -487,20 +487,20 @@ class StoreContract:
             assert store.totals().num_tokens == start + 4 - first
             assert list(store.verify()) == []
 
-    def test_what_does_not_fit_is_refused_and_evicts_nothing(self, store: Store) -> None:
-        """An append would have to evict itself, or a chunk that is not full."""
+    def test_what_does_not_fit_is_refused_and_trims_nothing(self, store: Store) -> None:
+        """An append would have to trim itself, or a chunk that is not full."""
         sid = create(store, max_tokens=13).sid
-        append(store, sid, 13, evict_chunk=5)
+        append(store, sid, 13, trim_chunk=5)
         for num_tokens, chunk_size in ((14, 5), (12, 5), (1, None), (1, 17)):
-            assert isinstance(append(store, sid, num_tokens, evict_chunk=chunk_size), SessionFull)
-        assert append(store, sid, 9, evict_chunk=5) == Appended(13, 22, first_position=10)
-        assert isinstance(append(store, sid, 9, evict_chunk=5, if_length=21), WrongLength)
+            assert isinstance(append(store, sid, num_tokens, trim_chunk=chunk_size), SessionFull)
+        assert append(store, sid, 9, trim_chunk=5) == Appended(13, 22, first_position=10)
+        assert isinstance(append(store, sid, 9, trim_chunk=5, if_length=21), WrongLength)
         row = store.get_session("a")
         assert row is not None and (row.first_position, row.length) == (10, 22)
 
-    def test_one_group_may_evict_what_it_brought(self, store: Store) -> None:
+    def test_one_group_may_trim_what_it_brought(self, store: Store) -> None:
         sid = create(store, max_tokens=7).sid
-        group = [Append(sid, 3, token(n) * 3, payloads=[b"{}"] * 3, evict_chunk=2) for n in range(9)]
+        group = [Append(sid, 3, token(n) * 3, payloads=[b"{}"] * 3, trim_chunk=2) for n in range(9)]
         outcomes = write(store, *group)
         assert outcomes[-1] == Appended(24, 27, first_position=20)
         assert [block.start for block in store.read_blocks(sid)] == [18, 21, 24]
@@ -508,21 +508,21 @@ class StoreContract:
         assert list(store.verify()) == []
         assert write(store, DeleteSession(sid)) and store.totals().num_bytes == 0
 
-    def test_episodes_and_summaries_of_an_evicting_session(self, store: Store) -> None:
-        """Summaries begin with the session; those of which a part was evicted stay as long as another part is held."""
+    def test_episodes_and_summaries_of_a_session_that_trims(self, store: Store) -> None:
+        """Summaries begin with the session; those of which a part was trimmed stay as long as another part is held."""
         sid = create(store, max_tokens=20).sid
         for number in range(5):
-            append(store, sid, 4, number, evict_chunk=2, episode=(None, None, 3, 3, 5)[number])
-        write(store, Seal(sid, Summary(0, 3, b"0-2"), 2), Seal(sid, Summary(3, 2, b"3-4"), 2))
-        append(store, sid, 7, 9, evict_chunk=2, episode=5)
+            append(store, sid, 4, number, trim_chunk=2, episode=(None, None, 3, 3, 5)[number])
+        write(store, Compact(sid, Summary(0, 3, b"0-2"), 2), Compact(sid, Summary(3, 2, b"3-4"), 2))
+        append(store, sid, 7, 9, trim_chunk=2, episode=5)
         assert list(store.read_summaries(sid)) == [Summary(3, 2, b"3-4")]
         assert store.read_episodes(sid, 99) == [(8, 3), (16, 5)]
         assert store.read_episodes(sid, 9) == [(8, 3)]
-        append(store, sid, 13, 9, evict_chunk=2)
+        append(store, sid, 13, 9, trim_chunk=2)
         assert list(store.read_summaries(sid)) == [] and store.read_episodes(sid, 99) == [(20, 5), (27, None)]
-        (refused,) = write(store, Seal(sid, Summary(5, 3, b"x"), 2))
+        (refused,) = write(store, Compact(sid, Summary(5, 3, b"x"), 2))
         assert isinstance(refused, WrongLength) and refused.length == 10
-        (row,) = write(store, Seal(sid, Summary(10, 3, b"x"), 2))
+        (row,) = write(store, Compact(sid, Summary(10, 3, b"x"), 2))
         assert row == store.get_session("a")
         assert list(store.read_summaries(sid)) == [Summary(10, 3, b"x")]
         assert list(store.verify()) == []

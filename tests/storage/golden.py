@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from storage.base import Append, CreateSession, Seal, SessionRow, Summary
+from storage.base import Append, Compact, CreateSession, SessionRow, Summary
 from storage.resolve import open_store
 
 
@@ -14,7 +14,7 @@ def write(path: Path) -> None:
     store.write([CreateSession(SessionRow("golden", settings, 1.0, max_tokens=100))], now=1.0)
     first = Append(1, 2, b"\x00\x3c\x00\x40\x00\x42\x00\x44", [None, '{"text": "ü"}'.encode()], episode=7)
     second = Append(1, 1, b"\x00\x45\x00\x46", idempotency_key="k", digest=b"d")
-    store.write([first, second, Seal(1, Summary(0, 1, b"summary"), chunk_size=2)], now=2.0)
+    store.write([first, second, Compact(1, Summary(0, 1, b"summary"), chunk_size=2)], now=2.0)
     store.close()
     path.with_name(path.name + ".lock").unlink()
 

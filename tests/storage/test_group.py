@@ -17,8 +17,6 @@ from storage.databases.sqlite import open_sqlite
 from storage.sql import write_group as group
 from tests.storage.contract import create, token, write
 
-pytestmark = pytest.mark.usefixtures("no_journal")  # test_journal.py is about the other way
-
 
 def test_no_statement_of_a_group_reads_a_whole_table(path: Path, sqlite_store: Store) -> None:
     """Keys were once looked up without their sessions: each group read all keys of the last 24 hours."""

@@ -12,12 +12,10 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
-from storage.base import Append, Appended, Seal, StoreDamaged, StoreError, StoreUnavailable, Summary
+from storage.base import Append, Appended, Compact, StoreDamaged, StoreError, StoreUnavailable, Summary
 from storage.databases import backup
 from storage.resolve import DATABASE_NAME, back_up, open_for_repair, open_readonly, open_store
 from tests.storage.contract import append, create, read, token, write
-
-pytestmark = pytest.mark.usefixtures("no_journal")  # damage is done to rows of single appends
 
 
 def damaged(path: Path, *statements: str) -> None:
@@ -28,9 +26,9 @@ def damaged(path: Path, *statements: str) -> None:
             for value in range(6):
                 key = {"idempotency_key": str(value), "digest": b"d"}
                 append(store, sid, 2, value, payloads=[b"{}"] * 2, **key)
-            write(store, Seal(sid, Summary(0, 2, b"keys"), 3))
+            write(store, Compact(sid, Summary(0, 2, b"keys"), 3))
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        # sealing joined the blocks of the first two chunks: 0 to 5, 6 to 7, 8 to 9, 10 to 11
+        # compaction joined the blocks of the first two chunks: 0 to 5, 6 to 7, 8 to 9, 10 to 11
         for statement in statements:
             assert connection.execute(statement).rowcount > 0
 
@@ -100,11 +98,11 @@ def test_what_the_domain_cannot_read_goes_as_well(path: Path) -> None:
         assert list(store.verify(check)) == []
 
 
-def test_a_session_that_evicted_is_repaired_from_its_first_position_on(path: Path) -> None:
+def test_a_session_that_was_trimmed_is_repaired_from_its_first_position_on(path: Path) -> None:
     with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
         sid = create(store, max_tokens=11).sid
         for value in range(6):
-            append(store, sid, 3, value, payloads=[b"{}"] * 3, evict_chunk=5)
+            append(store, sid, 3, value, payloads=[b"{}"] * 3, trim_chunk=5)
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE blocks SET checksum = 0 WHERE start = 15")
     with contextlib.closing(open_for_repair(path)) as store:

@@ -26,9 +26,11 @@ KEPT = {
     "0002": "75ffa64611d41db7cde11fab89758ca0a81103f0381ad61db812d677d2dc55ed",
     "0003": "8f405944edd704fda32f0e38ceec30c9f52a8aef7424fb9e3beb69b402d23615",
     "0004": "796c5dfc62a0cfe39fb7976d200632abef85c54b66daa7da383e11ec8d2f24df",
+    "0005": "3e113cb7b4a42fbc097b1552198581aba17f2f808ae9a6502ff2dd3650731043",
 }
 """Schema versions and the SHA-256 of a database that was made by each, once, with `golden.py`. They stand for the
-databases people have, so they are never made again; a new schema version gets a file of its own."""
+databases people have, so they are never made again; a new schema version gets a file of its own. The last append of
+0005 is in the journal that it had."""
 
 
 def definitions(path: Path) -> dict[str, str | None]:
@@ -134,3 +136,28 @@ def test_stores_may_be_opened_at_the_same_time(tmp_path: Path) -> None:
     for thread in threads:
         thread.join()
     assert failures == []
+
+
+@pytest.mark.parametrize("how", ["entries = x'', entries_again = x''", "data = x''"])
+def test_a_damaged_row_of_the_journal_is_lost_and_said(
+    path: Path, how: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing else is: it held the last append of its session, which is now as it was before that."""
+    path.parent.mkdir()
+    shutil.copy(DATA / "v0005.sqlite3", path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute(f"UPDATE journal SET {how}")
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        (row,) = store.list_sessions()
+        assert (row.length, row.num_bytes) == (2, 8)
+        assert list(store.verify()) == []
+    assert "row 1 of the journal cannot be read" in caplog.text and "its appends are lost" in caplog.text
+
+
+def test_one_copy_of_a_row_of_the_journal_is_enough(path: Path) -> None:
+    path.parent.mkdir()
+    shutil.copy(DATA / "v0005.sqlite3", path)
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        connection.execute("UPDATE journal SET entries = x'00'")
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        assert [row.length for row in store.list_sessions()] == [3]

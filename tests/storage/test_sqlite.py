@@ -18,9 +18,9 @@ from sqlalchemy import Engine, event
 from storage.base import (
     Append,
     Appended,
+    Compact,
     CreateSession,
     DeleteSession,
-    Seal,
     SessionRow,
     Store,
     StoreDamaged,
@@ -42,7 +42,6 @@ class TestSqliteStore(StoreContract):
         yield sqlite_store
 
 
-@pytest.mark.usefixtures("no_journal")
 class TestSqliteStoreWithoutJournal(TestSqliteStore):
     """Every write is what a large one is."""
 
@@ -265,7 +264,7 @@ def test_a_newer_database_is_refused(path: Path) -> None:
     open_store(f"sqlite:///{path}").close()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    refused_unchanged(path, "has schema version 9999, this release knows up to 0005: it is newer")
+    refused_unchanged(path, "has schema version 9999, this release knows up to 0006: it is newer")
 
 
 def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
@@ -347,7 +346,6 @@ def test_values_the_database_cannot_express_are_an_error(sqlite_store: Store) ->
     assert append(sqlite_store, sid, 1, episode=2**63 - 1) == Appended(0, 1)
 
 
-@pytest.mark.usefixtures("no_journal")
 def test_a_damaged_block_is_named_and_the_rest_is_read(path: Path, sqlite_store: Store) -> None:
     sid, other = create(sqlite_store, "it's damaged").sid, create(sqlite_store, "b").sid
     for value in range(3):
@@ -378,7 +376,7 @@ def test_a_session_of_damaged_settings_is_in_no_list_and_can_be_deleted(path: Pa
 
 
 def test_sealing_joins_what_came_in_small_pieces(path: Path) -> None:
-    """Up to a limit, within an episode, and only blocks that lie wholly in the sealed chunks."""
+    """Up to a limit, within an episode, and only blocks that lie wholly in the compacted chunks."""
     with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
         (row,) = store.write([CreateSession(SessionRow("a", {}, 0.0))], now=0.0)
         assert isinstance(row, SessionRow)
@@ -386,17 +384,16 @@ def test_sealing_joins_what_came_in_small_pieces(path: Path) -> None:
         appends = [Append(row.sid, 1, token, episode=number // 7) for number in range(11)]
         store.write([*appends, Append(row.sid, 2, token * 2)], now=1.0)
         before = b"".join(block.data for block in store.read_blocks(row.sid))
-        store.write([Seal(row.sid, Summary(0, 4, b"s"), 3)], now=2.0)
+        store.write([Compact(row.sid, Summary(0, 4, b"s"), 3)], now=2.0)
         blocks = list(store.read_blocks(row.sid))
         assert [(block.start, block.num_tokens, block.episode) for block in blocks] == [
             *((0, 4, 0), (4, 3, 0), (7, 4, 1)),
-            (11, 2, None),  # reaches beyond the last sealed chunk
+            (11, 2, None),  # reaches beyond the last compacted chunk
         ]
         assert b"".join(block.data for block in blocks) == before
         assert list(store.verify()) == []
 
 
-@pytest.mark.usefixtures("no_journal")
 def test_damage_is_not_hidden_by_sealing(path: Path) -> None:
     with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
         (row,) = store.write([CreateSession(SessionRow("a", {}, 0.0))], now=0.0)
@@ -404,7 +401,7 @@ def test_damage_is_not_hidden_by_sealing(path: Path) -> None:
         store.write([Append(row.sid, 1, bytes([number] * 8)) for number in range(9)], now=1.0)
         with contextlib.closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("UPDATE blocks SET data = zeroblob(8) WHERE start = 4")
-        store.write([Seal(row.sid, Summary(0, 3, b"s"), 3)], now=2.0)
+        store.write([Compact(row.sid, Summary(0, 3, b"s"), 3)], now=2.0)
         with pytest.raises(StoreDamaged, match="'a' is damaged at position 4"):
             list(store.read_blocks(row.sid))
         assert [(block.start, block.num_tokens) for block in store.read_blocks(row.sid, 5)] == [(5, 4)]

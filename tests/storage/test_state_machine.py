@@ -20,13 +20,12 @@ from storage.base import (
     IDEMPOTENCY_SECONDS,
     Append,
     Appended,
+    Compact,
     CreateSession,
     DeleteSession,
     KeyReused,
     NoSuchSession,
-    Outcome,
     Refused,
-    Seal,
     SessionExists,
     SessionFull,
     SessionRow,
@@ -35,10 +34,11 @@ from storage.base import (
     Summary,
     UpdateSession,
     Write,
+    WriteResult,
     WrongLength,
 )
 from storage.resolve import open_store
-from storage.sql import journal, prepared
+from storage.sql import prepared
 
 IDS = ("a", "a%", "b", "ключ", "\U0001f600")
 TOKEN = b"token!!"
@@ -51,13 +51,13 @@ class Session:
     """What the model knows of one session."""
 
     row: SessionRow
-    """Without its bytes: how blocks are cut, and so how much of them an eviction leaves, is the store's affair."""
+    """Without its bytes: how blocks are cut, and so how much of them an trim leaves, is the store's affair."""
     tokens: bytes = b""
-    """All that were appended, evicted ones included."""
+    """All that were appended, trimmed ones included."""
     payloads: dict[int, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
     num_sealed: int = 0
-    """Chunks of which summaries are kept, or were until they were evicted."""
+    """Chunks of which summaries are kept, or were until they were trimmed."""
 
 
 sids = st.integers(1, 3)
@@ -71,7 +71,7 @@ creates = st.builds(
     st.sampled_from("xy"),
 )
 appends = st.builds(
-    lambda sid, payloads, if_length, key, digest, byte, evict_chunk: Append(
+    lambda sid, payloads, if_length, key, digest, byte, trim_chunk: Append(
         sid,
         len(payloads),
         bytes([byte]) * len(TOKEN) * len(payloads),
@@ -79,7 +79,7 @@ appends = st.builds(
         if_length=if_length,
         idempotency_key=key,
         digest=digest,
-        evict_chunk=evict_chunk,
+        trim_chunk=trim_chunk,
     ),
     sids,
     st.lists(st.none() | st.binary(max_size=3), min_size=1, max_size=5),
@@ -91,13 +91,13 @@ appends = st.builds(
 )
 updates = st.builds(lambda sid, n: UpdateSession(sid, {"labels": {}, "n": n}), sids, st.integers())
 deletes = st.builds(DeleteSession, sids)
-seals = st.builds(
-    lambda sid, first, num_chunks: Seal(sid, Summary(first, num_chunks, b"s"), SIZE),
+compacts = st.builds(
+    lambda sid, first, num_chunks: Compact(sid, Summary(first, num_chunks, b"s"), SIZE),
     sids,
     st.integers(0, 3),
     st.integers(1, 2),
 )
-groups = st.lists(st.one_of(creates, appends, appends, appends, updates, deletes, seals), max_size=9)
+groups = st.lists(st.one_of(creates, appends, appends, appends, updates, deletes, compacts), max_size=9)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -122,7 +122,7 @@ class StoreMachine(RuleBasedStateMachine):
         expected = [self.apply(write) for write in group]
         self.compare(self.store.write(group, now=self.now), expected)
 
-    def compare(self, outcomes: list[Outcome], expected: list[Outcome]) -> None:
+    def compare(self, outcomes: list[WriteResult], expected: list[WriteResult]) -> None:
         for outcome, wanted in zip(outcomes, expected, strict=True):
             if isinstance(wanted, Refused):
                 assert type(outcome) is type(wanted)
@@ -180,7 +180,7 @@ class StoreMachine(RuleBasedStateMachine):
         shutil.rmtree(self.directory)
         assert problems == []
 
-    def apply(self, write: Write) -> Outcome:
+    def apply(self, write: Write) -> WriteResult:
         if isinstance(write, CreateSession):
             if any(session.row.id == write.row.id for session in self.model.values()):
                 return SessionExists()
@@ -195,7 +195,7 @@ class StoreMachine(RuleBasedStateMachine):
             return self.append(session, write)
         if isinstance(write, UpdateSession):
             session.row = replace(session.row, settings=write.settings)
-        elif isinstance(write, Seal):
+        elif isinstance(write, Compact):
             end = max(session.num_sealed, session.row.first_position // SIZE)
             if write.summary.first != end:
                 return WrongLength(end)
@@ -204,7 +204,7 @@ class StoreMachine(RuleBasedStateMachine):
             del self.model[write.sid]
         return session.row
 
-    def append(self, session: Session, write: Append) -> Outcome:
+    def append(self, session: Session, write: Append) -> WriteResult:
         row, key = session.row, write.idempotency_key
         if key in session.keys and key is not None:
             digest, answer, at = session.keys[key]
@@ -214,7 +214,7 @@ class StoreMachine(RuleBasedStateMachine):
             return WrongLength(row.length)
         length, first = row.length + write.num_tokens, row.first_position
         while row.max_tokens is not None and length - first > row.max_tokens:
-            first += write.evict_chunk or length
+            first += write.trim_chunk or length
             if first > row.length:
                 return SessionFull(row.length, row.max_tokens)
         session.tokens += write.data
@@ -229,18 +229,13 @@ class StoreMachine(RuleBasedStateMachine):
         return answer
 
 
-def known(outcome: Outcome) -> Outcome:
+def known(outcome: WriteResult) -> WriteResult:
     """Without what the model does not know."""
     return replace(outcome, num_bytes=0) if isinstance(outcome, SessionRow) else outcome
 
 
-class FoldingMachine(StoreMachine):
-    """The same with a journal that is folded after a few appends, and with statements that fail."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.limits = pytest.MonkeyPatch()
-        self.limits.setattr(journal, "MAX_BYTES", 5 * journal.ENTRY_BYTES)
+class FailingMachine(StoreMachine):
+    """The same with statements that fail."""
 
     @rule(group=groups, at=st.integers(1, 5))
     def fail(self, group: list[Write], at: int) -> None:
@@ -264,10 +259,6 @@ class FoldingMachine(StoreMachine):
                 return
         self.compare(outcomes, expected)
 
-    def teardown(self) -> None:
-        self.limits.undo()
-        super().teardown()
-
 
 class MemoryMachine(StoreMachine):
     """The same without restarts."""
@@ -277,8 +268,8 @@ class MemoryMachine(StoreMachine):
 
 SETTINGS = settings(max_examples=25, stateful_step_count=12, deadline=None, suppress_health_check=list(HealthCheck))
 StoreMachine.TestCase.settings = SETTINGS
-FoldingMachine.TestCase.settings = SETTINGS
+FailingMachine.TestCase.settings = SETTINGS
 MemoryMachine.TestCase.settings = SETTINGS
 TestSqliteMachine = StoreMachine.TestCase
-TestFoldingMachine = FoldingMachine.TestCase
+TestFailingMachine = FailingMachine.TestCase
 TestMemoryMachine = MemoryMachine.TestCase

@@ -8,11 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import Problem
+from storage.base import Damage
 from storage.resolve import open_readonly, open_store
 from tests.storage.contract import append, create
-
-pytestmark = pytest.mark.usefixtures("no_journal")  # damage is done to rows of single appends
 
 
 @pytest.mark.parametrize(
@@ -64,7 +62,7 @@ def test_a_damaged_file_is_reported_not_raised(path: Path) -> None:
 
 def test_an_untouched_database_has_no_problems(path: Path) -> None:
     with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
-        assert list(store.verify()) == list[Problem]()
+        assert list(store.verify()) == list[Damage]()
         append(store, create(store).sid, 3)
         assert list(store.verify()) == []
 
@@ -78,11 +76,11 @@ def test_an_untouched_database_has_no_problems(path: Path) -> None:
         ("UPDATE payloads SET position = 9 WHERE position = 10", "payloads lie outside its tokens, 10 to 18"),
     ],
 )
-def test_damage_of_a_session_that_evicted(path: Path, damage: str, message: str) -> None:
+def test_damage_of_a_session_that_was_trimmed(path: Path, damage: str, message: str) -> None:
     with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
         sid = create(store, max_tokens=11).sid
         for value in range(6):
-            append(store, sid, 3, value, payloads=[b"{}"] * 3, evict_chunk=5)
+            append(store, sid, 3, value, payloads=[b"{}"] * 3, trim_chunk=5)
         assert list(store.verify()) == []
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute(damage)

@@ -1,4 +1,4 @@
-"""Deleted sessions whose rows are still to be deleted; where sessions begin that evict their oldest chunks."""
+"""Deleted sessions whose rows are still to be deleted; where sessions begin that trim their oldest chunks."""
 
 import sqlalchemy as sa
 from alembic import op
