@@ -75,11 +75,11 @@ def load(
 
 
 @contextlib.contextmanager
-def serving(stage: Scene) -> Iterator[int]:
-    """htm-service, with an echo, on SQLite."""
+def serving(stage: Scene, *options: str) -> Iterator[int]:
+    """htm-service, with an echo, on SQLite; `options` are those of `bench.server`."""
     port = processes.free_port()
     command = [sys.executable, "-m", "bench.server", "--port", str(port), "--data", str(stage.directory / "data")]
-    command += ["--models-dir", str(stage.models)]
+    command += ["--models-dir", str(stage.models), *options]
     with processes.process(command):
         processes.wait_for(f"http://127.0.0.1:{port}/readyz")
         yield port

@@ -30,8 +30,8 @@ def main() -> None:
         with over_http.serving(stage) as port:
             say(f"{NUM_SESSIONS} sessions are filled")
             over_http.fill(port, NUM_SESSIONS, tokens, stage, tokens[:4])
-            say("one attend, one append, many attends")
-            profiles = [parts.one_attend(stage, port, options.quick), parts.one_append(stage, port, options.quick)]
+            say("many attends, appends, steps")
+            profiles: list[Profile] = []
             queries = torch.randn(over_http.NUM_QUERIES, scene.DIM)
             loads = {}
             for what, calls in (
@@ -44,6 +44,8 @@ def main() -> None:
             say("layers of a write, growth")
             layers = writes.layers(stage, options.quick)
             growths = [growth.over_connections(stage, port, NUM_SESSIONS, options.quick)]
+        say("one attend, one append")
+        profiles[:0] = [parts.one_attend(stage, options.quick), parts.one_append(stage, options.quick)]
         growths = [*scene.run(growth.in_process(stage, options.quick)), *growths]
     for each in profiles:
         print(f"{as_markdown(each)}\n")

@@ -1,27 +1,26 @@
-"""One attend, one append and one second of load, each as a table of parts that add up to the whole."""
+"""One attend, one append and one second of load, each as a table of parts that add up to the whole.
+
+A part is never what two different runs differ by: all of a table is measured on the same requests, each part within the
+next larger one, so that none can be negative.
+"""
 
 from __future__ import annotations
 
+import http.client
 import json
 import time
 import urllib.request
-from collections.abc import Awaitable, Callable, Sequence
-from typing import NamedTuple, TypeVar
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from bench import over_http, scene
 from bench.figures import machine
-from bench.machine import raw_log_rate
 from bench.processes import Call
-from bench.scene import CHUNK_SIZE, DIM, LENGTH, Scene
-from htm_service.kernels.base import Attended, Batch, Kernel, Projections, View, answer_in_steps
-from htm_service.records import AppendRequest, CreateRequest, Timing
+from bench.scene import CHUNK_SIZE, DIM, LENGTH, TOP_K, Scene
 
 Part = tuple[str, float]
-T = TypeVar("T")
 
 
 class Profile(NamedTuple):
@@ -37,123 +36,81 @@ class Profile(NamedTuple):
         return sum(figure for _, figure in self.parts)
 
 
-class TimedKernel:
-    """A kernel that notes how long each of its calls took."""
-
-    def __init__(self, kernel: Kernel) -> None:
-        self.name = kernel.name
-        self.seconds: dict[str, list[float]] = {"fold": [], "keys": [], "attend": [], "project": []}
-        self.with_keys = False
-        """Whether to select first as well, to tell the keys' part of an attend: makes it longer."""
-        self._kernel = kernel
-
-    def warm_up(self) -> None:
-        """As the kernel."""
-        self._kernel.warm_up()
-
-    def fold(self, projections: Projections, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """As the kernel."""
-        return self._timed("fold", lambda: self._kernel.fold(projections, queries))
-
-    def select(self, batch: Batch) -> Tensor:
-        """As the kernel."""
-        return self._kernel.select(batch)
-
-    def attend(self, batch: Batch) -> Attended:
-        """As the kernel."""
-        if self.with_keys:
-            self._timed("keys", lambda: self._kernel.select(batch))
-        return self._timed("attend", lambda: self._kernel.attend(batch))
-
-    def project(self, projections: Projections, z: Tensor) -> Tensor:
-        """As the kernel."""
-        return self._timed("project", lambda: self._kernel.project(projections, z))
-
-    def answer(self, projections: Projections, queries: Tensor, view: View) -> tuple[Attended, Tensor]:
-        """Step by step, each timed."""
-        return answer_in_steps(self, projections, queries, view)
-
-    def median_us(self, name: str) -> float:
-        """Of all calls since they were last forgotten."""
-        return float(np.median(self.seconds[name])) * 1e6
-
-    def forget(self) -> None:
-        """Begin anew."""
-        for taken in self.seconds.values():
-            taken.clear()
-
-    def _timed(self, name: str, call: Callable[[], T]) -> T:
-        began = time.perf_counter()
-        result = call()
-        self.seconds[name].append(time.perf_counter() - began)
-        return result
-
-
-def one_attend(stage: Scene, port: int, quick: bool) -> Profile:
+def one_attend(stage: Scene, quick: bool) -> Profile:
     """One query of one client, from its request to its answer, in microseconds."""
     query = torch.randn(1, DIM, generator=torch.Generator().manual_seed(2))
-    tokens = scene.make_tokens(LENGTH)
-    repeats = 50 if quick else 500
+    with over_http.serving(stage, "--timed") as port:
+        over_http.fill(port, 1, scene.make_tokens(LENGTH), stage, query.expand(4, DIM))
+        return of_attend(watch(port, over_http.attends(1, query)[0][0], 50 if quick else 1_000))
 
-    async def in_process() -> list[Part]:
-        async with scene.running_engine(stage, "memory://") as engine:
-            await scene.fill(engine, "s", tokens)
-            kernel = TimedKernel(engine.worker.runner.kernel)
-            engine.worker.runner.kernel = kernel
-            answer = await engine.attend("s", scene.asks(query))
-            scene.check(answer.output, stage.forward(query, tokens))
 
-            async def attend() -> Timing:
-                return (await engine.attend("s", scene.asks(query))).timing
-
-            kernel.with_keys = True
-            await _medians(attend, repeats)
-            keys = kernel.median_us("keys")
-            kernel.with_keys = False
-            kernel.forget()
-            whole, timing = await _medians(attend, repeats)
-            fold, chunks, project = (kernel.median_us(name) for name in ("fold", "attend", "project"))
-            return [
-                ("kernel: fold the query", fold),
-                ("kernel: score 625 keys, choose 8", keys),
-                ("kernel: attend in 8 chunks of 32", chunks - keys),
-                ("kernel: project", project),
-                ("device thread: plan, tensors, results", timing.compute_s * 1e6 - fold - chunks - project),
-                ("event loop and threads: checks, queue, two hand-overs", whole - timing.compute_s * 1e6),
-            ]
-
-    parts = scene.run(in_process())
-    binary, _ = over_http.attends(1, query)
-    served = over_http.load(stage, port, binary, 0.5 if quick else 3.0, 1)["p50_ms"] * 1e3
-    parts.append(("HTTP: sockets, parse, encode, the client", served - sum(figure for _, figure in parts)))
+def of_attend(seen: Mapping[str, float]) -> Profile:
+    """What `watch` saw of attends, as parts."""
+    kernel = [seen[f"kernel.{name}"] for name in ("fold", "attend", "project")]
+    parts = [
+        ("kernel: fold the query", kernel[0]),
+        ("kernel: score 625 keys, attend in 8 chunks of 32", kernel[1]),
+        ("kernel: project", kernel[2]),
+        ("device thread: plan, tensors, results", seen["compute"] - sum(kernel)),
+        ("the way to the device thread", seen["queue"]),
+        ("event loop: parse, check, account, encode, the way back", seen["server"] - seen["compute"] - seen["queue"]),
+        ("sockets, HTTP, the client", seen["client"] - seen["server"]),
+    ]
     return Profile("One attend over HTTP, one client", "µs", parts)
 
 
-def one_append(stage: Scene, port: int, quick: bool) -> Profile:
+def one_append(stage: Scene, quick: bool) -> Profile:
     """One durable token of one client, in microseconds."""
-    embeddings = np.random.default_rng(0).standard_normal((1, DIM), dtype=np.float32)
+    token = torch.randn(1, DIM, generator=torch.Generator().manual_seed(3))
+    with over_http.serving(stage, "--timed") as port:
+        over_http.fill(port, 1, scene.make_tokens(TOP_K * CHUNK_SIZE), stage, token.expand(4, DIM))
+        call = over_http.appends(token.expand(over_http.CONNECTIONS, DIM))[0]
+        return of_append(watch(port, call, 50 if quick else 1_000))
 
-    async def in_process() -> list[Part]:
-        async with scene.running_engine(stage, f"sqlite:///{stage.directory / 'breakdown.sqlite3'}") as engine:
-            await engine.create("s", CreateRequest(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
 
-            async def append() -> Timing:
-                return (await engine.append("s", AppendRequest(embeddings=embeddings))).timing
-
-            whole, timing = await _medians(append, 50 if quick else 500)
-            sync = 1e6 / raw_log_rate(stage.directory, [1] * (50 if quick else 500), embeddings.nbytes)
-            store = timing.store_s * 1e6
-            return [
-                ("a write and fdatasync of a plain file", sync),
-                ("SQLite and SQLAlchemy beyond that", store - sync),
-                ("event loop and threads: checks, queue, three hand-overs", whole - store),
-            ]
-
-    parts = scene.run(in_process())
-    call = over_http.appends(torch.from_numpy(embeddings).expand(over_http.CONNECTIONS, DIM))[:1]
-    served = over_http.load(stage, port, call, 0.5 if quick else 3.0, 1)["p50_ms"] * 1e3
-    parts.append(("HTTP: sockets, parse, encode, the client", served - sum(figure for _, figure in parts)))
+def of_append(seen: Mapping[str, float]) -> Profile:
+    """What `watch` saw of appends, as parts."""
+    parts = [
+        ("the store: a transaction and its sync", seen["write"]),
+        ("the way to the store's thread and back, and to be visible", seen["store"] - seen["write"]),
+        ("event loop: parse, check, encode", seen["server"] - seen["store"]),
+        ("sockets, HTTP, the client", seen["client"] - seen["server"]),
+    ]
     return Profile("One durable append over HTTP, one client", "µs", parts)
+
+
+def watch(port: int, call: Call, repeats: int) -> dict[str, float]:
+    """Means, in microseconds, over the same requests of one client, so that each is contained in the next larger.
+
+    `client` is the whole; `server` what the app took of it; `queue`, `compute` and `store` what its answer says;
+    `kernel.*` and `write` what these calls took.
+    """
+    path, kind, body, *_ = call
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    client, told = 0.0, dict[str, float]()
+    for number in range(-repeats // 5, repeats):
+        if number == 0:  # the first fifth warmed everything up
+            client, told = 0.0, {}
+            _timings(port)
+        began = time.perf_counter()
+        connection.request("POST", path, body, {"Content-Type": kind})
+        answer = connection.getresponse()
+        answer.read()
+        client += time.perf_counter() - began
+        assert answer.status == 200, f"{path} answered {answer.status}"
+        for part in (answer.headers["Server-Timing"] or "").split(", "):
+            name, _, milliseconds = part.partition(";dur=")
+            told[name] = told.get(name, 0.0) + float(milliseconds or 0) / 1e3
+    connection.close()
+    sums = {"client": client, **told, **_timings(port)}
+    return {name: seconds / repeats * 1e6 for name, seconds in sums.items()}
+
+
+def _timings(port: int) -> dict[str, float]:
+    """Seconds that the parts of the server took since this was last asked."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/timings") as answer:
+        seconds: dict[str, float] = json.load(answer)
+    return seconds
 
 
 def under_load(
@@ -167,16 +124,16 @@ def under_load(
     number = found["all_requests"]
     spent = {name: (seconds - before.get(name, 0.0)) / number * 1e6 for name, seconds in after.items()}
     parts = [
-        ("event loop: HTTP, checks, answers", spent.pop("loop")),
-        ("device thread: its share of the kernel, plans, results", spent.pop("device")),
-        ("helper threads: their share of the kernel", spent.pop("helpers")),
-        ("store thread: SQLite", spent.pop("store")),
+        ("event loop: HTTP, checks, answers", spent.pop("loop", 0.0)),
+        ("device thread: its share of the kernel, plans, results", spent.pop("device", 0.0)),
+        ("helper threads: their share of the kernel", spent.pop("helpers", 0.0)),
+        ("store thread: SQLite", spent.pop("store", 0.0)),
         ("the server's other threads", sum(spent.values())),
         ("the load generator", found["load_cpu_share"] / found["per_s"] * 1e6),
     ]
     cores = int(machine()["cores"])
-    whole = cores * wall / number * 1e6
-    parts.append(("nobody, or what else the machine does", whole - sum(figure for _, figure in parts)))
+    rest = cores * wall / number * 1e6 - sum(figure for _, figure in parts)
+    parts.append(("nobody, or what else the machine does", max(0.0, rest)))  # clocks are read one after the other
     return Profile(f"{what} of {over_http.CONNECTIONS} clients, {cores} cores", "µs of processor time", parts), found
 
 
@@ -185,16 +142,3 @@ def _thread_seconds(port: int) -> dict[str, float]:
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/threads") as answer:
         seconds: dict[str, float] = json.load(answer)
     return seconds
-
-
-async def _medians(call: Callable[[], Awaitable[Timing]], repeats: int) -> tuple[float, Timing]:
-    """Microseconds of the middle one of some calls, and the middle of what each says of its own time."""
-    took, timings = [], []
-    for _ in range(repeats):
-        began = time.perf_counter()
-        timings.append(await call())
-        took.append(time.perf_counter() - began)
-    compute, store = (
-        float(np.median([getattr(timing, name) for timing in timings])) for name in ("compute_s", "store_s")
-    )
-    return float(np.median(took)) * 1e6, Timing(0.0, compute, store)

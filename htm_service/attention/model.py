@@ -188,10 +188,11 @@ class RetrievalModel(Model):
             attention_scale=attention_scale,
         )
         super().__init__(config, content_hash(config, {}), device)
+        self._summary_scale, self._attention_scale = summary_scale, attention_scale
 
     def fold(self, queries: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
         """Scaled; see `Model.fold`."""
-        return queries * self.config.resolved_summary_scale, queries[:, None] * self.config.resolved_attention_scale
+        return queries * self._summary_scale, queries[:, None] * self._attention_scale
 
     def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
         """The sum of tokens is the answer; see `Model.answer`."""

@@ -139,9 +139,7 @@ def test_stores_may_be_opened_at_the_same_time(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("how", ["entries = x'', entries_again = x''", "data = x''"])
-def test_a_damaged_row_of_the_journal_is_lost_and_said(
-    path: Path, how: str, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_damaged_row_of_the_journal_is_lost_and_said(path: Path, how: str, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing else is: it held the last append of its session, which is now as it was before that."""
     path.parent.mkdir()
     shutil.copy(DATA / "v0005.sqlite3", path)
