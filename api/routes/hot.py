@@ -1,7 +1,7 @@
-"""The hot calls: append, read back, attend, step. Plain Starlette routes, because FastAPI's own handling costs
-as much again as everything else that a small attend does here; `calls` documents them.
+"""The hot calls: append, read back, attend, step. Does not know: what the engine does with a request.
 
-Does not know: what the engine does with a request.
+Plain Starlette routes, because FastAPI's own handling costs as much again as everything else that a small attend does
+here; `hot_openapi.py` documents them.
 """
 
 from __future__ import annotations
