@@ -18,7 +18,7 @@ import safetensors.numpy
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("api", "htm_service", "storage")
-BESIDE = ("compaction.py", "sealer.py", "sweeper.py", "expiry.py")
+BESIDE = ("compaction.py", "expiry.py")
 """What runs by its own clock."""
 
 

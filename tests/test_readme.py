@@ -90,7 +90,11 @@ def test_make_commands_exist() -> None:
     assert {"demo", "test"} <= named <= targets
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "client/README.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", "client/README.md"]
+PAGES += [f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_links_lead_somewhere(page: str) -> None:
     links = re.findall(r"\]\(([^)]+)\)", (ROOT / page).read_text())
     missing = [
@@ -98,6 +102,13 @@ def test_links_lead_somewhere(page: str) -> None:
         for link in links
         if not urlsplit(link).scheme and not (ROOT / page).parent.joinpath(link.split("#")[0]).exists()
     ]
+    assert not missing
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page != "docs/lab.md"])  # it names what went, too
+def test_files_that_pages_name_exist(page: str) -> None:
+    named = re.findall(r"`((?:\w+/)+\w+\.py)`", (ROOT / page).read_text())
+    missing = [name for name in named if not any((ROOT / base / name).exists() for base in ("", "htm_service"))]
     assert not missing
 
 
