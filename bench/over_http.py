@@ -75,10 +75,10 @@ def load(
 
 
 @contextlib.contextmanager
-def serving(stage: Scene, *options: str) -> Iterator[int]:
-    """htm-service, with an echo, on SQLite; `options` are those of `bench.server`."""
+def serving(stage: Scene, *options: str, data: str = "data") -> Iterator[int]:
+    """htm-service, with an echo, on SQLite in a folder `data`; `options` are those of `bench.server`."""
     port = processes.free_port()
-    command = [sys.executable, "-m", "bench.server", "--port", str(port), "--data", str(stage.directory / "data")]
+    command = [sys.executable, "-m", "bench.server", "--port", str(port), "--data", str(stage.directory / data)]
     command += ["--models-dir", str(stage.models), *options]
     with processes.process(command):
         processes.wait_for(f"http://127.0.0.1:{port}/readyz")

@@ -1,5 +1,8 @@
-"""htm-service with more endpoints: `/echo` answers with the body it was sent, the ceiling of S2 and S8; `/threads`
-says how many seconds of processor time each kind of thread has taken."""
+"""htm-service with endpoints more: an echo, what its threads took, and, when timed, what the parts of a request took.
+
+`/echo` answers with the body it was sent, the ceiling of S2 and S8; `/threads` says how many seconds of processor time
+each kind of thread has taken; with `--timed`, `/timings` says how many seconds parts of the server have.
+"""
 
 from __future__ import annotations
 

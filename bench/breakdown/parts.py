@@ -39,7 +39,7 @@ class Profile(NamedTuple):
 def one_attend(stage: Scene, quick: bool) -> Profile:
     """One query of one client, from its request to its answer, in microseconds."""
     query = torch.randn(1, DIM, generator=torch.Generator().manual_seed(2))
-    with over_http.serving(stage, "--timed") as port:
+    with over_http.serving(stage, "--timed", data="one-attend") as port:
         over_http.fill(port, 1, scene.make_tokens(LENGTH), stage, query.expand(4, DIM))
         return of_attend(watch(port, over_http.attends(1, query)[0][0], 50 if quick else 1_000))
 
@@ -62,7 +62,7 @@ def of_attend(seen: Mapping[str, float]) -> Profile:
 def one_append(stage: Scene, quick: bool) -> Profile:
     """One durable token of one client, in microseconds."""
     token = torch.randn(1, DIM, generator=torch.Generator().manual_seed(3))
-    with over_http.serving(stage, "--timed") as port:
+    with over_http.serving(stage, "--timed", data="one-append") as port:
         over_http.fill(port, 1, scene.make_tokens(TOP_K * CHUNK_SIZE), stage, token.expand(4, DIM))
         call = over_http.appends(token.expand(over_http.CONNECTIONS, DIM))[0]
         return of_append(watch(port, call, 50 if quick else 1_000))
