@@ -83,7 +83,7 @@ class Cache:
         if resident.state == "resident" and not resident.is_deleted:
             try:
                 self.want(resident)
-            except OutOfMemory as error:
+            except HTMError as error:
                 logging.getLogger(__name__).warning("session %s goes cold: %s", resident.id, error)
                 self.offload(resident)
 

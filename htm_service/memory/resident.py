@@ -4,7 +4,7 @@
     cold       none                        not kept: the store has it      loading, when a reader wants it
     loading    grow as the loader reads    kept until all was read         resident, or cold when that fails
     resident   all keys, some contents     goes in when a reader wants     cold, when it is offloaded, lacks what was
-               (none yet: no token came)   the session or a chunk is full  appended, or was deleted
+               (none yet: no token came)   it, or a chunk is full or begun appended, or was deleted
 
 The device thread owns all of it but three things. The store's thread alone writes `extent` and `is_deleted`, once a
 write is on disk, and adds to `pending`; the device thread takes from there. That closes the races: what the store's
@@ -121,7 +121,8 @@ class Resident:
     def publish(self, new: Block, first_position: int) -> bool:
         """Let readers see tokens that are on disk, and where the session begins since (the store's thread).
 
-        True when the device thread should put them into the chunks soon: a chunk is full, or some were trimmed.
+        True when the device thread should put them into the chunks soon: a chunk is full, some were trimmed, or these
+        are the first: what waits of a session that never came to the device would be in nobody's budget.
         """
         before, length = self.extent, new.start + new.num_tokens
         if self.state != "cold":
@@ -130,7 +131,8 @@ class Resident:
             self.pending.append(new)
         self.extent = Extent(first_position, length)
         size = self.settings.chunk_size
-        return first_position > before.first_position or length // size > before.length // size
+        is_first = not before.length
+        return is_first or first_position > before.first_position or length // size > before.length // size
 
     def take_pending(self) -> list[Block]:
         """What waits now, taken out (the device thread)."""

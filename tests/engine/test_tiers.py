@@ -18,7 +18,7 @@ from storage.base import Block, DeleteSession, StoreDamaged
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
-from tests.engine.inside import session_of
+from tests.engine.inside import on_device_thread, session_of
 from tests.engine.models import Weights
 from tests.engine.test_attend import DIM, RETRIEVAL, check, expect, fill, models, random_request, vectors
 
@@ -159,6 +159,21 @@ async def test_shapes_that_nobody_uses_keep_no_address_space(make_engine: MakeEn
         await engine.attend("s", AttendRequest(queries=vectors(2, 1, dim)))
         await engine.delete("s")
     assert engine.worker.cache.num_arenas == 1
+
+
+async def test_what_nobody_reads_is_bounded_by_the_budget_too(make_engine: MakeEngine) -> None:
+    """Bug: a session's first tokens waited in host memory until somebody wanted it, of however many sessions."""
+    engine = await make_engine(memory_budget_bytes=BUDGET)
+    for number in range(60):
+        await fill(engine, f"s{number}", vectors(number, 3, DIM), chunk_size=SIZE)
+    await on_device_thread(engine, lambda: None)  # it has done by now what was asked before
+    residents = [session.resident for session in engine.directory.sessions()]
+    assert sum(len(resident.pending) for resident in residents) == 0
+    assert 0 < sum(resident.chunks is not None for resident in residents) <= 20
+    assert await bytes_on_device(engine) <= BUDGET
+    for number in (0, 59):
+        answer = await engine.attend(f"s{number}", asks(1))
+        check(answer, expect(vectors(number, 3, DIM), asks(1), "attend", ONLY_RETRIEVAL, SIZE))
 
 
 async def test_more_chunks_at_once_than_fit_are_refused(make_engine: MakeEngine) -> None:
