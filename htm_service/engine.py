@@ -22,7 +22,6 @@ from htm_service.attention.registry import ModelRegistry
 from htm_service.config import EngineConfig
 from htm_service.errors import Draining, SessionDamaged, SessionExpired, SessionNotFound, Unhealthy
 from htm_service.inspection import Inspection, engine_info
-from htm_service.kernels.compilation import CompilationFailed
 from htm_service.kernels.resolve import resolve_for_start
 from htm_service.memory.cache import Cache
 from htm_service.memory.device import choose_device
@@ -134,7 +133,7 @@ class Engine:
             await self._compilation.run()
             self.worker.use(await asyncio.to_thread(self._compilation.load))
             self.kernel_reason = "the fastest that this device has; the reference served until it was compiled"
-        except (CompilationFailed, OSError) as error:
+        except Exception as error:  # whatever it is, the server serves
             self.kernel_reason = f"the compiled one cannot be had: {error}"
             logging.getLogger(__name__).warning("the reference kernel goes on serving, slowly: %s", error)
 

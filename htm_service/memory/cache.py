@@ -70,19 +70,19 @@ class Cache:
     def want(self, resident: Resident) -> bool:
         """Whether the session is resident, with all its tokens; if not, it is cold or loading. Raises OutOfMemory."""
         if resident.state == "resident":
-            if resident.chunks is None:
-                resident.chunks = self._new_chunks(resident)
-                self.reclaim.resident[resident] = None
+            self._hold(resident)
             self.reclaim.resident.move_to_end(resident)
-            if resident.pending:
+            # Not whether something waits: what waited too long was thrown away, and then the session goes cold here.
+            if resident.held.length < resident.extent.length:
                 self._fill(resident)
         return resident.state == "resident"
 
     def fill(self, resident: Resident) -> None:
-        """Put what waits into the chunks of a session that is resident."""
+        """Put what waits into the chunks of a session that is resident. It does not count as used by that."""
         if resident.state == "resident" and not resident.is_deleted:
             try:
-                self.want(resident)
+                self._hold(resident)
+                self._fill(resident)
             except HTMError as error:
                 logging.getLogger(__name__).warning("session %s goes cold: %s", resident.id, error)
                 self.offload(resident)
@@ -102,6 +102,9 @@ class Cache:
                 self._complete(resident)
             except HTMError as reason:
                 error = reason
+            except Exception as reason:
+                logging.getLogger(__name__).exception("session %s could not be loaded", resident.id)
+                error = Unhealthy(f"session {resident.id!r} could not be loaded: {reason!r}")
         if error is not None or resident.is_deleted:
             self.offload(resident)
         return error
@@ -154,6 +157,12 @@ class Cache:
             chunks.put(missing, torch.stack([contents[chunk] for chunk in missing]))
             self.touch(resident, missing)
             self.num_fetched_pages += len(missing)
+
+    def _hold(self, resident: Resident) -> None:
+        """Have chunks for a session whose first tokens come. Raises OutOfMemory."""
+        if resident.chunks is None:
+            resident.chunks = self._new_chunks(resident)
+            self.reclaim.resident[resident] = None
 
     def _fill(self, resident: Resident) -> None:
         """Put what waits into the chunks; a session that outgrows the device, or lacks some of it, goes cold."""

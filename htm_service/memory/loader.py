@@ -231,6 +231,9 @@ class Loader:
                 action()
             except HTMError as error:
                 errors.append(error)
+            except Exception as error:  # this load's trouble, not the device thread's
+                logging.getLogger(__name__).exception("a piece of a load could not be put on the device")
+                errors.append(Unhealthy(f"what was read could not be put on the device: {error!r}"))
             finally:
                 done.set()
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 
-from htm_service.errors import HTMError
+from htm_service.errors import HTMError, OutOfMemory, SessionDamaged
 from htm_service.memory.chunks import Chunks
 from htm_service.reads.worker import DeviceWorker
 from htm_service.sessions.directory import Directory
@@ -59,7 +59,10 @@ class Compaction:
             size = _portion_chunks(session)
             waiting = session.length // session.settings.chunk_size - _first_without(session)
             if session.resident.state == "resident" and waiting >= min(size, at_least or size):
-                num_compacted += await self._compact(session, min(size, waiting))
+                try:
+                    num_compacted += await self._compact(session, min(size, waiting))
+                except (SessionDamaged, OutOfMemory) as error:  # its own trouble: the others' turn is now
+                    logging.getLogger(__name__).info("session %s is compacted later: %s", session.id, error)
         return num_compacted
 
     async def _compact(self, session: Session, num_chunks: int) -> bool:

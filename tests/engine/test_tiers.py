@@ -2,16 +2,22 @@
 
 import asyncio
 import mmap
+import threading
+from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from htm_service.attention.model_config import ModelConfig
 from htm_service.engine import Engine
 from htm_service.errors import OutOfMemory, SessionDamaged, SessionNotFound, Unhealthy
+from htm_service.memory import resident
+from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
+from htm_service.memory.resident import Resident
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest
 from htm_service.writes import compaction
 from storage.base import Block, DeleteSession, StoreDamaged
@@ -174,6 +180,76 @@ async def test_what_nobody_reads_is_bounded_by_the_budget_too(make_engine: MakeE
     for number in (0, 59):
         answer = await engine.attend(f"s{number}", asks(1))
         check(answer, expect(vectors(number, 3, DIM), asks(1), "attend", ONLY_RETRIEVAL, SIZE))
+
+
+async def test_what_was_thrown_away_is_missed_at_once(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Bug: a reader that came while the store's thread threw away what had waited too long found nothing waiting."""
+    monkeypatch.setattr(resident, "MAX_PENDING_BYTES", 0)
+    engine = await make_engine()
+    tokens = vectors(1, 7, DIM)
+    await fill(engine, "s", tokens[:3], chunk_size=SIZE)
+    await engine.attend("s", asks(1))
+    one = session_of(engine, "s").resident
+    seen: list[tuple[bool, int]] = []
+
+    class Cleared(deque[Block]):
+        def clear(self) -> None:
+            super().clear()
+            if threading.current_thread().name != "htm-store":
+                return
+            done = threading.Event()
+
+            def look() -> None:
+                seen.append((engine.worker.cache.want(one), one.extent.length))
+                done.set()
+
+            engine.worker.queue.post(look)
+            assert done.wait(20)
+
+    one.pending = Cleared(one.pending)
+    for token in tokens[3:]:
+        await engine.append("s", AppendRequest(embeddings=token))
+    assert seen and not any(is_here for is_here, length in seen if length > 3)
+    check(await engine.attend("s", asks(2)), expect(tokens, asks(2), "attend", ONLY_RETRIEVAL, SIZE))
+
+
+async def test_a_load_that_fails_on_the_device_is_told_and_tried_again(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bug: what was no error of ours ended the device's thread, and with it the server."""
+    first = await make_engine(store := MemoryStore())
+    await fill(first, "s", vectors(1, 9, DIM), chunk_size=SIZE)
+    await first.close()
+    engine = await make_engine(store)
+    add = Chunks.append
+
+    def fail(self: Chunks, tokens: torch.Tensor) -> None:
+        monkeypatch.setattr(Chunks, "append", add)
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(Chunks, "append", fail)
+    with pytest.raises(Unhealthy, match="out of memory"):
+        await engine.attend("s", asks(1))
+    check(await engine.attend("s", asks(1)), expect(vectors(1, 9, DIM), asks(1), "attend", ONLY_RETRIEVAL, SIZE))
+
+
+async def test_a_session_that_cannot_be_compacted_keeps_no_other_from_it(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = await make_engine(store := MemoryStore())
+    for name in ("bad", "good"):
+        await fill(engine, name, vectors(1, 4 * SIZE, DIM), chunk_size=SIZE)
+    ask = engine.worker.ask
+
+    async def refuse(one: Resident, question: Any) -> Any:
+        if one.id == "bad":
+            raise OutOfMemory("no room for it")
+        return await ask(one, question)
+
+    monkeypatch.setattr(engine.worker, "ask", refuse)
+    await compact_all(engine)
+    kept = {name: list(store.read_summaries(session_of(engine, name).sid)) for name in ("bad", "good")}
+    assert not kept["bad"] and sum(one.num_chunks for one in kept["good"]) == 4
 
 
 async def test_more_chunks_at_once_than_fit_are_refused(make_engine: MakeEngine) -> None:
