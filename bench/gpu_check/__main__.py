@@ -18,7 +18,7 @@ def stages() -> list[Stage]:
     """In the order of what one wants to know first."""
 
     def run(module: str, *options: str) -> list[str]:
-        return [sys.executable, "-m", module, *options]
+        return [sys.executable, "-u", "-m", module, *options]  # -u: what fails is said last
 
     dtypes = ("float32", "bfloat16", "float16")
     return [

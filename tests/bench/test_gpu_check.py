@@ -19,7 +19,7 @@ pytestmark = pytest.mark.timeout(300)
 
 
 def python(code: str) -> list[str]:
-    return [sys.executable, "-c", code]
+    return [sys.executable, "-u", "-c", code]
 
 
 def test_a_stage_that_fails_is_told_and_the_next_one_runs() -> None:
@@ -72,7 +72,7 @@ def test_the_summary_has_a_line_for_each_and_one_object(capsys: pytest.CaptureFi
 def test_all_stages_are_commands_that_exist_and_fit_into_six_minutes() -> None:
     assert check.LIMIT_S <= 360
     for stage in check.stages():
-        module = stage.command[2]
+        module = stage.command[3]
         assert __import__("importlib.util").util.find_spec(module) is not None
 
 
