@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import URL, Engine, NullPool, QueuePool, create_engine, event, inspect, make_url, text
+from sqlalchemy import URL, Engine, ExceptionContext, NullPool, QueuePool, create_engine, event, inspect, make_url, text
 from sqlalchemy.exc import ArgumentError
 
 from storage.base import StoreError, StoreUnavailable
@@ -160,7 +160,15 @@ def _engine(url: URL, **options: Any) -> Engine:
     except ImportError as error:
         raise StoreUnavailable(f"a store on PostgreSQL needs psycopg ({error}): pip install '.[postgresql]'") from error
     event.listen(engine, "connect", _configure, insert=True)  # before SQLAlchemy asks for the version
+    event.listen(engine, "handle_error", _close_lost_cursor)
     return engine
+
+
+def _close_lost_cursor(context: ExceptionContext) -> None:
+    """SQLAlchemy leaves the cursor of a lost connection open, and psycopg warns of it whenever it is collected."""
+    execution = context.execution_context
+    if context.is_disconnect and execution is not None and execution.cursor is not None:
+        execution.cursor.close()
 
 
 def _configure(connection: Any, record: object) -> None:
