@@ -64,6 +64,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Calla
         description=DESCRIPTION,
         docs_url=None,
         redoc_url=None,
+        redirect_slashes=False,  # the redirect would name whatever host the client named
         lifespan=lifespan,
         exception_handlers={
             HTMError: errors.on_domain_error,
@@ -76,7 +77,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Calla
     if engine is not None:  # in-process tests need no lifespan
         app.state.engine = engine
     hot_routes = hot.routes()
-    app.front = Front(super(App, app).__call__, hot_routes, app)
+    app.front = Front(super(App, app).__call__, hot_routes, app, only_here=not settings.insecure)
     app.router.routes.extend(hot_routes)  # for what the short way leaves: other methods are answered 405
     app.include_router(sessions.router())
     app.include_router(inspection.router())
@@ -123,6 +124,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         memory_budget_bytes=settings.memory_budget_bytes,
         max_waiting=settings.max_waiting,
         max_batch_products=settings.max_batch_products,
+        max_answer_bytes=settings.max_answer_bytes,
         default_timeout_s=settings.default_timeout_ms / 1e3,
         recalls_per_session=settings.recalls_per_session,
         create_on_append=settings.create_on_append,

@@ -1,10 +1,12 @@
 """From errors to answers: the only table of codes and HTTP statuses, and problem+json (RFC 9457).
 
-Does not know: routes, and how a request was parsed.
+Does not know: what the routes do, and how a request was parsed.
 """
 
 from __future__ import annotations
 
+import itertools
+import reprlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +16,7 @@ from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import BaseRoute, Match
 
 from htm_service.errors import HTMError, Unavailable
 
@@ -31,6 +34,9 @@ class Problem:
 
 PROBLEMS: Mapping[str, Problem] = {
     "malformed_body": Problem(400, "The body cannot be parsed", "the body is not JSON: unexpected end of data"),
+    "forbidden": Problem(
+        403, "The caller may not", "the origin is 'https://example.org'; only pages of this machine may call"
+    ),
     "not_found": Problem(404, "There is nothing at this path", "there is nothing at /v2/sessions"),
     "session_not_found": Problem(404, "No such session", "no session has the id 'agent-7'"),
     "model_not_found": Problem(404, "No such model", "no model has the name 'navigator'"),
@@ -44,6 +50,9 @@ PROBLEMS: Mapping[str, Problem] = {
     "body_too_large": Problem(413, "The body is too large", "the body has 100000000 bytes, the limit is 67108864"),
     "unsupported_media_type": Problem(
         415, "The content type is not supported", "the content type is 'text/plain'; use application/json"
+    ),
+    "misdirected_request": Problem(
+        421, "The request is for another host", "the host is 'example.org'; this server answers on loopback only"
     ),
     "invalid_argument": Problem(422, "A value is not valid", "embeddings have width 3, the session's dim is 4"),
     "idempotency_mismatch": Problem(
@@ -126,7 +135,8 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
 def validation_detail(errors: Sequence[Any]) -> str:
     """A sentence for the first of pydantic's errors."""
     first = errors[0]
-    field = ".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header"))
+    parts = (str(part)[:80] for part in first["loc"] if part not in ("body", "query", "path", "header"))
+    field = ".".join(parts)[:160]  # a client's own names are among them
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{field or 'the body'} is required"
@@ -138,15 +148,41 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _HTTP_CODES.get(error.status_code, "internal_error")
     path = request.scope["path"]
+    headers = dict(error.headers or {})
+    if code == "method_not_allowed":
+        headers["Allow"] = ", ".join(allowed_methods(request))
     detail = {
         "not_found": f"there is nothing at {shorten(path)}",
         "method_not_allowed": f"{shorten(path)} does not take {request.method}",
     }.get(code, str(error.detail))
-    return answer(request_id_of(request), code, detail, headers=error.headers)
+    return answer(request_id_of(request), code, detail, headers=headers)
+
+
+def allowed_methods(request: Request) -> list[str]:
+    """The methods that a path takes: each has a route of its own, and the framework names those of one of them."""
+    routes: Sequence[BaseRoute] = request.app.routes
+    found = [
+        method
+        for method in ("GET", "POST", "PUT", "PATCH", "DELETE")
+        if any(route.matches({**request.scope, "method": method})[0] is Match.FULL for route in routes)
+    ]
+    return ["HEAD", *found] if "GET" in found else found
+
+
+class _Brief(reprlib.Repr):
+    """The first few items of each list and object, a few levels deep: what is cut costs nothing, and cannot recurse."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxlist, self.maxdict = 4, 8, 4
+        self.maxstring = self.maxlong = self.maxother = 80
+
+    def repr_dict(self, x: dict[Any, Any], level: int) -> str:
+        """In its own order: the standard's sorts all keys first."""
+        return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)
 
 
 def shorten(value: object, most: int = 80) -> str:
-    """A value for a sentence: its repr, cut where it is long."""
-    # Cut before repr, so that naming a value of megabytes costs nothing.
-    text = repr(value[:most] if isinstance(value, str | bytes | list) else value)
+    """A value for a sentence: its repr, cut where it is long or deep."""
+    text = repr(value[:most]) if isinstance(value, str | bytes) else _Brief().repr(value)
     return text if len(text) <= most else text[: most - 3] + "..."

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from api.auth import refusal
 from api.errors import answer, on_domain_error
 from htm_service.errors import HTMError
 
@@ -26,14 +27,16 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 
 class Front:
-    """The one middleware. Every request gets an id (the client's own, when sane) and an answer, even when code fails.
+    """The one middleware. Every request gets an id (the client's own, when sane) and an answer, even when code fails;
+    with `only_here` those that a web page of elsewhere may have sent are refused.
 
     The endpoints of hot routes it calls itself: the framework's layers and its search for the route cost as much as
     the rest of a small call. Everything else goes the framework's way.
     """
 
-    def __init__(self, framework: ASGIApp, routes: Sequence[Route], owner: Starlette) -> None:
+    def __init__(self, framework: ASGIApp, routes: Sequence[Route], owner: Starlette, *, only_here: bool) -> None:
         self._framework = framework
+        self._only_here = only_here
         self._routes = [(route.path_regex, route.methods or (), route.endpoint) for route in routes]
         self._owner = owner
         self._ids = new_ids()
@@ -43,6 +46,8 @@ class Front:
         if scope["type"] != "http":
             await self._framework(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET, without the body (RFC 9110, 9.3.2)
+            scope, send = {**scope, "method": "GET"}, without_body(send)
         request_id = scope["htm.request_id"] = incoming_id(scope) or next(self._ids)
         is_begun = False
 
@@ -54,11 +59,13 @@ class Front:
             await send(message)
 
         try:
-            endpoint = self._endpoint(scope)
-            if endpoint is None:
+            if self._only_here and (refused := refusal(scope)) is not None:
+                response = answer(request_id, *refused, headers={"Connection": "close"})
+            elif (endpoint := self._endpoint(scope)) is not None:
+                response = await _answer_of(endpoint, _HotRequest(scope, receive, send))
+            else:
                 await self._framework(scope, receive, send_with_id)
                 return
-            response = await _answer_of(endpoint, _HotRequest(scope, receive, send))
         except ClientDisconnect:
             return  # nobody is left to answer
         except Exception:
@@ -102,6 +109,15 @@ def on_failure(scope: Scope) -> Response:
     logging.getLogger(__name__).exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
     detail = "unexpected error; the server's log has it under this request_id"
     return answer(request_id, "internal_error", detail)
+
+
+def without_body(send: Send) -> Send:
+    """A `send` that passes on an answer's head only."""
+
+    async def send_head(message: Message) -> None:
+        await send({**message, "body": b""} if message["type"] == "http.response.body" else message)
+
+    return send_head
 
 
 def new_ids() -> Iterator[str]:

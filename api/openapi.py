@@ -15,6 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
+from api.auth import OPEN
 from api.errors import MEDIA_TYPE, PROBLEMS, RETRY_STATUSES, document
 from api.schemas import bodies
 from api.wire import safetensors
@@ -34,6 +35,8 @@ SESSION_CODES = (
     "internal_error",
 )
 """What every call on a session can answer; those that read it tell, too, what could not be written (`behind.py`)."""
+CALLER_CODES = ("forbidden", "misdirected_request")
+"""What every call can answer to one who may not call, but for those that are open to all."""
 BODY_CODES = ("malformed_body", "body_too_large", "unsupported_media_type")
 """What every call with a body can answer."""
 WRITE_CODES = ("disk_full",)
@@ -153,8 +156,22 @@ def build(app: FastAPI, calls: Iterable[HotCall]) -> dict[str, Any]:
     components = result.setdefault("components", {}).setdefault("schemas", {})
     components.update(definitions["$defs"])
     _drop_default_errors(result)
+    for path, item in result["paths"].items():
+        for one in item.values():
+            _add_problems(one, ("invalid_argument",) if path in OPEN else ("invalid_argument", *CALLER_CODES))
     result["paths"] = dict(sorted(result["paths"].items()))
     return result
+
+
+def _add_problems(operation: dict[str, Any], codes: Iterable[str]) -> None:
+    """What every operation can answer, beside what it documents itself."""
+    responses = operation["responses"]
+    for status, response in problems(codes).items():
+        own = responses.setdefault(str(status), response)
+        examples = own["content"][MEDIA_TYPE]["examples"]
+        examples.update(response["content"][MEDIA_TYPE]["examples"])
+        own["description"] = ", ".join(examples)
+    operation["responses"] = dict(sorted(responses.items()))
 
 
 def _drop_default_errors(result: dict[str, Any]) -> None:

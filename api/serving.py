@@ -13,7 +13,6 @@ import math
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -23,8 +22,9 @@ from typing import TYPE_CHECKING
 import uvicorn
 from fastapi import FastAPI
 
+from api import logs
 from api.app import create_app
-from api.settings import Settings
+from api.settings import Settings, of_services
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a port that is taken is told without it
     from htm_service.engine import Engine
@@ -33,6 +33,9 @@ if TYPE_CHECKING:  # torch takes seconds to import, and a port that is taken is 
 # which requests that have begun may end. The rest is the engine's, which then has few.
 _NOTICE_SHARE = 0.1
 _REQUESTS_SHARE = 0.6
+
+ORDERLY = frozenset({signal.SIGTERM, signal.SIGHUP})
+"""Signals that ask for a stop with notice: the second is what the end of a terminal sends."""
 
 EXIT_UNHEALTHY = 70
 """Exit code when a thread of the engine died or is stuck, or a stop did not end (EX_SOFTWARE of sysexits.h)."""
@@ -64,11 +67,11 @@ class Server(uvicorn.Server):
         self._end_at = math.inf
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """A first SIGTERM makes the engine refuse what is new, and stops the server after the notice."""
+        """A first SIGTERM or SIGHUP makes the engine refuse what is new, and stops the server after the notice."""
         if not self._is_told_to_stop:
             self._is_told_to_stop = True
             self.last_resort.start()
-        if sig == signal.SIGTERM and self.engine is not None and not self.engine.is_draining:
+        if sig in ORDERLY and self.engine is not None and not self.engine.is_draining:
             self.engine.is_draining = True
             self._stop_at = time.monotonic() + self.notice_s
         else:
@@ -133,12 +136,9 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
 
     Raises OSError when it cannot listen, and what `create_app`'s lifespan raises when it cannot start.
     """
-    logging.basicConfig(
-        level=settings.log_level.upper(),
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
-    )
-    logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each plug-in that it loads
+    logs.configure(settings.log_level)
+    if others := of_services():
+        logging.getLogger(__name__).info("%s are Kubernetes' and no settings", ", ".join(others))
     with listen_socket(settings.host, settings.port) as listener:
         app = app or create_app(settings.model_copy(update={"kernel_cache": settings.directory_of_kernels}))
         config = uvicorn.Config(
@@ -147,12 +147,15 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
             log_config=None,
             access_log=False,
             server_header=False,
+            timeout_keep_alive=settings.keep_alive_seconds,
             proxy_headers=False,  # nobody here asks where a request comes from
             timeout_graceful_shutdown=max(1, math.ceil(settings.drain_seconds * _REQUESTS_SHARE)),
         )
         timer = last_resort(settings.drain_seconds + STOP_MARGIN_S)
         server = Server(config, address_of(listener), settings.drain_seconds * _NOTICE_SHARE, timer)
-        handlers = {name: signal.signal(name, server.handle_exit) for name in (signal.SIGTERM, signal.SIGINT)}
+        # Who started us with SIGHUP ignored, as nohup does, wants us to outlive the terminal.
+        ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
+        handlers = {name: signal.signal(name, server.handle_exit) for name in {*ORDERLY, signal.SIGINT} - ignored}
 
         async def main() -> None:
             async with app.router.lifespan_context(app):

@@ -14,12 +14,14 @@ from typing import Annotated, Any, Literal, Self
 import platformdirs
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
 from api.machine import memory_bytes
 
 PREFIX = "HTM_"
 
+_OF_SERVICE = r"_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?=|PORT_[0-9]+_(TCP|UDP|SCTP)(_[A-Z]+)?=|PORT=[a-z]+://).*"
+"""What follows the name of a Service in a variable that Kubernetes sets for it."""
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _BINARY_UNITS = {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)}
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", re.IGNORECASE)
@@ -94,6 +96,17 @@ class Settings(BaseSettings):
         ge=1 << 10,
         description="Largest JSON body (parsing JSON stops everything else); more data goes as safetensors.",
     )
+    max_answer_bytes: Bytes = Field(
+        default=64 << 20,
+        ge=1 << 10,
+        description="Most bytes of tensors, payloads and recalled tokens that one answer may hold; more is refused.",
+    )
+    keep_alive_seconds: int = Field(
+        default=75,
+        ge=1,
+        le=86_400,
+        description="How long a connection may be idle before it is closed: longer than those who connect keep theirs.",
+    )
     create_on_append: bool = Field(default=False, description="Whether an append to a missing session creates it.")
     default_timeout_ms: float = Field(
         default=30_000, gt=0, le=3_600_000, description="Deadline of an attend without its own."
@@ -130,15 +143,35 @@ class Settings(BaseSettings):
     def _check(self) -> Self:
         # A misspelt variable that is silently ignored costs its author an evening.
         known = {env_name(name, field) for name, field in type(self).model_fields.items()}
-        unknown = sorted(key for key in map(str.upper, os.environ) if key.startswith(PREFIX) and key not in known)
-        if unknown:
+        ours = {key for key in map(str.upper, os.environ) if key.startswith(PREFIX)} - set(of_services())
+        if unknown := sorted(ours - known):
             raise ValueError(f"unknown environment variable {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        if self.max_answer_bytes < self.max_json_body_bytes:
+            raise ValueError(
+                f"max_answer_bytes is {self.max_answer_bytes}, below max_json_body_bytes {self.max_json_body_bytes}: "
+                "the largest payload could not be read back"
+            )
         if not self.insecure and not is_loopback(self.host):
             raise ValueError(
                 f"refusing to listen on {self.host} without authentication: anyone who reaches it could read "
                 "and delete every session; use a loopback address, or --insecure in a guarded network"
             )
         return self
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """What is passed, then the environment without what is not meant for us."""
+        assert isinstance(env_settings, EnvSettingsSource)
+        others = {key.lower() for key in of_services()}
+        env_settings.env_vars = {key: value for key, value in env_settings.env_vars.items() if key not in others}
+        return init_settings, env_settings
 
     @property
     def url_of_store(self) -> str:
@@ -161,6 +194,30 @@ class Settings(BaseSettings):
         return default if default.is_dir() else None
 
 
+def of_services() -> list[str]:
+    """The variables that Kubernetes sets in each pod for a Service whose name begins as ours do, `htm` for instance.
+
+    For a Service it sets NAME_SERVICE_HOST, NAME_SERVICE_PORT, NAME_PORT=tcp://... and one or four for each port.
+    """
+    found: set[str] = set()
+    for key, value in os.environ.items():
+        name = key.removesuffix("_SERVICE_HOST")
+        if name == key or not f"{name}_".startswith(PREFIX) or not _is_address(value):
+            continue
+        if f"{name}_SERVICE_PORT" in os.environ:  # `htm`'s has the name of `htm-service`'s PORT: either may be there
+            pattern = re.compile(re.escape(name) + _OF_SERVICE)
+            found |= {other for other, text in os.environ.items() if pattern.fullmatch(f"{other}={text}")}
+    return sorted(found)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
+
+
 def flag_name(name: str, field: FieldInfo) -> str:
     """The flag of a setting, such as `--max-body-bytes`."""
     return "--" + env_name(name, field).removeprefix(PREFIX).lower().replace("_", "-")
@@ -175,10 +232,7 @@ def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address; names other than `localhost` count as reachable."""
     if host == "localhost":
         return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False
+    return _is_address(host) and ipaddress.ip_address(host).is_loopback
 
 
 def sentence(error: ValidationError) -> str:

@@ -33,6 +33,8 @@ class EngineConfig:
     """Requests that may wait for the device, and as many for the store; one more is refused."""
     max_batch_products: int = 512 << 20
     """Multiply-adds of one batch: about 20 ms on a core. A request with more is done in several parts."""
+    max_answer_bytes: int = 64 << 20
+    """Of tensors, payloads and recalled tokens in one answer."""
     default_timeout_s: float = 30.0
     recalls_per_session: int = 64
     create_on_append: bool = False

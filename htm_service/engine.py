@@ -94,7 +94,7 @@ class Engine:
         self._attends = Attends(config, self._models, self.worker, store, clock)
         self._appends = Appends(self.committer, clock)
         self._steps = Steps(self._attends, self._appends)
-        self._inspection = Inspection(store, self.worker)
+        self._inspection = Inspection(store, self.worker, config.max_answer_bytes)
         self.expiry = Expiry(self.directory, store, self.committer, config.expiry_interval_s)
         self.compaction = Compaction(self.directory, self.worker, self.committer)
         workers: dict[str, Worker] = {"device": device, "store": writer, "loader": loader}
@@ -223,16 +223,14 @@ class Engine:
         *,
         embeddings: bool,
         payloads: bool,
-        max_bytes: int | None = None,
     ) -> Memories:
-        """Read tokens start .. stop-1 back (to the end when None), with at most `max_bytes` of embeddings."""
+        """Read tokens start .. stop-1 back (to the end when None)."""
         return await self._inspection.read(
             await self._session(session_id),
             start,
             stop,
             embeddings=embeddings,
             payloads=payloads,
-            max_bytes=max_bytes,
         )
 
     # --- inspection ---

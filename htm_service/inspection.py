@@ -41,7 +41,7 @@ from htm_service.sessions.session import Session
 from htm_service.store_errors import unreadable
 from htm_service.version import __version__
 from htm_service.writes.committer import Committer
-from storage.base import Store, StoreError
+from storage.base import Store, StoreError, TooManyBytes
 
 CHUNK_NUMBER = re.compile(r"[0-9]{1,15}")
 """What a cursor of chunks holds."""
@@ -50,9 +50,10 @@ CHUNK_NUMBER = re.compile(r"[0-9]{1,15}")
 class Inspection:
     """See the head of this module."""
 
-    def __init__(self, store: Store, worker: DeviceWorker) -> None:
+    def __init__(self, store: Store, worker: DeviceWorker, max_answer_bytes: int) -> None:
         self._store = store
         self._worker = worker
+        self._max_answer_bytes = max_answer_bytes
 
     async def read(
         self,
@@ -62,12 +63,11 @@ class Inspection:
         *,
         embeddings: bool,
         payloads: bool,
-        max_bytes: int | None = None,
     ) -> Memories:
         """Tokens start .. stop-1 as they are stored, as far as they were not trimmed.
 
-        Raises InvalidArgument for a range outside the session, and for more than `max_bytes` of embeddings: a long
-        session would not fit into memory twice, so it is read in parts.
+        Raises InvalidArgument for a range outside the session, and for more than an answer may hold: a long session
+        would not fit into memory twice, so it is read in parts.
         """
         length = session.length
         stop = length if stop is None else stop
@@ -75,12 +75,8 @@ class Inspection:
             raise InvalidArgument(f"the range is {start} to {stop}, it must lie within 0 to {length}")
         start = max(start, session.first_position)
         stop = max(start, stop)
-        row_bytes = session.settings.dim * 4  # read back as float32
-        if embeddings and max_bytes is not None and (stop - start) * row_bytes > max_bytes:
-            raise InvalidArgument(
-                f"positions {start} to {stop} have {(stop - start) * row_bytes} bytes of embeddings, "
-                f"the limit of one answer is {max_bytes}: read at most {max_bytes // row_bytes} tokens at once"
-            )
+        if embeddings:
+            self._check_rows(session, stop - start, f"the embeddings of positions {start} to {stop}")
         start, found, texts = await asyncio.to_thread(self._fetch, session, start, stop, embeddings, payloads)
         return Memories(start, max(start, stop), length, found, texts)
 
@@ -89,6 +85,8 @@ class Inspection:
         validation.check_range("limit", limit, 1, 1000)
         after = decode_cursor(cursor, CHUNK_NUMBER)
         first = int(after) + 1 if after else 0
+        if keys:
+            self._check_rows(session, min(limit, session.num_chunks), "the summary keys of a page")
         infos, num_chunks = await self._describe(session, first, limit, keys=keys)
         last = infos[-1].index + 1 if infos else first
         return ChunkPage(infos, encode_cursor(str(last - 1)) if infos and last < num_chunks else None)
@@ -105,10 +103,21 @@ class Inspection:
             raise ChunkNotFound(
                 f"chunk {index} of session {session.id!r} was trimmed, its chunks begin with {info.index}"
             )
+        if embeddings:
+            self._check_rows(session, info.stop - info.start, f"the embeddings of chunk {index}")
         start, found, texts = await asyncio.to_thread(self._fetch, session, info.start, info.stop, embeddings, True)
         if start != info.start:
             raise ChunkNotFound(f"chunk {index} of session {session.id!r} is being trimmed")
         return ChunkDetail(info, texts or [], found)
+
+    def _check_rows(self, session: Session, num_rows: int, what: str) -> None:
+        """Raise InvalidArgument for more rows of the session's width than an answer may hold, as float32."""
+        row_bytes = session.settings.dim * 4
+        if num_rows * row_bytes > self._max_answer_bytes:
+            raise InvalidArgument(
+                f"{what} have {num_rows * row_bytes} bytes, the limit of one answer is {self._max_answer_bytes}: "
+                f"read at most {self._max_answer_bytes // row_bytes} at once"
+            )
 
     async def _describe(self, session: Session, first: int, limit: int, *, keys: bool) -> tuple[list[ChunkInfo], int]:
         """At most `limit` chunks from `first` on, or from the first one held, and the number after the last of all."""
@@ -153,7 +162,8 @@ class Inspection:
                 found = np.empty((stop - start, session.settings.dim), dtype=np.float32)
                 num_missing = stop - start - (self._copy_tokens(session, start, stop, found) if stop > start else 0)
             if payloads:
-                by_position = self._store.read_payload_range(session.sid, start, stop)
+                room = self._max_answer_bytes - (0 if found is None else found.nbytes)
+                by_position = self._store.read_payload_range(session.sid, start, stop, room)
                 texts = [by_position.get(position) for position in range(start, stop)]
             if num_missing or (payloads and stop > start):  # a payload that is not there does not say why
                 row = self._store.get_session(session.id)
@@ -164,6 +174,11 @@ class Inspection:
                     return self._fetch(session, start, max(start, stop), embeddings, payloads)
                 if num_missing:
                     raise StoreError(f"{stop - start - num_missing} of the tokens {start} to {stop} could be read")
+        except TooManyBytes as error:
+            raise InvalidArgument(
+                f"the payloads of positions {start} to {stop} have more bytes than one answer may hold, "
+                f"{self._max_answer_bytes} with all else in it: read fewer positions at once"
+            ) from error
         except StoreError as error:
             raise _noted(session, unreadable(session.id, error)) from error
         return start, found, texts
@@ -220,6 +235,7 @@ async def engine_info(
             "max_top_k": limits.MAX_TOP_K,
             "max_queries": limits.MAX_QUERIES,
             "max_recalled": limits.MAX_RECALLED,
+            "max_answer_bytes": config.max_answer_bytes,
         },
         totals={
             "sessions": totals.num_sessions,

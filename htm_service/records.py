@@ -162,6 +162,15 @@ class Recalled:
     payload: bytes | None = None
 
 
+RECALLED_BYTES = 100
+"""About what a recalled token takes in an answer, without its payload."""
+
+
+def recalled_bytes(rows: Sequence[Sequence[Recalled]] | None) -> int:
+    """About how many bytes recalled tokens take in an answer: each payload as often as it is there."""
+    return sum(RECALLED_BYTES + len(token.payload or b"") for row in rows or () for token in row)
+
+
 class AttendResult(NamedTuple):
     """`output` [Q, D]; `chunk_index` and `chunk_weight` [Q, K], -1 and 0 where fewer chunks are visible;
     `recalled` per query, in rank order, or None when not asked for; `length` the session had.

@@ -14,8 +14,9 @@ groups only. Stores speak bytes, numbers and the records below. They do not know
 
 from __future__ import annotations
 
+import sys
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -36,6 +37,10 @@ class StoreFenced(StoreError):
 
 class StoreFull(StoreError):
     """There is no room left to write."""
+
+
+class TooManyBytes(StoreError):
+    """What was to be read has more bytes than were asked for at most."""
 
 
 class StoreDamaged(StoreError):
@@ -73,6 +78,20 @@ class SessionFull(Refused):
 
 class KeyReused(Refused):
     """The idempotency key was used before, with another digest."""
+
+
+NO_LIMIT = sys.maxsize
+
+
+def within(max_bytes: int, found: Iterable[tuple[int, bytes]]) -> dict[int, bytes]:
+    """Payloads by position. Raises TooManyBytes at the first that is beyond `max_bytes` of them all."""
+    payloads: dict[int, bytes] = {}
+    for position, body in found:
+        max_bytes -= len(body)
+        if max_bytes < 0:
+            raise TooManyBytes("the payloads have more bytes than were asked for")
+        payloads[position] = body
+    return payloads
 
 
 # --- records --------------------------------------------------------------------------------------
@@ -309,12 +328,15 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
-        """The payloads at these positions (any number of them), where there are any."""
+    def read_payloads(self, sid: int, positions: Sequence[int], max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
+        """The payloads at these positions (any number of them), where there are any.
+
+        Raises TooManyBytes when they have more than `max_bytes`, without reading many more.
+        """
 
     @abstractmethod
-    def read_payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
-        """The payloads at positions start .. stop-1, where there are any."""
+    def read_payload_range(self, sid: int, start: int, stop: int, max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
+        """The payloads at positions start .. stop-1, where there are any. Raises TooManyBytes as above."""
 
     @abstractmethod
     def totals(self) -> Totals:

@@ -10,6 +10,7 @@ from itertools import islice, pairwise
 
 from storage.base import (
     IDEMPOTENCY_SECONDS,
+    NO_LIMIT,
     Append,
     Appended,
     Block,
@@ -32,6 +33,7 @@ from storage.base import (
     WriteResult,
     WrongLength,
     first_to_keep,
+    within,
 )
 
 
@@ -124,13 +126,13 @@ class MemoryStore(Store):
             session = self._by_sid.get(sid)
             return iter([] if session is None else list(session.summaries))
 
-    def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
+    def read_payloads(self, sid: int, positions: Sequence[int], max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
         """See `Store.read_payloads`."""
-        return self._payloads(sid, positions)
+        return within(max_bytes, self._payloads(sid, positions).items())
 
-    def read_payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
+    def read_payload_range(self, sid: int, start: int, stop: int, max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
         """See `Store.read_payload_range`."""
-        return self._payloads(sid, range(max(start, 0), stop))
+        return within(max_bytes, self._payloads(sid, range(max(start, 0), stop)).items())
 
     def totals(self) -> Totals:
         """See `Store.totals`."""

@@ -33,8 +33,8 @@ ROOMS = {
         ("routes", "middleware"),
         ("openapi",),
         ("schemas",),
-        ("wire", "disconnect"),
-        ("settings", "errors", "machine"),
+        ("wire", "disconnect", "auth"),
+        ("settings", "errors", "machine", "logs"),
     ),
     "storage": (("resolve",), ("databases",), ("sql", "in_memory"), ("base", "migrations")),
     "htm_service": (

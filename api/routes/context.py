@@ -6,7 +6,7 @@ Does not know: any call in particular.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, get_args, get_origin
 
 import orjson
 from fastapi.routing import APIRoute
@@ -18,10 +18,15 @@ from api.disconnect import Watch
 from api.errors import shorten
 from api.settings import Settings
 from api.wire.body import check_encoding, read_body
+from api.wire.query import check_names
 from htm_service.errors import MalformedBody, UnsupportedMediaType
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
     from htm_service.engine import Engine
+
+
+MAX_BODY_BYTES = 256 << 10
+"""Of calls whose bodies hold no tensors: they are parsed and checked on the event loop."""
 
 
 def engine_of(request: Request) -> Engine:
@@ -43,13 +48,21 @@ def watch_of(request: Request) -> Watch:
 
 
 class JsonRoute(APIRoute):
-    """A FastAPI route whose body is read within limits, and refused as every other call refuses it."""
+    """A FastAPI route that refuses what it does not know as every other call does, and reads its body within limits."""
 
     def get_route_handler(self) -> Callable[[Request], Awaitable[Response]]:  # type: ignore[override]
-        """FastAPI's handler behind our reading of the body."""
+        """FastAPI's handler behind our reading of the body and of the query's names."""
         handler = super().get_route_handler()
+        parameters = self.dependant.query_params
+        known = {field.alias for field in parameters}
+        repeatable = {field.alias for field in parameters if _is_list(field.field_info.annotation)}
+
+        async def check_then_handle(request: Request) -> Response:
+            check_names(request, known, repeatable)
+            return await handler(request)
+
         if self.body_field is None:
-            return handler
+            return check_then_handle
 
         async def read_then_handle(request: Request) -> Response:
             header = request.headers.get("content-type", "")
@@ -57,14 +70,18 @@ class JsonRoute(APIRoute):
                 found = f"the content type is {shorten(header)}" if header else "there is no content type"
                 raise UnsupportedMediaType(f"{found}; use application/json")
             check_encoding(request)
-            body = await read_body(request, settings_of(request).max_json_body_bytes)
+            body = await read_body(request, min(MAX_BODY_BYTES, settings_of(request).max_json_body_bytes))
             try:  # FastAPI would answer 422, and take NaN, which is not JSON
                 orjson.loads(body)
             except orjson.JSONDecodeError as error:
                 raise MalformedBody(f"the body is not JSON: {error}") from error
-            return await handler(Request(request.scope, _replay(body)))
+            return await check_then_handle(Request(request.scope, _replay(body)))
 
         return read_then_handle
+
+
+def _is_list(annotation: Any) -> bool:
+    return any(get_origin(kind) is list for kind in (annotation, *get_args(annotation)))
 
 
 def _replay(body: bytes | bytearray) -> Callable[[], Awaitable[Message]]:

@@ -17,8 +17,7 @@ from starlette.routing import Route
 
 from api.errors import request_id_of, shorten
 from api.routes.context import engine_of, settings_of, watch_of
-from api.wire import answers, hot_bodies
-from api.wire.answers import Params, Tensors
+from api.wire import answers, hot_bodies, query
 from api.wire.body import THREAD_BYTES, read_body, wire_of
 from api.wire.fields import HotBody
 from api.wire.hot_bodies import Wire
@@ -46,19 +45,25 @@ async def memories(request: Request) -> Response:
 
 async def attend(request: Request) -> Response:
     """Answer queries."""
+    query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     request_id = request_id_of(request)
-    query, asked = await parse(request, wire, lambda body: hot_bodies.attend(body, request_id))
+    wanted, asked = await parse(request, wire, lambda body: hot_bodies.attend(body, request_id))
     result = await watch_of(request).unless_gone(
-        request, engine_of(request).attend(request.path_params["session_id"], query)
+        request, engine_of(request).attend(request.path_params["session_id"], wanted)
     )
-    tensors, params = answers.attend_parts(result, asked, query.payloads)
-    return await answers.respond(reply, tensors, params, answers.timing_headers(result.timing))
+    return await answers.respond(
+        reply,
+        lambda raw: answers.attend_parts(result, asked, wanted.payloads, raw),
+        answers.attend_bytes(result),
+        answers.timing_headers(result.timing),
+    )
 
 
 async def append(request: Request) -> Response:
     """Add tokens."""
+    query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     key = idempotency_key(request)
@@ -66,45 +71,41 @@ async def append(request: Request) -> Response:
     result = await watch_of(request).unless_gone(
         request, engine_of(request).append(request.path_params["session_id"], tokens)
     )
-    headers = answers.timing_headers(result.timing)
-    return await answers.respond(reply, {}, answers.append_params(result), headers)
+    params = answers.append_params(result)
+    return await answers.respond(reply, lambda raw: ({}, params), 0, answers.timing_headers(result.timing))
 
 
 async def step(request: Request) -> Response:
     """Attend to the memory as it is, then append."""
+    query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     key, request_id = idempotency_key(request), request_id_of(request)
-    query, asked, tokens = await parse(request, wire, lambda body: hot_bodies.step(body, request_id, key))
-    work = engine_of(request).step(request.path_params["session_id"], query, tokens)
+    wanted, asked, tokens = await parse(request, wire, lambda body: hot_bodies.step(body, request_id, key))
+    work = engine_of(request).step(request.path_params["session_id"], wanted, tokens)
     attended, appended = await watch_of(request).unless_gone(request, work)
-    tensors, params = answers.attend_parts(attended, asked, query.payloads)
     return await answers.respond(
         reply,
-        {f"attend.{name}": array for name, array in tensors.items()},
-        {"attend": params, "append": answers.append_params(appended)},
+        lambda raw: answers.step_parts(attended, appended, asked, wanted.payloads, raw),
+        answers.attend_bytes(attended),
         answers.timing_headers(attended.timing, appended.timing),
     )
 
 
 async def read(request: Request) -> Response:
     """Read tokens back."""
+    query.check_names(request, ("start", "stop", "include", "encoding"))
     reply = answers.reply_of(request)
-    start, stop = position(request, "start"), position(request, "stop")
-    include = included(request, ("embeddings", "payloads"), default=("embeddings", "payloads"))
+    start, stop = query.position(request, "start"), query.position(request, "stop")
+    include = query.included(request, ("embeddings", "payloads"), default=("embeddings", "payloads"))
     found = await engine_of(request).read(
         request.path_params["session_id"],
         start or 0,
         stop,
         embeddings="embeddings" in include,
         payloads="payloads" in include,
-        max_bytes=settings_of(request).max_body_bytes,
     )
-    tensors: Tensors = {} if found.embeddings is None else {"embeddings": found.embeddings}
-    params: Params = {"start": found.start, "stop": found.stop, "length": found.length}
-    if found.payloads is not None:
-        params["payloads"] = [answers.raw_json(payload) for payload in found.payloads]
-    return await answers.respond(reply, tensors, params)
+    return await answers.respond(reply, lambda raw: answers.read_parts(found, raw), answers.read_bytes(found))
 
 
 async def parse(request: Request, wire: Wire, build: Callable[[HotBody], T]) -> T:
@@ -129,24 +130,3 @@ def idempotency_key(request: Request) -> str | None:
             f"Idempotency-Key {shorten(key)} must be 1 to 255 printable ASCII characters, it has {len(key)}"
         )
     return key
-
-
-def position(request: Request, name: str) -> int | None:
-    """A position in the query string, if it is there."""
-    text = request.query_params.get(name)
-    if text is None:
-        return None
-    if re.fullmatch(r"-?[0-9]{1,18}", text) is None:
-        raise InvalidArgument(f"{name} is {shorten(text)}; it must be an integer")
-    return int(text)
-
-
-def included(request: Request, choices: tuple[str, ...], default: tuple[str, ...] = ()) -> set[str]:
-    """The parts that `include` names, separated by commas."""
-    text = request.query_params.get("include")
-    if text is None:
-        return set(default)
-    parts = set(filter(None, text.split(",")))
-    if not parts.issubset(choices):
-        raise InvalidArgument(f"include is {shorten(text)}; it must be out of {', '.join(choices)}")
-    return parts

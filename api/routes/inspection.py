@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import asyncio
 from typing import Annotated
 
-import orjson
 from fastapi import APIRouter, Path, Query
 from starlette.requests import Request
 from starlette.responses import Response
 
 from api.openapi import SESSION_CODES, problems
-from api.routes.context import JsonRoute, engine_of
-from api.routes.hot import included
-from api.schemas.views import Chunk, ChunkDetail, ChunkPage, Recall, Recalls
-from api.wire.answers import raw_json
+from api.routes.context import JsonRoute, engine_of, settings_of
+from api.schemas.views import Chunk, ChunkDetail, ChunkPage, Recall, Recalls, to_json
+from api.wire.answers import Params, Raw, respond_json
+from api.wire.query import included
 from api.wire.tensors import to_lists
 from htm_service import records
 
@@ -43,6 +41,7 @@ def router() -> APIRouter:
         recalls,
         methods=["GET"],
         operation_id="list_recalls",
+        response_model=Recalls,
         responses=problems(SESSION_CODES),
     )
     return routes
@@ -58,13 +57,10 @@ async def chunks(
     """List the chunks of a session, a page at a time."""
     keys = "keys" in included(request, ("keys",))
     page = await engine_of(request).chunks(session_id, cursor, limit, keys=keys)
-    # A thousand keys are a million numbers.
-    return await asyncio.to_thread(_page, page) if keys else _page(page)
-
-
-def _page(page: records.ChunkPage) -> Response:
-    content = {"chunks": [_view(info) for info in page.chunks], "cursor": page.cursor}
-    return Response(orjson.dumps(content), media_type="application/json")
+    return await respond_json(
+        lambda raw: {"chunks": [_view(info, raw) for info in page.chunks], "cursor": page.cursor},
+        settings_of(request).max_answer_bytes,
+    )
 
 
 async def chunk(
@@ -76,20 +72,19 @@ async def chunk(
     """Inspect one chunk: the payloads of its tokens, and on request its embeddings and summary key."""
     parts = included(request, ("embeddings", "key"))
     detail = await engine_of(request).chunk(session_id, index, embeddings="embeddings" in parts, key="key" in parts)
-    return await asyncio.to_thread(_detail, detail)
+    return await respond_json(lambda raw: _detail(detail, raw), settings_of(request).max_answer_bytes)
 
 
-def _detail(detail: records.ChunkDetail) -> Response:
-    content = {
-        "chunk": _view(detail.chunk),
-        "payloads": [raw_json(payload) for payload in detail.payloads],
-        "embeddings": None if detail.embeddings is None else to_lists(detail.embeddings),
+def _detail(detail: records.ChunkDetail, raw: Raw) -> Params:
+    return {
+        "chunk": _view(detail.chunk, raw),
+        "payloads": [None if payload is None else raw(payload) for payload in detail.payloads],
+        "embeddings": None if detail.embeddings is None else raw(to_lists(detail.embeddings)),
     }
-    return Response(orjson.dumps(content), media_type="application/json")
 
 
-def _view(info: records.ChunkInfo) -> dict[str, object]:
-    key = None if info.key is None else to_lists(info.key)
+def _view(info: records.ChunkInfo, raw: Raw) -> Params:
+    key = None if info.key is None else raw(to_lists(info.key))
     return {**Chunk.of(info).model_dump(mode="json"), "key": key}
 
 
@@ -97,7 +92,10 @@ async def recalls(
     request: Request,
     session_id: str,
     limit: Annotated[int, Query(ge=1, le=1000, description="Recalls to list.")] = 20,
-) -> Recalls:
+) -> Response:
     """List the last recalls of a session, newest first."""
     found = await engine_of(request).recalls(session_id, limit)
-    return Recalls(recalls=[Recall.of(recall) for recall in found])
+    return await respond_json(
+        lambda raw: {"recalls": [raw(to_json(Recall.of(recall))) for recall in found]},
+        settings_of(request).max_answer_bytes,
+    )

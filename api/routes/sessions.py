@@ -10,9 +10,10 @@ from starlette.responses import Response
 
 from api.errors import shorten
 from api.openapi import BODY_CODES, SESSION_CODES, WRITE_CODES, problems
-from api.routes.context import JsonRoute, engine_of
+from api.routes.context import JsonRoute, engine_of, settings_of
 from api.schemas.bodies import CreateBody, SessionChange
-from api.schemas.views import Session, SessionPage
+from api.schemas.views import Session, SessionPage, to_json
+from api.wire.answers import respond_json
 from htm_service.errors import InvalidArgument
 
 _CREATE_CODES = (
@@ -47,6 +48,7 @@ def router() -> APIRouter:
         list_sessions,
         methods=["GET"],
         operation_id="list_sessions",
+        response_model=SessionPage,
         responses=problems(("invalid_argument", "unhealthy", "draining", "internal_error")),
     )
     routes.add_api_route(
@@ -108,10 +110,13 @@ async def list_sessions(
     label: Annotated[list[str] | None, Query(description="Only with this label, `key:value`; repeatable.")] = None,
     cursor: Annotated[str | None, Query(description="From the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="Sessions per page.")] = 100,
-) -> SessionPage:
+) -> Response:
     """List sessions by id, a page at a time."""
     page = await engine_of(request).list_sessions(prefix, parse_labels(label or []), cursor, limit)
-    return SessionPage(sessions=[Session.of(info) for info in page.sessions], cursor=page.cursor)
+    return await respond_json(
+        lambda raw: {"sessions": [raw(to_json(Session.of(info))) for info in page.sessions], "cursor": page.cursor},
+        settings_of(request).max_answer_bytes,
+    )
 
 
 async def inspect(request: Request, session_id: str) -> Session:

@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from htm_service import records
+from htm_service.config import MAX_LABELS
 from htm_service.records import DType, OnFull, OpenChunk, RankBy
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -24,42 +25,60 @@ class Body(BaseModel):
 # --- requests -------------------------------------------------------------------------------------
 
 
-class CreateBody(Body):
+class Request(Body):
+    """A body of a request. Its first mistake is told, not all: there may be as many as it has bytes."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _check_fields(cls, value: Any) -> Any:
+        if isinstance(value, dict):
+            for name in value:
+                if name not in cls.model_fields:
+                    known = ", ".join(sorted(cls.model_fields))
+                    raise ValueError(f"unknown field {name[:80]}; known are {known}")
+        return value
+
+
+def _few(value: Any) -> Any:
+    if isinstance(value, dict) and len(value) > MAX_LABELS:
+        raise ValueError(f"there are {len(value)} labels, the limit is {MAX_LABELS}")
+    return value
+
+
+Labels = Annotated[dict[str, str], BeforeValidator(_few)]
+
+
+class CreateBody(Request):
     """Settings at creation. What is left out is decided by the model or by the server's defaults."""
 
     dim: int | None = Field(None, description="Width of the tokens; required unless the model fixes it.")
     chunk_size: int | None = Field(None, description="Tokens per chunk; 32 unless the model fixes it.")
     model: str | None = Field(None, description="The model that attends use unless they name another.")
     dtype: DType | None = Field(None, description="In which tokens are kept.")
-    open_chunk: OpenChunk = Field("attend", description="Whether the last, unfilled chunk is visible.")
-    labels: dict[str, str] | None = Field(None, description="For finding sessions again.")
+    open_chunk: OpenChunk | None = Field(None, description="Whether the last, unfilled chunk is visible; `attend`.")
+    labels: Labels | None = Field(None, description="For finding sessions again.")
     ttl_s: Number | None = Field(None, description="Seconds without use after which the session is deleted.")
     max_tokens: int | None = Field(None, description="Most tokens the session may hold; no limit if left out.")
-    on_full: OnFull = Field(
-        "reject", description="An append beyond `max_tokens` is refused, or whole oldest chunks go."
+    on_full: OnFull | None = Field(
+        None, description="An append beyond `max_tokens` is refused, or whole oldest chunks go; `reject`."
     )
 
     def record(self) -> records.CreateRequest:
         """As the engine takes it."""
-        return records.CreateRequest(**self.model_dump())
+        return records.CreateRequest(**self.model_dump(exclude_none=True))
 
 
-class SessionChange(Body):
-    """What is left out stays as it is; `labels` are replaced altogether, `ttl_s: null` removes the limit."""
+class SessionChange(Request):
+    """What is left out or null stays as it is, but for `ttl_s: null`, no limit; `labels` are replaced altogether."""
 
-    labels: dict[str, str] = Field(default_factory=dict, description="All labels from now on.")
+    labels: Labels | None = Field(None, description="All labels from now on.")
     ttl_s: Number | None = Field(None, description="Idle seconds, or null for no limit.")
-    model: str = Field("", description="The session's model from now on.")
+    model: str | None = Field(None, description="The session's model from now on.")
 
     def record(self) -> records.SessionChange:
         """As the engine takes it."""
-        given = self.model_fields_set
-        return records.SessionChange(
-            labels=self.labels if "labels" in given else None,
-            ttl_s=self.ttl_s,
-            clear_ttl="ttl_s" in given and self.ttl_s is None,
-            model=self.model if "model" in given else None,
-        )
+        clear_ttl = "ttl_s" in self.model_fields_set and self.ttl_s is None
+        return records.SessionChange(labels=self.labels, ttl_s=self.ttl_s, clear_ttl=clear_ttl, model=self.model)
 
 
 class Base64Tensor(Body):

@@ -20,6 +20,11 @@ def when(seconds: float) -> datetime:
     return datetime.fromtimestamp(seconds, UTC)
 
 
+def to_json(view: Body) -> bytes:
+    """A view as an answer's body, from whatever thread."""
+    return view.model_dump_json().encode()
+
+
 class Bytes(Body):
     """Where a session's bytes are: pages and summary keys on the device, tokens in the store."""
 

@@ -7,7 +7,9 @@ Does not know: the engine, and requests beyond the headers that choose the forma
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from functools import lru_cache
 from typing import Any, Literal
 
 import numpy.typing as npt
@@ -21,7 +23,7 @@ from api.wire.body import THREAD_BYTES
 from api.wire.hot_bodies import Asked, Wire
 from api.wire.tensors import to_base64, to_lists
 from htm_service.errors import InvalidArgument
-from htm_service.records import AppendResult, AttendResult, Recalled, Timing
+from htm_service.records import AppendResult, AttendResult, Memories, Recalled, Timing, recalled_bytes
 
 Reply = Literal["lists", "b64", "safetensors"]
 """How an answer is written."""
@@ -32,8 +34,15 @@ Header = tuple[bytes, bytes]
 _JSON: Header = (b"content-type", b"application/json")
 _SAFETENSORS: Header = (b"content-type", safetensors.MEDIA_TYPE.encode())
 
+MEDIA_TYPES: Mapping[Wire, str] = {"json": "application/json", "safetensors": safetensors.MEDIA_TYPE}
+_QUALITY = re.compile(r"[01](\.[0-9]{0,3})?")
+
 Tensors = dict[str, npt.NDArray[Any]]
 Params = dict[str, Any]
+Raw = Callable[[bytes], orjson.Fragment]
+"""What puts a JSON text into content as it is."""
+Parts = Callable[[Raw], tuple[Tensors, Params]]
+"""What makes tensors and params of an answer."""
 
 
 class Answer(Response):
@@ -46,12 +55,8 @@ class Answer(Response):
 
 
 def reply_of(request: Request, wire: Wire = "json") -> Reply:
-    """The format an answer takes: what `Accept` names, else what the request was written in."""
-    accept = request.headers.get("accept", "*/*")
-    if safetensors.MEDIA_TYPE in accept:
-        wire = "safetensors"
-    elif "application/json" in accept:
-        wire = "json"
+    """The format an answer takes: what `Accept` prefers, else what the request was written in."""
+    wire = accepted(request.headers.get("accept", "*/*"), wire)
     encoding = request.query_params.get("encoding", "lists") if request.scope["query_string"] else "lists"
     if encoding not in ("lists", "b64"):
         raise InvalidArgument(f"encoding is {shorten(encoding)}; it must be lists or b64")
@@ -60,30 +65,118 @@ def reply_of(request: Request, wire: Wire = "json") -> Reply:
     return "b64" if encoding == "b64" else "lists"
 
 
-def render(reply: Reply, tensors: Mapping[str, npt.NDArray[Any]], params: Mapping[str, Any]) -> bytes:
-    """The body of an answer."""
-    if reply == "safetensors":
-        return safetensors.build(tensors, params)
+@lru_cache
+def accepted(header: str, default: Wire) -> Wire:
+    """The format that an Accept header gives most weight (RFC 9110, 12.5.1), or the default among equals.
+
+    The default, too, where it takes none of them: an answer that one did not ask for says more than a refusal.
+    """
+    weights = dict.fromkeys(MEDIA_TYPES, 0.0)
+    ranges: dict[str, float] = {}
+    for part in header.lower().split(","):
+        name, *parameters = (text.strip() for text in part.split(";"))
+        quality = next((text[2:] for text in parameters if text.startswith("q=")), "1")
+        ranges[name] = float(quality) if _QUALITY.fullmatch(quality) else 0.0
+    for wire, name in MEDIA_TYPES.items():
+        general = (name, "application/*", "*/*")
+        weights[wire] = next((ranges[text] for text in general if text in ranges), 0.0)
+    return max(weights, key=lambda wire: (weights[wire], wire == default))
+
+
+class Pieces:
+    """Long JSON texts that are put in their places at the very end, by one join, during which other threads run.
+
+    orjson would copy each into a buffer that grows, and hold the interpreter's lock for a fifth of a second of 60 MB.
+    """
+
+    def __init__(self) -> None:
+        self._texts: list[bytes] = []
+
+    def raw(self, text: bytes) -> orjson.Fragment:
+        """What stands for the text in content that is dumped."""
+        self._texts.append(text)
+        return orjson.Fragment(b"\0%d\0" % (len(self._texts) - 1))  # no JSON has such a byte
+
+    def dump(self, content: object) -> list[bytes]:
+        """The JSON text of the content, in pieces."""
+        pieces = orjson.dumps(content).split(b"\0")
+        pieces[1::2] = [self._texts[int(place)] for place in pieces[1::2]]
+        return pieces
+
+
+def nest(reply: Reply, tensors: Tensors, params: Params, raw: Raw) -> Params:
+    """The content of a JSON answer: params, and each tensor at its place."""
     content = dict(params)
     for name, array in tensors.items():
         *path, last = name.split(".")
         place = content
         for part in path:
             place = place.setdefault(part, {})
-        place[last] = to_base64(array) if reply == "b64" else to_lists(array)
-    return orjson.dumps(content)
+        place[last] = to_base64(array) if reply == "b64" else raw(to_lists(array))
+    return content
 
 
-async def respond(reply: Reply, tensors: Tensors, params: Params, headers: Sequence[Header] = ()) -> Answer:
-    """The answer; a large one is built in a thread."""
-    if sum(array.nbytes for array in tensors.values()) > THREAD_BYTES:
-        body = await asyncio.to_thread(render, reply, tensors, params)
+def render(reply: Reply, parts: Parts) -> bytes:
+    """The body of an answer."""
+    tensors, params = parts(orjson.Fragment)
+    if reply == "safetensors":
+        return safetensors.build(tensors, params)
+    return orjson.dumps(nest(reply, tensors, params, orjson.Fragment))
+
+
+def render_large(reply: Reply, parts: Parts) -> bytes:
+    """The same body, put together such that other threads get their turn."""
+    pieces = Pieces()
+    tensors, params = parts(pieces.raw)
+    if reply == "safetensors":
+        return b"".join(safetensors.frame(tensors, pieces.dump(params)))
+    return b"".join(pieces.dump(nest(reply, tensors, params, pieces.raw)))
+
+
+async def respond(reply: Reply, parts: Parts, num_bytes: int, headers: Sequence[Header] = ()) -> Answer:
+    """The answer made of `parts`; one of many bytes is put together in a thread."""
+    if num_bytes > THREAD_BYTES:
+        body = await asyncio.to_thread(render_large, reply, parts)
     else:
-        body = render(reply, tensors, params)
+        body = render(reply, parts)
     return Answer(body, _SAFETENSORS if reply == "safetensors" else _JSON, *headers)
 
 
-def attend_parts(result: AttendResult, asked: Asked, payloads: bool) -> tuple[Tensors, Params]:
+async def respond_json(build: Callable[[Raw], Params], max_bytes: int) -> Response:
+    """An answer of many items, put together in a thread. Raises InvalidArgument beyond `max_bytes`."""
+
+    def whole() -> bytes:
+        pieces = Pieces()
+        return b"".join(pieces.dump(build(pieces.raw)))
+
+    body = await asyncio.to_thread(whole)
+    if len(body) > max_bytes:
+        raise InvalidArgument(f"the answer has {len(body)} bytes, the limit of one answer is {max_bytes}: ask for less")
+    return Answer(body, _JSON)
+
+
+def attend_bytes(result: AttendResult) -> int:
+    """About how many bytes an attend's answer has."""
+    tensors = (result.output, result.chunk_index, result.chunk_weight)
+    return sum(array.nbytes for array in tensors) + recalled_bytes(result.recalled)
+
+
+def read_bytes(found: Memories) -> int:
+    """About how many bytes the answer has that reads tokens back."""
+    num_bytes = 0 if found.embeddings is None else found.embeddings.nbytes
+    return num_bytes + sum(len(payload) for payload in found.payloads or () if payload is not None)
+
+
+def read_parts(found: Memories, raw: Raw) -> tuple[Tensors, Params]:
+    """Tensors and params of the answer that reads tokens back."""
+    tensors: Tensors = {} if found.embeddings is None else {"embeddings": found.embeddings}
+    params: Params = {"start": found.start, "stop": found.stop, "length": found.length}
+    if found.payloads is not None:
+        params["payloads"] = [None if payload is None else raw(payload) for payload in found.payloads]
+    return tensors, params
+
+
+def attend_parts(result: AttendResult, asked: Asked, payloads: bool, raw: Raw) -> tuple[Tensors, Params]:
     """Tensors and params of an attend's answer: what `return` asked for, and `length`."""
     tensors: Tensors = {}
     if asked.output:
@@ -93,8 +186,17 @@ def attend_parts(result: AttendResult, asked: Asked, payloads: bool) -> tuple[Te
         tensors["chunks.weight"] = result.chunk_weight
     params: Params = {"length": result.length}
     if result.recalled is not None:
-        params["recalled"] = [[recalled_item(item, payloads) for item in row] for row in result.recalled]
+        params["recalled"] = [[recalled_item(item, payloads, raw) for item in row] for row in result.recalled]
     return tensors, params
+
+
+def step_parts(
+    attended: AttendResult, appended: AppendResult, asked: Asked, payloads: bool, raw: Raw
+) -> tuple[Tensors, Params]:
+    """Tensors and params of a step's answer: the attend's and the append's, each under its name."""
+    tensors, params = attend_parts(attended, asked, payloads, raw)
+    named = {f"attend.{name}": array for name, array in tensors.items()}
+    return named, {"attend": params, "append": append_params(appended)}
 
 
 def append_params(result: AppendResult) -> Params:
@@ -102,7 +204,7 @@ def append_params(result: AppendResult) -> Params:
     return {"start": result.start, "length": result.length, "num_chunks": result.num_chunks}
 
 
-def recalled_item(item: Recalled, payloads: bool) -> Params:
+def recalled_item(item: Recalled, payloads: bool, raw: Raw) -> Params:
     """One recalled token; `payload` is there when asked for, null where the token has none."""
     params: Params = {
         "position": item.position,
@@ -111,13 +213,8 @@ def recalled_item(item: Recalled, payloads: bool) -> Params:
         "chunk": item.chunk,
     }
     if payloads:
-        params["payload"] = raw_json(item.payload)
+        params["payload"] = None if item.payload is None else raw(item.payload)
     return params
-
-
-def raw_json(text: bytes | None) -> orjson.Fragment | None:
-    """A payload, spliced into an answer as it was stored."""
-    return None if text is None else orjson.Fragment(text)
 
 
 def timing_headers(first: Timing, second: Timing | None = None) -> list[Header]:

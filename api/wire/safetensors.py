@@ -8,7 +8,7 @@ Does not know: what the tensors mean.
 from __future__ import annotations
 
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -55,9 +55,14 @@ def parse(body: bytes | bytearray, max_header_bytes: int) -> tuple[dict[str, Raw
 
 def build(tensors: Mapping[str, npt.NDArray[Any]], params: Mapping[str, Any]) -> bytes:
     """A body of float32, int64 and bool tensors and params (JSON values, orjson fragments among them)."""
+    return b"".join(frame(tensors, [orjson.dumps(params)]))
+
+
+def frame(tensors: Mapping[str, npt.NDArray[Any]], params: Iterable[bytes]) -> list[bytes]:
+    """The same in pieces, of params whose JSON text is in pieces."""
     # The widest numbers first, so that each tensor starts at a multiple of its item size.
     ordered = sorted(tensors.items(), key=lambda item: -item[1].itemsize)
-    header: dict[str, Any] = {METADATA: {PARAMS: orjson.dumps(params).decode()}}
+    header: dict[str, Any] = {}
     chunks, offset = [], 0
     for name, array in ordered:
         chunk = array.tobytes()
@@ -68,9 +73,12 @@ def build(tensors: Mapping[str, npt.NDArray[Any]], params: Mapping[str, Any]) ->
         }
         offset += len(chunk)
         chunks.append(chunk)
-    text = orjson.dumps(header)
-    text += b" " * (-len(text) % 8)
-    return b"".join([struct.pack("<Q", len(text)), text, *chunks])
+    pieces = [b'{"%s":{"%s":"' % (METADATA.encode(), PARAMS.encode())]
+    pieces += [orjson.dumps(piece.decode())[1:-1] for piece in params]  # a string's escapes do not reach over pieces
+    pieces += [b'"},' if header else b'"}', orjson.dumps(header)[1:]]
+    num_bytes = sum(map(len, pieces))
+    padding = -num_bytes % 8
+    return [struct.pack("<Q", num_bytes + padding), *pieces, b" " * padding, *chunks]
 
 
 def _split(body: bytes | bytearray, max_header_bytes: int) -> tuple[bytes, memoryview]:

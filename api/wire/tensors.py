@@ -118,15 +118,15 @@ def to_base64(array: npt.NDArray[Any]) -> dict[str, Any]:
     return {"b64": base64.b64encode(data).decode(), "shape": list(array.shape), "dtype": array.dtype.name}
 
 
-def to_lists(array: npt.NDArray[Any]) -> orjson.Fragment:
+def to_lists(array: npt.NDArray[Any]) -> bytes:
     """JSON text of an array of one or two dimensions; in pieces, so that other threads get their turn."""
     array = np.ascontiguousarray(array)
     if array.size <= PIECE:
-        return orjson.Fragment(orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY))
+        return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)
     rows = max(1, PIECE // math.prod(array.shape[1:]))
     pieces = (array[at : at + rows] for at in range(0, len(array), rows))
     texts = (orjson.dumps(piece, option=orjson.OPT_SERIALIZE_NUMPY)[1:-1] for piece in pieces)
-    return orjson.Fragment(b"[" + b",".join(texts) + b"]")
+    return b"".join([b"[", b",".join(texts), b"]"])
 
 
 def _widen(raw: RawTensor) -> Floats:

@@ -48,7 +48,7 @@ class HTMClient:
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         if base_url == ADDRESS:
-            base_url, transport = "http://in-process", SyncApp()
+            base_url, transport = "http://localhost", SyncApp()
         headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         # Connections are as many as the caller makes concurrent calls: the server is the one to refuse.
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)

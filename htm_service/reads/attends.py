@@ -14,17 +14,17 @@ from dataclasses import replace
 from htm_service.attention.model import Model
 from htm_service.attention.registry import ModelRegistry
 from htm_service.config import EngineConfig
-from htm_service.errors import LengthConflict, SessionDamaged
+from htm_service.errors import InvalidArgument, LengthConflict, SessionDamaged
 from htm_service.reads.cost import merge, products_per_query, split
 from htm_service.reads.runner import Attend
 from htm_service.reads.visibility import Trimmed
 from htm_service.reads.worker import DeviceWorker
-from htm_service.records import AttendRequest, AttendResult
+from htm_service.records import RECALLED_BYTES, AttendRequest, AttendResult, recalled_bytes
 from htm_service.sessions.session import Session
 from htm_service.sessions.validation import check_model_dim
 from htm_service.store_errors import unreadable
 from htm_service.threads.batcher import within
-from storage.base import Store, StoreError
+from storage.base import Store, StoreError, TooManyBytes
 
 
 class Attends:
@@ -50,6 +50,7 @@ class Attends:
         model = self._models.get(name)
         check_model_dim(name, model, session.settings.dim)
         top_k = request.top_k or model.config.top_k
+        self._check_answer(session, request, top_k)
         try:
             result = await self._compute(session, model, request, top_k)
             if request.payloads:
@@ -138,9 +139,29 @@ class Attends:
         if not result.recalled:
             return result
         positions = sorted({token.position for row in result.recalled for token in row})
+        most = self._config.max_answer_bytes
         try:
-            texts = await asyncio.to_thread(self._store.read_payloads, session.sid, positions)
+            texts = await asyncio.to_thread(self._store.read_payloads, session.sid, positions, most)
+        except TooManyBytes as error:
+            raise _too_large(f"the payloads of {len(positions)} recalled tokens have more bytes", most) from error
         except StoreError as error:
             raise unreadable(session.id, error) from error
         recalled = [[replace(token, payload=texts.get(token.position)) for token in row] for row in result.recalled]
+        if (num_bytes := recalled_bytes(recalled)) > most:
+            raise _too_large(f"the recalled tokens of {len(recalled)} queries have {num_bytes} bytes", most)
         return result._replace(recalled=recalled)
+
+    def _check_answer(self, session: Session, request: AttendRequest, top_k: int) -> None:
+        """Raise InvalidArgument for an answer that would hold too much, whatever the payloads."""
+        num_queries, most = len(request.queries), self._config.max_answer_bytes
+        num_bytes = request.queries.nbytes
+        if request.tokens:
+            num_bytes += num_queries * min(request.max_recalled, top_k * session.settings.chunk_size) * RECALLED_BYTES
+        if num_bytes > most:
+            raise _too_large(f"the answer to {num_queries} queries has up to {num_bytes} bytes", most)
+
+
+def _too_large(what: str, most: int) -> InvalidArgument:
+    return InvalidArgument(
+        f"{what}, the limit of one answer is {most}: ask fewer queries at once, or a smaller max_recalled"
+    )

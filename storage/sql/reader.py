@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Engine, String, cast, select
 
-from storage.base import Block, CheckSettings, Damage, SessionRow, Store, StoreError, Summary, Totals
+from storage.base import NO_LIMIT, Block, CheckSettings, Damage, SessionRow, Store, StoreError, Summary, Totals, within
 from storage.sql import verification
 from storage.sql.failures import translated
 from storage.sql.snapshot import Snapshot
@@ -94,15 +94,15 @@ class SqlReader(Store):
         with self._snapshot() as snapshot:
             yield from snapshot.summaries(sid)
 
-    def read_payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
+    def read_payloads(self, sid: int, positions: Sequence[int], max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
         """See `Store.read_payloads`."""
-        with self._snapshot() as snapshot:
-            return snapshot.payloads(sid, positions)
+        with self._snapshot() as snapshot, contextlib.closing(snapshot.payloads(sid, positions)) as found:
+            return within(max_bytes, found)
 
-    def read_payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
+    def read_payload_range(self, sid: int, start: int, stop: int, max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
         """See `Store.read_payload_range`."""
-        with self._snapshot() as snapshot:
-            return snapshot.payload_range(sid, start, stop)
+        with self._snapshot() as snapshot, contextlib.closing(snapshot.payload_range(sid, start, stop)) as found:
+            return within(max_bytes, found)
 
     def totals(self) -> Totals:
         """See `Store.totals`."""

@@ -17,6 +17,8 @@ from storage.sql.tables import blocks, payloads, sessions, summaries
 ROWS_AT_ONCE = 64
 """Blocks fetched together while streaming; each is at most `rows.BLOCK_BYTES`, or one token."""
 POSITIONS_AT_ONCE = 500
+PAYLOADS_AT_ONCE = 16
+"""Fetched together; each may have megabytes."""
 
 
 class Snapshot:
@@ -74,21 +76,22 @@ class Snapshot:
                 yield Summary(first, num_chunks, data)
                 end = first + num_chunks
 
-    def payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
-        """See `Store.read_payloads`."""
-        found: dict[int, bytes] = {}
-        query = select(payloads.c.position, payloads.c.body).where(*_of(payloads, sid))
+    def payloads(self, sid: int, positions: Sequence[int]) -> Generator[tuple[int, bytes], None, None]:
+        """Those at these positions, one after the other."""
         for place in range(0, len(positions), POSITIONS_AT_ONCE):
             some = positions[place : place + POSITIONS_AT_ONCE]
-            rows = self.connection.execute(query.where(payloads.c.position.in_(some)))
-            found.update((row.position, row.body) for row in rows)
-        return found
+            yield from self._payloads(payloads.c.position.in_(some), sid, len(some))
 
-    def payload_range(self, sid: int, start: int, stop: int) -> dict[int, bytes]:
-        """See `Store.read_payload_range`."""
-        inside = and_(*_of(payloads, sid), payloads.c.position >= start, payloads.c.position < stop)
-        rows = self.connection.execute(select(payloads.c.position, payloads.c.body).where(inside))
-        return {row.position: row.body for row in rows}
+    def payload_range(self, sid: int, start: int, stop: int) -> Generator[tuple[int, bytes], None, None]:
+        """Those at positions start .. stop-1, one after the other."""
+        inside = and_(payloads.c.position >= start, payloads.c.position < stop)
+        return self._payloads(inside, sid, stop - start)
+
+    def _payloads(self, where: ColumnElement[bool], sid: int, most: int) -> Generator[tuple[int, bytes], None, None]:
+        options = {} if most <= PAYLOADS_AT_ONCE else _streamed(PAYLOADS_AT_ONCE)
+        query = select(payloads.c.position, payloads.c.body).where(*_of(payloads, sid), where)
+        with self.connection.execute(query, **options) as rows:
+            yield from rows.tuples()
 
     def sums(self) -> tuple[int, int, int]:
         """How many sessions, tokens and bytes of tokens there are."""

@@ -20,7 +20,7 @@ Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 async def talk_to(app: FastAPI) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an app whose lifespan someone else runs."""
     transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 

@@ -61,10 +61,13 @@ async def test_unknown_path_and_method(client: httpx.AsyncClient) -> None:
     check_problem(await client.get("/v1/nothing"), 404, "not_found")
     refused = await client.put("/v1/info")
     check_problem(refused, 405, "method_not_allowed")
-    assert refused.headers["allow"] == "GET"
+    assert refused.headers["allow"] == "HEAD, GET"
     refused = await client.delete("/v1/sessions/s/memories")
     check_problem(refused, 405, "method_not_allowed")
-    assert {"GET", "POST"} <= set(refused.headers["allow"].split(", "))
+    assert refused.headers["allow"] == "HEAD, GET, POST"
+    refused = await client.post("/v1/sessions/s")  # each method has a route of its own
+    check_problem(refused, 405, "method_not_allowed")
+    assert refused.headers["allow"] == "HEAD, GET, PUT, PATCH, DELETE"
 
 
 async def test_length_conflict_tells_the_length(client: httpx.AsyncClient) -> None:

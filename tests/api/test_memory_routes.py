@@ -256,18 +256,18 @@ async def test_bad_formats(client: httpx.AsyncClient) -> None:
 
 
 async def test_an_answer_beyond_the_limit_is_refused(serve: Serve) -> None:
-    async with serve(max_body_bytes=1024) as client:
+    async with serve(max_answer_bytes=1024, max_json_body_bytes=1024) as client:
         await client.put("/v1/sessions/s", json={"dim": 67})
         for _ in range(2):
             await client.post(MEMORIES, content=wire.build({"embeddings": np.ones((3, 67), "f4")}, {}), headers=BINARY)
         problem = check_problem(await client.get(MEMORIES), 422, "invalid_argument")
-        assert "at most 3 tokens at once" in problem["detail"]
+        assert "at most 3 at once" in problem["detail"]
         assert (await client.get(f"{MEMORIES}?stop=3")).status_code == 200
 
 
 async def test_what_was_trimmed_does_not_count_towards_the_limit_of_an_answer(serve: Serve) -> None:
     """A session that trims could not be read any more once all that it had ever been given passed the limit."""
-    async with serve(max_body_bytes=1024) as client:
+    async with serve(max_answer_bytes=1024, max_json_body_bytes=1024) as client:
         settings = {"dim": 3, "chunk_size": 2, "max_tokens": 5, "on_full": "evict_oldest"}
         await client.put("/v1/sessions/s", json=settings)
         for _ in range(30):

@@ -9,7 +9,7 @@ import pytest
 from pydantic import ValidationError
 
 from api.machine import memory_bytes
-from api.settings import Settings, env_name, flag_name, parse_bytes, sentence
+from api.settings import Settings, env_name, flag_name, of_services, parse_bytes, sentence
 
 
 @pytest.mark.parametrize(
@@ -122,9 +122,57 @@ def test_wrong_values(wrong: dict[str, Any]) -> None:
     assert next(iter(wrong)) in sentence(caught.value)
 
 
-def test_memory_of_a_container(tmp_path: Path) -> None:
-    limited, unlimited = tmp_path / "limited", tmp_path / "unlimited"
-    limited.write_text("1048576\n")
-    unlimited.write_text("max\n")
-    assert memory_bytes((limited,)) == 1048576
-    assert memory_bytes((unlimited, tmp_path / "missing")) == memory_bytes(()) > 1048576
+def test_the_largest_payload_can_be_read_back() -> None:
+    with pytest.raises(ValidationError) as caught:
+        Settings(max_answer_bytes=2_000, max_json_body_bytes=2_001)
+    assert "max_answer_bytes is 2000, below max_json_body_bytes 2001" in sentence(caught.value)
+
+
+OF_SERVICES = {
+    "HTM_SERVICE_SERVICE_HOST": "10.96.1.7",
+    "HTM_SERVICE_SERVICE_PORT": "8000",
+    "HTM_SERVICE_SERVICE_PORT_HTTP": "8000",
+    "HTM_SERVICE_PORT": "tcp://10.96.1.7:8000",
+    "HTM_SERVICE_PORT_8000_TCP": "tcp://10.96.1.7:8000",
+    "HTM_SERVICE_PORT_8000_TCP_ADDR": "10.96.1.7",
+    "HTM_SERVICE_PORT_8000_TCP_PORT": "8000",
+    "HTM_SERVICE_PORT_8000_TCP_PROTO": "tcp",
+    "HTM_SERVICE_HOST": "fd00::7",  # of a Service called `htm`
+    "HTM_PORT": "tcp://[fd00::7]:8000",
+    "HTM_PORT_8000_TCP": "tcp://[fd00::7]:8000",
+}
+"""What Kubernetes sets in each pod for Services called `htm-service` and `htm`."""
+
+
+def test_variables_of_kubernetes_are_not_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each pod that shared a namespace with a Service of our name could not start."""
+    for name, value in OF_SERVICES.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("HTM_HOST", "127.0.0.2")
+    assert (Settings().host, Settings().port) == ("127.0.0.2", 8000)
+    assert of_services() == sorted(OF_SERVICES)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "others"),
+    [
+        ("HTM_SERVICE_HOST", "10.96.1.7", {}),  # without a port it is nobody's
+        ("HTM_SERVICE_HOST", "localhost", {"HTM_SERVICE_PORT": "8000"}),
+        ("HTM_PORT", "tcp://10.96.1.7:8000", {}),
+        ("HTM_PORTS", "8000", OF_SERVICES),
+        ("HTM_API_SERVICE_HOSTS", "10.96.1.7", OF_SERVICES),
+    ],
+)
+def test_a_real_mistake_is_still_one(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, others: dict[str, str]
+) -> None:
+    for key, text in {**others, name: value}.items():
+        monkeypatch.setenv(key, text)
+    with pytest.raises(ValidationError, match=rf"{name}|port"):
+        Settings()
+
+
+def test_a_port_of_ours_beside_a_service_of_our_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {**OF_SERVICES, "HTM_PORT": "9000"}.items():  # what a pod sets itself wins over Kubernetes
+        monkeypatch.setenv(name, value)
+    assert Settings().port == 9000

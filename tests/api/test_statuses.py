@@ -62,6 +62,10 @@ def at(session_id: str, *but: str) -> dict[str, dict[str, Any]]:
     return {name: {"path": CALLS[name].path.replace("/v1/sessions/s", place)} for name in ON_SESSION if name not in but}
 
 
+NEEDS_ARGUMENTS = {*ON_SESSION, "create_session", "list_sessions"}
+"""Calls that can be wrong by more than a query parameter that there is not."""
+BY_CALLER = [name for name in CALLS if name not in ("livez", "readyz")]
+
 WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "malformed_body": {
         name: {"content": b'{"dim":', "headers": {"content-type": "application/json"}} for name in WITH_BODY
@@ -77,6 +81,7 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
         **at("a%20b"),
         "create_session": {"json": {"dim": 0}},
         "list_sessions": {"path": "/v1/sessions?limit=0"},
+        **{name: {"path": CALLS[name].path + "?verbose=1"} for name in CALLS if name not in NEEDS_ARGUMENTS},
     },
     "model_not_found": {
         "inspect_model": {"path": "/v1/models/nothing"},
@@ -86,6 +91,8 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
         "attend": {"json": {"queries": [1, 0, 0], "model": "nothing"}},
         "step": {"json": {"attend": {"queries": [1, 0, 0], "model": "nothing"}, "append": {"embeddings": [1, 0, 0]}}},
     },
+    "forbidden": {name: {"headers": {"Origin": "https://example.org"}} for name in BY_CALLER},
+    "misdirected_request": {name: {"headers": {"Host": "example.org:8000"}} for name in BY_CALLER},
     "session_conflict": {"put_session": {"json": {"dim": 4}}},
     "length_conflict": {
         "append": {"json": {"embeddings": [1, 0, 0], "if_length": 99}},
