@@ -141,7 +141,7 @@ class Inspection:
                     stop=min((index + 1) * size, length),
                     sealed=(index + 1) * size <= length,
                     tier=tiers[place],
-                    key_norm=float(np.linalg.norm(key)),
+                    key_norm=float(np.linalg.norm(key.astype(np.float64))),  # the squares of float32 overflow it
                     num_recalls=num_recalls,
                     mass=mass,
                     last_recalled_at=last_at,

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from htm_service.attention.model_config import ModelConfig, check_tensors, content_hash
 from htm_service.attention.positions import position_table
+from htm_service.errors import InvalidArgument
 from htm_service.kernels.base import Attended, Batch, Kernel, Projections, View
 from htm_service.records import ModelInfo
 
@@ -117,9 +118,6 @@ class ProjectedModel(Model):
         heads = self.config.heads
         full = {name: tensor.double() for name, tensor in self._tensors.items()}
 
-        def put(tensor: Tensor) -> Tensor:
-            return tensor.float().contiguous().to(self.device)
-
         def bias(name: str, size: int) -> Tensor:
             return full.get(name, torch.zeros(size, dtype=torch.float64))
 
@@ -129,18 +127,26 @@ class ProjectedModel(Model):
         scale = self.config.resolved_attention_scale
         w_k, w_v = full["attn.to_kv.weight"].chunk(2)  # [H E, D] each
         _, b_v = bias("attn.to_kv.bias", 2 * inner).chunk(2)
+        folded = {
+            "summary": w_sk.T @ full["to_summary_queries.weight"],
+            "summary_bias": w_sk.T @ bias("to_summary_queries.bias", dim),
+            "query": full["attn.to_q.weight"] * scale,
+            "query_bias": bias("attn.to_q.bias", inner) * scale,
+            "key": w_k.reshape(heads, -1, dim),
+            "value": w_v.reshape(heads, -1, dim),
+            "output": out,
+            "output_bias": out @ b_v + full["attn.to_out.bias"],
+        }
+        for name, tensor in folded.items():
+            if not torch.isfinite(tensor.float()).all():
+                largest = float(tensor.abs().max())
+                raise InvalidArgument(f"what the weights fold to overflows float32: {name} has {largest:g}")
         self._projections = Projections(
-            summary=put(w_sk.T @ full["to_summary_queries.weight"]),
-            summary_bias=put(w_sk.T @ bias("to_summary_queries.bias", dim)),
-            query=put(full["attn.to_q.weight"] * scale),
-            query_bias=put(bias("attn.to_q.bias", inner) * scale),
-            key=put(w_k.reshape(heads, -1, dim)),
-            value=put(w_v.reshape(heads, -1, dim)),
-            output=put(out),
-            output_bias=put(out @ b_v + full["attn.to_out.bias"]),
+            **{name: tensor.float().contiguous().to(self.device) for name, tensor in folded.items()}
         )
         if self.config.block:
-            self._norm = (put(full["norm.weight"]), put(full["norm.bias"]))  # [D], [D]
+            # In float64, in which no query's squares overflow: in float32 one of 1e20 would be normed to zero.
+            self._norm = tuple(full[name].to(self.device) for name in ("norm.weight", "norm.bias"))  # [D], [D]
 
     def fold(self, queries: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
         """Layer-normed first in a block; see `Model.fold`."""
@@ -156,7 +162,7 @@ class ProjectedModel(Model):
         """Queries [R, D], layer-normed in a block."""
         if not self.config.block:
             return queries
-        return functional.layer_norm(queries, queries.shape[-1:], *self._norm, eps=LAYER_NORM_EPS)
+        return functional.layer_norm(queries.double(), queries.shape[-1:], *self._norm, eps=LAYER_NORM_EPS).float()
 
     def to(self, device: torch.device | str) -> Self:
         """The same model on `device`; itself when it is there already."""

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from htm_service.attention.positions import inverse_frequencies, position_table
+from htm_service.memory.summary import SCALE, mean_of
 
 
 class ChunkPositions(nn.Module):
@@ -175,10 +176,10 @@ class HTMAttention(nn.Module):
 
     def _summary_logits(self, queries: Tensor, chunks: Tensor, visible: Tensor, *, masked: bool) -> Tensor:
         """Match of each query with each chunk's mean of visible tokens, [B, Q, M] in float32 or wider."""
-        total = reduce(_at_least_float32(chunks), "b m c d -> b m d", "sum")
+        total = reduce(_at_least_float32(chunks) * SCALE, "b m c d -> b m d", "sum")
         # htm-pytorch adds eps only where it has a mask; a chunk without a visible token is never selected.
         count = visible.sum(dim=-1).clamp(min=1)[..., None] + (self.eps if masked else 0.0)  # [B, M, 1]
-        summary_keys = self.to_summary_keys((total / count).to(chunks.dtype))  # [B, M, D]
+        summary_keys = self.to_summary_keys(mean_of(total, count).to(chunks.dtype))  # [B, M, D]
         summary_queries = self.to_summary_queries(queries)  # [B, Q, D]
         logits = einsum(_at_least_float32(summary_queries), _at_least_float32(summary_keys), "b q d, b m d -> b q m")
         return logits * self.scale

@@ -103,7 +103,8 @@ class Attended:
 
     `chunk_index` [R, K] int64, -1 where fewer could be taken; `chunk_weight` [R, K] float32, 0 there, and NaN in a
     whole row whose logits overflowed; `z` [R, H, D] float32: the sum over chunks of weight x softmax-weighted tokens, 0
-    where no chunk was taken.
+    where no chunk was taken, and NaN where the logits of visible tokens overflowed. It is within the float32 numbers
+    otherwise: a mean of such cannot be beyond them, so what rounding puts there is put back.
     With `View.tokens`: `token_weight` [R, K, C], in-chunk weights as a mean over heads, 0 where not visible;
     `token_score` [R, K, C], in-chunk logits as a mean over heads, -inf where not visible.
     """

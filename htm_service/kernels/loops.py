@@ -35,6 +35,8 @@ WIDE_VECTORS = '"prefer-vector-width"="512"'
 """LLVM's attribute of a function."""
 LINE = 16
 """float32 numbers in a line of the cache, and in the widest vectors."""
+MOST = 2.0**128 - 2.0**104
+"""The largest float32."""
 TWO_112 = 2.0**112
 """What a float16's exponent and fraction, moved to where float32 has them, are too small by."""
 
@@ -248,6 +250,7 @@ def attend(
                 for h in range(num_heads):
                     logits, spread = share[h, : end - begin], by_slot[h, begin:end]
                     logits += position_logits[h, begin:end]
+                    _mark_overflow(logits)
                     if search.token_mask != 0:
                         _hide(logits, seen)
                     if len(token_score):
@@ -262,8 +265,29 @@ def attend(
                 _add_weighted(share, tokens, sums)
             if len(positions):
                 _add_weighted(by_slot, positions, sums)
+            _put_back(sums)
             z[row] = sums
         row = rows.stop
+
+
+@compile_loop
+def _mark_overflow(logits: Array) -> None:
+    """NaN for those [n] that are not finite: the softmax of one that is -inf would not tell."""
+    for i in range(len(logits)):
+        if not np.abs(logits[i]) <= np.float32(MOST):
+            logits[i] = np.nan
+
+
+@compile_loop
+def _put_back(sums: Array) -> None:
+    """Means of tokens [H, D] that rounding put beyond all finite numbers."""
+    most = np.float32(MOST)
+    for h in range(len(sums)):
+        for d in range(sums.shape[1]):
+            if sums[h, d] > most:
+                sums[h, d] = most
+            elif sums[h, d] < -most:
+                sums[h, d] = -most
 
 
 @compile_loop

@@ -11,6 +11,8 @@ from htm_service.kernels.base import Attended, Batch, Projections, Search, View,
 
 ROWS_AT_ONCE = 16
 """Rows whose contents [rows, K, C, D] are gathered together: bounds the workspace."""
+MOST = 2.0**128 - 2.0**104
+"""The largest float32."""
 
 
 class ReferenceKernel:
@@ -63,6 +65,11 @@ class ReferenceKernel:
         return answer_in_steps(self, projections, queries, view)
 
 
+def mean_over_heads(logits: Tensor, dim: int) -> Tensor:
+    """The mean of logits over the heads, dimension `dim`; the sum of finite ones may overflow."""
+    return (logits / logits.shape[dim]).sum(dim=dim)
+
+
 def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Attended:
     """Rows of one search: their numbers in the search and in the batch."""
     view = batch.view
@@ -80,9 +87,9 @@ def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Atte
     x = x.masked_fill(~visible[..., None], 0.0)
     y = x if view.positions is None else x + view.positions
     scores = einsum(batch.heads[rows], y, "q h d, q k c d -> q h k c")
-    scores = scores.masked_fill(~visible[:, None], -torch.inf)
+    scores = scores.where(scores.isfinite(), torch.nan).masked_fill(~visible[:, None], -torch.inf)
     shares = scores.softmax(dim=-1).masked_fill(~visible[:, None], 0.0)  # chunks without a visible token: 0 / 0
-    z = einsum(shares * weight[:, None, :, None], y, "q h k c, q k c d -> q h d")
+    z = einsum(shares * weight[:, None, :, None], y, "q h k c, q k c d -> q h d").clamp_(-MOST, MOST)
 
     def widen(tensor: Tensor, fill: float) -> Tensor:
         """From the search's k chunks to the batch's K."""
@@ -95,7 +102,7 @@ def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Atte
         widen(weight, 0.0),
         z,
         widen(shares.mean(dim=1), 0.0) if view.tokens else None,
-        widen(scores.mean(dim=1), -torch.inf) if view.tokens else None,
+        widen(mean_over_heads(scores, dim=1), -torch.inf) if view.tokens else None,
     )
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from htm_service.kernels import triton_loops as loops
 from htm_service.kernels.base import Attended, Batch, Search, View
-from htm_service.kernels.reference import ReferenceKernel
+from htm_service.kernels.reference import MOST, ReferenceKernel, mean_over_heads
 from htm_service.memory.arena import Arena, Budget
 
 _DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
@@ -87,10 +87,11 @@ class TritonKernel(ReferenceKernel):
                 **encoding,
                 **tiles,
             )
+            z.clamp_(-MOST, MOST)
         if not view.tokens:
             return Attended(chosen.chunks, chosen.weights, z, None, None)
         shares = shares.masked_fill(logits == -torch.inf, 0.0)  # chunks without a visible token: 0 / 0
-        return Attended(chosen.chunks, chosen.weights, z, shares.mean(dim=2), logits.mean(dim=2))
+        return Attended(chosen.chunks, chosen.weights, z, shares.mean(dim=2), mean_over_heads(logits, dim=2))
 
 
 class _Plan(NamedTuple):

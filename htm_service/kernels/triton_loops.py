@@ -121,7 +121,7 @@ def score_tokens(
     positions,  # [C, D], or None
     chunk_index,  # [R, K] int64
     contents,  # [R, K] int64
-    logits,  # [R, K, H, C]; written: -inf where not visible
+    logits,  # [R, K, H, C]; written: -inf where not visible, NaN where they overflowed
     width,  # K
     num_heads,
     dim,
@@ -147,6 +147,7 @@ def score_tokens(
         a = tl.load(heads + (row * num_heads + head[:, None]) * dim + column[None, :], mask=is_there, other=0.0)
         b = _tokens(_pointer(page, DTYPE, ALIGNMENT), positions, slot, column, is_visible, dim)
         scores = tl.dot(a, tl.trans(b), scores, input_precision="ieee")
+    scores = tl.where(tl.abs(scores) < float("inf"), scores, float("nan"))
     at = (taken * num_heads + head[:, None]) * size + slot[None, :]
     is_there = (head < num_heads)[:, None] & (slot < size)[None, :]
     tl.store(logits + at, tl.where(is_visible[None, :], scores, -float("inf")), mask=is_there)

@@ -5,9 +5,7 @@ Storage has every token, so the contents are a cache: a sealed chunk's page may 
 later. The open chunk, which is still written to, keeps its page.
 Chunks keep their numbers when the first ones are trimmed: what is held are the chunks `first_chunk` .. M-1,
 and `keys`, `page_table`, `pages` and `used_at` begin with the first of them.
-A summary key is the float32 mean of a chunk's tokens, its sum accumulated slot by slot. That order does not
-depend on how the tokens arrived, so the same tokens give the same key to the last bit: appended one by one,
-at once, or read back after a restart.
+A summary key is the mean of a chunk's tokens, as `summary.py` defines it, kept up to date on append.
 Does not know queries, models or storage. One thread at a time: the device thread.
 """
 
@@ -22,26 +20,11 @@ from torch import Tensor
 
 from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.device import sent
+from htm_service.memory.summary import add_token, mean_of, sum_slots
 
 KEY_ITEMSIZE = 4
 NO_PAGE = -1
 """In the page table: the chunk's contents are in storage only."""
-FEW_NUMBERS = 1 << 18
-"""Of chunks that are quicker added up in one call to numpy than by all cores in many calls to torch."""
-
-
-def sum_slots(tokens: Tensor, visible: Tensor | None = None) -> Tensor:
-    """Sum the tokens [m, C, D] of m chunks, or only those `visible` [m, C], slot by slot: [m, D] float32."""
-    if visible is None and tokens.device.type == "cpu" and tokens.numel() <= FEW_NUMBERS and tokens.shape[2] > 1:
-        # Along an axis that is not the innermost, numpy adds row to row, as the loop below does (a single column it
-        # would add in pairs), and all in one call.
-        with np.errstate(over="ignore"):  # torch says nothing either: whoever attends to such a chunk is told
-            return torch.from_numpy(np.add.reduce(tokens.float().numpy(), axis=1, initial=np.float32(0)))
-    total = torch.zeros(tokens.shape[0], tokens.shape[2], dtype=torch.float32, device=tokens.device)
-    for slot in range(tokens.shape[1]):
-        token = tokens[:, slot].float()
-        total += token if visible is None else token.masked_fill(~visible[:, slot, None], 0.0)
-    return total
 
 
 class Chunks:
@@ -271,15 +254,15 @@ class Chunks:
         if slot == 0:
             self._open_sum.zero_()
         for place in range(len(tokens)):
-            self._open_sum += tokens[place]
+            add_token(self._open_sum, tokens[place])
         self.length += len(tokens)
-        torch.div(self._open_sum, slot + len(tokens), out=self._keys[self._row(chunk)])
+        mean_of(self._open_sum, slot + len(tokens), out=self._keys[self._row(chunk)])
 
     def _add_sealed(self, chunks: Tensor) -> None:
         """Add whole chunks [m, C, D] at a chunk's boundary."""
         first, num_chunks = self.length // self.chunk_size - self.first_chunk, chunks.shape[0]
         self.arena.put(self._pages[first : first + num_chunks], chunks)
-        torch.div(sum_slots(chunks), self.chunk_size, out=self.keys[first : first + num_chunks])
+        mean_of(sum_slots(chunks), self.chunk_size, out=self.keys[first : first + num_chunks])
         self.length += num_chunks * self.chunk_size
 
     def _capacity_for(self, num_chunks: int) -> int:

@@ -167,6 +167,8 @@ class Loader:
             if first_chunk > num_chunks and not resident.settings.trims:
                 break  # the ones before are lost; all keys are computed again
             keys = from_bytes([summary.data for summary in summaries], "float32", dim)
+            if not torch.isfinite(keys).all():
+                break  # kept by a version whose sums of large tokens overflowed: computed again
             num_chunks, has_keys = first_chunk + len(keys), True
             yield partial(self._cache.add_keys, resident, first_chunk, keys)
         first = num_chunks * resident.settings.chunk_size

@@ -26,9 +26,12 @@ from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.memory.resident import Resident
 from htm_service.reads.visibility import Visibility, partial_keys, seen_in_part
-from htm_service.records import AttendRequest, AttendResult, Floats, Ints, Recalled
+from htm_service.records import AttendRequest, AttendResult, Bools, Floats, Ints, Recalled
 
 T = TypeVar("T")
+
+MOST_NAMED = 8
+"""Chunks that an error lists."""
 
 
 class Missing(NamedTuple):
@@ -207,8 +210,8 @@ def _split(attends: list[Attend], output: Tensor, attended: Attended) -> list[At
     stop = 0
     for attend in attends:
         rows = slice(stop, stop := stop + len(attend.request.queries))
-        if not is_finite[rows].all():
-            results.append(_overflow(attend))
+        if not (finite := is_finite[rows]).all():
+            results.append(_overflow(attend, ~finite, indexes[rows], weights[rows]))
             continue
         first, last = attend.seen.chunk_range(attend.chunks.chunk_size)
         width = min(attend.top_k, last - first)  # of its own search; the batch's may be greater
@@ -238,8 +241,18 @@ def _rank(attend: Attend, index: Ints, weight: Floats, shares: Floats, scores: F
     ]
 
 
-def _overflow(attend: Attend) -> HTMError:
-    largest = float(np.abs(attend.request.queries).max())
+def _overflow(attend: Attend, rows: Bools, indexes: Ints, weights: Floats) -> HTMError:
+    """Why some `rows` [Q] of an attend are not finite numbers, of those that took the chunks [Q, K]."""
+    largest = float(np.abs(attend.request.queries[rows]).max())
+    if np.isnan(weights[rows]).any():
+        search = _search([attend])
+        sizes = search.keys.abs().amax(dim=1)
+        if search.hidden is not None:
+            sizes[torch.atleast_2d(search.hidden).all(dim=0)] = 0.0
+        met = f"the summary key of chunk {search.first + int(sizes.argmax())}, of up to {float(sizes.max()):g}"
+    else:
+        met = f"tokens of the chunks {np.unique(indexes[rows])[:MOST_NAMED].tolist()}"
     return InvalidArgument(
-        f"the attention overflows float32: queries of up to {largest:g} are too large for this session's tokens"
+        f"the attention overflows float32: a query of up to {largest:g} meets {met}; scale the embeddings, "
+        "or hide such tokens (start, stop, mask, chunk_mask)"
     )

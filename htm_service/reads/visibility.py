@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from htm_service.errors import InvalidArgument
-from htm_service.memory.chunks import Chunks, sum_slots
+from htm_service.memory.chunks import Chunks
 from htm_service.memory.resident import EpisodeRun
+from htm_service.memory.summary import mean_of, sum_slots
 from htm_service.records import AttendRequest, Bools, OpenChunk
 
 CHUNKS_AT_ONCE = 256
@@ -126,7 +127,7 @@ def seen_in_part(held: Chunks, visibility: Visibility, first: int, last: int) ->
 
 def keys_of(contents: Tensor, slots: Tensor) -> Tensor:
     """Summary keys [p, D] float32 of chunks [p, C, D] over some of their slots [p, C] bool."""
-    return sum_slots(contents, slots) / slots.sum(dim=1, keepdim=True)
+    return mean_of(sum_slots(contents, slots), slots.sum(dim=1, keepdim=True))
 
 
 def partial_keys(held: Chunks, part: SeenInPart, known: Mapping[int, Tensor]) -> Tensor:

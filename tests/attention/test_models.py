@@ -352,6 +352,16 @@ class TestFile:
         with pytest.raises(InvalidArgument, match=f"{re.escape(str(path))}: .*{re.escape(message)}"):
             load_model(path)
 
+    def test_weights_that_overflow_once_folded(self) -> None:
+        """Finite ones whose product is not: every attend was refused, and its queries were blamed."""
+        tensors = make_tensors(CONFIG)
+        for name in ("to_summary_queries.weight", "to_summary_keys.weight"):
+            tensors[name] = torch.full_like(tensors[name], 1e20)
+        with pytest.raises(
+            InvalidArgument, match=r"upload: what the weights fold to overflows float32: summary has 3\.6"
+        ):
+            parse_model(model_bytes(CONFIG, tensors), "upload")
+
     def test_missing_file(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match=r"none\.safetensors: cannot be read: No such file"):
             load_model(tmp_path / "none.safetensors")

@@ -325,6 +325,19 @@ class TestEdges:
         for tensor, clone in zip(inputs, clones, strict=True):
             assert tensor is None or (clone is not None and torch.equal(tensor, clone))
 
+    @pytest.mark.parametrize("masked", [False, True])
+    def test_the_summary_of_large_tokens_is_finite(self, masked: bool) -> None:
+        """The sum of two tokens of 3.4e38 is infinity, and its logit with a query of zeros was NaN."""
+        attention = HTMAttention(2, heads=1, dim_head=2, mem_chunk_size=2, add_pos_enc=False)
+        with torch.no_grad():
+            for linear in (attention.to_summary_queries, attention.to_summary_keys, attention.attn.to_kv):
+                for parameter in linear.parameters():
+                    parameter.zero_()
+            attention.to_summary_keys.weight.copy_(torch.eye(2))
+            mask = torch.ones(1, 3, dtype=torch.bool) if masked else None
+            output = attention(torch.zeros(1, 1, 2), torch.full((1, 3, 2), 3.4e38), mask=mask)
+        torch.testing.assert_close(output[0, 0], attention.attn.to_out.bias.detach())
+
     def test_appending_never_moves_a_chunk(self) -> None:
         """What was computed over the first chunks stays when tokens come after them and are masked out."""
         queries, memories = torch.randn(1, 3, 13), torch.randn(1, 17, 13)
