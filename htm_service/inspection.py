@@ -21,7 +21,6 @@ from htm_service.errors import (
     HTMError,
     InvalidArgument,
     SessionDamaged,
-    SessionNotFound,
     Unhealthy,
 )
 from htm_service.memory.chunks import NO_PAGE, Chunks
@@ -38,7 +37,7 @@ from htm_service.records import (
 )
 from htm_service.sessions import validation
 from htm_service.sessions.session import Session
-from htm_service.store_errors import unreadable
+from htm_service.store_errors import still_there, unreadable
 from htm_service.version import __version__
 from htm_service.writes.committer import Committer
 from storage.base import Store, StoreError, TooManyBytes
@@ -166,9 +165,7 @@ class Inspection:
                 by_position = self._store.read_payload_range(session.sid, start, stop, room)
                 texts = [by_position.get(position) for position in range(start, stop)]
             if num_missing or (payloads and stop > start):  # a payload that is not there does not say why
-                row = self._store.get_session(session.id)
-                if row is None or row.sid != session.sid:  # deleted meanwhile
-                    raise SessionNotFound(f"there is no session {session.id!r}")
+                row = still_there(self._store, session.id, session.sid)
                 if start < row.first_position:  # trimmed meanwhile
                     start = row.first_position
                     return self._fetch(session, start, max(start, stop), embeddings, payloads)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from htm_service.errors import DiskFull, HTMError, SessionDamaged, Unhealthy
-from storage.base import StoreDamaged, StoreError, StoreFull
+from htm_service.errors import DiskFull, HTMError, SessionDamaged, SessionNotFound, Unhealthy
+from storage.base import SessionRow, Store, StoreDamaged, StoreError, StoreFull
 
 
 def write_failure(error: StoreError) -> HTMError:
@@ -16,3 +16,14 @@ def unreadable(session_id: str, error: StoreError) -> HTMError:
     if isinstance(error, StoreDamaged):
         return SessionDamaged(str(error))
     return Unhealthy(f"session {session_id!r} cannot be read: {error}")
+
+
+def still_there(store: Store, session_id: str, sid: int) -> SessionRow:
+    """The row of this very session, for whoever found that something of it is not in the store (a worker thread).
+
+    Raises SessionNotFound when it was deleted meanwhile, though there may be another one of its id; and StoreError.
+    """
+    row = store.get_session(session_id)
+    if row is None or row.sid != sid:
+        raise SessionNotFound(f"there is no session {session_id!r}")
+    return row

@@ -146,7 +146,7 @@ class ProjectedModel(Model):
         )
         if self.config.block:
             # In float64, in which no query's squares overflow: in float32 one of 1e20 would be normed to zero.
-            self._norm = tuple(full[name].to(self.device) for name in ("norm.weight", "norm.bias"))  # [D], [D]
+            self._norm = (full["norm.weight"].to(self.device), full["norm.bias"].to(self.device))  # [D], [D]
 
     def fold(self, queries: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
         """Layer-normed first in a block; see `Model.fold`."""

@@ -96,8 +96,13 @@ class Cache:
         self.num_loads += 1
 
     def end_load(self, resident: Resident, error: HTMError | None) -> HTMError | None:
-        """The loading session is complete, or cannot be; answers what went wrong."""
-        if error is None and not resident.is_deleted:
+        """The loading session is complete, or cannot be; answers what went wrong.
+
+        Nothing did where it was deleted, though it could not be read to its end: who waited will be told that.
+        """
+        if resident.is_deleted:
+            error = None
+        elif error is None:
             try:
                 self._complete(resident)
             except HTMError as reason:

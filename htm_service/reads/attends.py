@@ -8,7 +8,7 @@ Does not know HTTP, nor how attention is computed.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from htm_service.attention.model import Model
@@ -22,7 +22,7 @@ from htm_service.reads.worker import DeviceWorker
 from htm_service.records import RECALLED_BYTES, AttendRequest, AttendResult, recalled_bytes
 from htm_service.sessions.session import Session
 from htm_service.sessions.validation import check_model_dim
-from htm_service.store_errors import unreadable
+from htm_service.store_errors import still_there, unreadable
 from htm_service.threads.batcher import within
 from storage.base import Store, StoreError, TooManyBytes
 
@@ -139,17 +139,28 @@ class Attends:
         if not result.recalled:
             return result
         positions = sorted({token.position for row in result.recalled for token in row})
+        texts = await asyncio.to_thread(self._read_payloads, session, positions)
+        recalled = [[replace(token, payload=texts.get(token.position)) for token in row] for row in result.recalled]
+        most = self._config.max_answer_bytes
+        if (num_bytes := recalled_bytes(recalled)) > most:
+            raise _too_large(f"the recalled tokens of {len(recalled)} queries have {num_bytes} bytes", most)
+        return result._replace(recalled=recalled)
+
+    def _read_payloads(self, session: Session, positions: Sequence[int]) -> Mapping[int, bytes]:
+        """Those that there are, of tokens that were trimmed meanwhile none (a worker thread).
+
+        Raises SessionNotFound, and InvalidArgument when they have more bytes than an answer may hold.
+        """
         most = self._config.max_answer_bytes
         try:
-            texts = await asyncio.to_thread(self._store.read_payloads, session.sid, positions, most)
+            texts = self._store.read_payloads(session.sid, positions, most)
+            if len(texts) < len(positions):  # one that is not there does not say why
+                still_there(self._store, session.id, session.sid)
         except TooManyBytes as error:
             raise _too_large(f"the payloads of {len(positions)} recalled tokens have more bytes", most) from error
         except StoreError as error:
             raise unreadable(session.id, error) from error
-        recalled = [[replace(token, payload=texts.get(token.position)) for token in row] for row in result.recalled]
-        if (num_bytes := recalled_bytes(recalled)) > most:
-            raise _too_large(f"the recalled tokens of {len(recalled)} queries have {num_bytes} bytes", most)
-        return result._replace(recalled=recalled)
+        return texts
 
     def _check_answer(self, session: Session, request: AttendRequest, top_k: int) -> None:
         """Raise InvalidArgument for an answer that would hold too much, whatever the payloads."""
