@@ -133,7 +133,9 @@ class Block(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Summary:
-    """What the domain keeps about the whole chunks first .. first+num_chunks-1, to the store mere bytes."""
+    """What the domain keeps about the whole chunks first .. first+num_chunks-1, to the store mere bytes: as many for
+    each of them, in their order, so that those of trimmed chunks can go.
+    """
 
     first: int
     num_chunks: int
@@ -157,7 +159,7 @@ class UpdateSession:
 
 @dataclass(frozen=True, slots=True)
 class DeleteSession:
-    """Delete a session: nothing of it is found any more. See `Store.purge`. Refused: NoSuchSession."""
+    """Delete a session: nothing of it is found any more. Refused: NoSuchSession. See `Store.purge`, `Store.erase`."""
 
     sid: int
 
@@ -288,6 +290,13 @@ class Store(ABC):
     @abstractmethod
     def give_back(self) -> bool:
         """Return a little of the free space to the file system; True when there is more. Called as `purge` is."""
+
+    @abstractmethod
+    def erase(self) -> bool:
+        """Take what was deleted or trimmed out of the store's files too; False while some of it may be left there.
+
+        At once where nothing was deleted; readers that still need it are not waited for. Called as `purge` is.
+        """
 
     @abstractmethod
     def get_session(self, session_id: str) -> SessionRow | None:

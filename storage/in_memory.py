@@ -46,10 +46,18 @@ class _Session:
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
 
     def trim(self, first_position: int, chunk_size: int) -> SessionRow:
-        """Forget what lies before a position, a chunk's begin; as `trim.trim`."""
-        self.blocks = [block for block in self.blocks if block.start + block.num_tokens > first_position]
+        """Forget what lies before a position, a chunk's begin; as `trimming.trim`."""
         first = first_position // chunk_size
-        self.summaries = [summary for summary in self.summaries if summary.first + summary.num_chunks > first]
+        blocks, self.blocks = self.blocks, []
+        for start, num_tokens, data, episode in blocks:
+            if (num_cut := max(0, first_position - start)) < num_tokens:
+                rest = data[len(data) // num_tokens * num_cut :]
+                self.blocks.append(Block(start + num_cut, num_tokens - num_cut, rest, episode))
+        summaries, self.summaries = self.summaries, []
+        for summary in summaries:
+            if (num_cut := max(0, first - summary.first)) < summary.num_chunks:
+                rest = summary.data[len(summary.data) // summary.num_chunks * num_cut :]
+                self.summaries.append(Summary(summary.first + num_cut, summary.num_chunks - num_cut, rest))
         self.payloads = {position: body for position, body in self.payloads.items() if position >= first_position}
         num_bytes = sum(len(block.data) for block in self.blocks)
         self.row = replace(self.row, first_position=first_position, num_bytes=num_bytes)
@@ -80,6 +88,10 @@ class MemoryStore(Store):
     def give_back(self) -> bool:
         """Nothing at rest, nothing to give back."""
         return False
+
+    def erase(self) -> bool:
+        """Nothing at rest, nothing to erase."""
+        return True
 
     def get_session(self, session_id: str) -> SessionRow | None:
         """See `Store.get_session`."""

@@ -111,6 +111,7 @@ def _upkeep(writer: Engine, readers: Engine) -> Upkeep:
     return Upkeep(
         disk_bytes=disk_bytes,
         give_back=lambda connection, keep_bytes: False,  # autovacuum does it
+        erase=lambda connection: True,  # and so does it that, as far as it can: see docs/storage.md
         finish=lambda connection: None,
         release=lambda: None,
         structure=lambda connection: [],

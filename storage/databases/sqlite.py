@@ -16,7 +16,7 @@ from typing import IO, Any
 from sqlalchemy import Connection, Engine, NullPool, QueuePool, create_engine, event
 from sqlalchemy.exc import DatabaseError
 
-from storage.base import StoreError, StoreUnavailable
+from storage.base import StoreError, StoreFull, StoreUnavailable
 from storage.sql import schema
 from storage.sql.failures import closed_unless_opened, json_object
 from storage.sql.ownership import Ownership
@@ -27,6 +27,10 @@ from storage.sql.store import SqlStore
 PAGE_BYTES = 16_384
 VACUUM_PAGES = 512
 """Free pages given back to the file system by one step: 8 MiB."""
+REWRITTEN_BYTES = 32 << 20
+"""A database up to this size is rewritten after something was deleted: that takes up to 0.15 s."""
+ERASE_MS = 100
+"""How long erasing waits for readers that need what was deleted; then it is tried again later."""
 LOG_BYTES = 64 << 20
 """The write-ahead log is cut back to this after something large went through it."""
 BUSY_SECONDS = 5.0
@@ -82,9 +86,17 @@ def _upkeep(path: Path, release: Callable[[], None]) -> Upkeep:
             _pragma(connection, "wal_checkpoint(PASSIVE)")
         return surplus > VACUUM_PAGES
 
+    def erase(connection: Connection) -> bool:
+        if not _fold(connection, ERASE_MS):
+            return False
+        if _pragma(connection, "page_count") * PAGE_BYTES > REWRITTEN_BYTES:
+            return True
+        # Where SQLite moved rows to a neighbouring page, what it left of them there is not overwritten with them.
+        _execute(connection, "VACUUM")
+        return _fold(connection, ERASE_MS)
+
     def finish(connection: Connection) -> None:
-        _pragma(connection, f"busy_timeout={READERS_MS}")
-        _pragma(connection, "wal_checkpoint(TRUNCATE)")
+        _fold(connection, READERS_MS)
 
     def structure(connection: Connection) -> list[str]:
         try:
@@ -94,24 +106,39 @@ def _upkeep(path: Path, release: Callable[[], None]) -> Upkeep:
         return [message for message in found if message != "ok"]
 
     # A commit that raises was none, here where nothing lies between the two.
-    return Upkeep(lambda: _disk_bytes(path), give_back, finish, release, structure, lambda transaction: False)
+    return Upkeep(lambda: _disk_bytes(path), give_back, erase, finish, release, structure, lambda transaction: False)
+
+
+def _fold(connection: Connection, wait_ms: int) -> bool:
+    """Fold the write-ahead log in and leave it empty; False when readers needed it for so long."""
+    _pragma(connection, f"busy_timeout={wait_ms}")
+    try:
+        return _pragma(connection, "wal_checkpoint(TRUNCATE)") == 0
+    finally:
+        _pragma(connection, f"busy_timeout={BUSY_SECONDS * 1_000:.0f}")
 
 
 def _pragma(connection: Connection, pragma: str) -> int:
-    """Run a pragma outside of any transaction, to its end; its first number, or 0. Raises StoreError.
+    """The first number of a pragma, or 0; as `_execute`."""
+    return _execute(connection, f"PRAGMA {pragma}")
+
+
+def _execute(connection: Connection, statement: str) -> int:
+    """Run a statement outside of any transaction, to its end; its first number, or 0. Raises StoreError.
 
     Not through SQLAlchemy, which begins a transaction first.
     """
     try:
         with contextlib.closing(connection.connection.cursor()) as cursor:
-            if pragma.startswith("incremental_vacuum"):
+            if statement.startswith("PRAGMA incremental_vacuum"):
                 # Each step of the statement frees one page and has no columns; `execute` stops after the first.
-                cursor.executescript(f"PRAGMA {pragma}")
+                cursor.executescript(statement)
                 return 0
-            cursor.execute(f"PRAGMA {pragma}")
+            cursor.execute(statement)
             row = cursor.fetchone()
     except sqlite3.Error as error:
-        raise StoreError(f"PRAGMA {pragma}: {error}") from error
+        kind = StoreFull if error.sqlite_errorname == "SQLITE_FULL" else StoreError
+        raise kind(f"{statement}: {error}") from error
     return 0 if row is None else int(row[0])
 
 
@@ -177,6 +204,7 @@ def _configure_writer(connection: sqlite3.Connection, record: object) -> None:
         "journal_mode=WAL",
         "synchronous=FULL",
         "secure_delete=ON",
+        "temp_store=MEMORY",  # what VACUUM keeps aside is in no file
         f"journal_size_limit={LOG_BYTES}",
         "cache_size=-16384",
     ):

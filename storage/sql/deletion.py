@@ -25,12 +25,12 @@ def leave(connection: Connection, sid: int) -> None:
         connection.execute(insert(deleted_sessions).values(sid=sid))
 
 
-def purge_more(connection: Connection, sid: int | None) -> bool:
-    """One step more, of this session or of any; whether there is more to do."""
+def purge_more(connection: Connection, sid: int | None) -> bool | None:
+    """One step more, of this session or of any; whether there is more to do, None when there was nothing."""
     waiting = select(deleted_sessions.c.sid).order_by(deleted_sessions.c.sid).limit(2)
     sids = connection.execute(waiting if sid is None else waiting.where(deleted_sessions.c.sid == sid)).scalars().all()
     if not sids:
-        return False
+        return None
     if _purge(connection, sids[0]):
         return True
     connection.execute(delete(deleted_sessions).where(deleted_sessions.c.sid == sids[0]))

@@ -29,6 +29,8 @@ class Upkeep:
     """Return some free space to the file system, so little that nobody waits long, and leave so many bytes of it;
     True when there is more. Called outside of a transaction, raises StoreError.
     """
+    erase: Callable[[Connection], bool]
+    """As `Store.erase`, after something was deleted. Called outside of a transaction, raises StoreError."""
     finish: Callable[[Connection], None]
     """The last thing done on the connection that writes."""
     release: Callable[[], None]

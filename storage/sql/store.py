@@ -44,21 +44,38 @@ class SqlStore(SqlReader):
         self._writer: Connection | None = None
         self._tallies: dict[int, Tally] = {}
         """What the connection that writes has found out about sessions; dropped with it."""
+        self._has_deleted = True
+        """Whether the files may hold what was deleted. Before this process, something may have been."""
         self._write_lock = threading.Lock()
 
     def write(self, writes: Sequence[Write], *, now: float) -> list[WriteResult]:
         """See `Store.write`."""
 
-        return self._transact(lambda connection: WriteGroup(connection, writes, now, self._tallies).run())
+        def work(connection: Connection) -> list[WriteResult]:
+            group = WriteGroup(connection, writes, now, self._tallies)
+            results = group.run()
+            self._has_deleted |= group.has_deleted
+            return results
+
+        return self._transact(work)
 
     def purge(self, sid: int | None = None) -> bool:
         """See `Store.purge`."""
-        return self._transact(lambda connection: purge_more(connection, sid))
+        is_more = self._transact(lambda connection: purge_more(connection, sid))
+        self._has_deleted |= is_more is not None
+        return bool(is_more)
 
     def give_back(self) -> bool:
         """See `Store.give_back`."""
         with self._writing() as (connection, _):
             return self._upkeep.give_back(connection, KEPT_FREE_BYTES)
+
+    def erase(self) -> bool:
+        """See `Store.erase`."""
+        if self._has_deleted:
+            with self._writing() as (connection, _):
+                self._has_deleted = not self._upkeep.erase(connection)
+        return not self._has_deleted
 
     def watch(self, on_fenced: Callable[[str], None]) -> None:
         """See `Store.watch`."""
@@ -76,8 +93,10 @@ class SqlStore(SqlReader):
         """Do what was planned, in one transaction, then delete what was left. No server may use the store."""
         self._transact(lambda connection: repair.carry_out(connection, repairs))
         self._tallies.clear()
+        self._has_deleted = True
         while self.purge():
             pass
+        self.erase()
 
     def close(self) -> None:
         """Give free space back for a moment, end the connections, release the rest."""
@@ -87,6 +106,8 @@ class SqlStore(SqlReader):
             if self._writer is not None:
                 deadline = time.monotonic() + CLOSE_SECONDS
                 with contextlib.suppress(StoreError), translated():
+                    if self._has_deleted:
+                        self._upkeep.erase(self._writer)
                     while self._upkeep.give_back(self._writer, 0) and time.monotonic() < deadline:
                         pass
                     self._upkeep.finish(self._writer)

@@ -77,6 +77,7 @@ owners = Table(
     Column("epoch", BigInteger, nullable=False),
     Column("since", Float, nullable=False),
     Column("expires_at", Float),
+    Column("lease_s", Float),
 )
 
 # Sessions whose row is gone and whose other rows are not, all of them.

@@ -85,6 +85,8 @@ class WriteGroup:
         self._touched: dict[int, Tally] = {}
         """Those with tokens that were gathered."""
         self._keys: dict[tuple[int, str], tuple[bytes, Appended]] = {}
+        self.has_deleted = False
+        """Whether a session was deleted or trimmed."""
 
     def run(self) -> list[WriteResult]:
         """Decide what becomes of each write, and write it; one result for each."""
@@ -202,6 +204,7 @@ class WriteGroup:
     def _delete(self, write: DeleteSession) -> None:
         self._connection.execute(delete(sessions).where(sessions.c.sid == write.sid))
         leave(self._connection, write.sid)
+        self.has_deleted = True
         self._tallies.pop(write.sid, None)
 
     def _write_appends(self) -> None:
@@ -222,6 +225,7 @@ class WriteGroup:
             assert tally.trim_chunk is not None
             tally.num_bytes -= trim(self._connection, sid, tally.first_position, tally.trim_chunk)
             tally.trim_chunk = None
+            self.has_deleted = True
         rows.lengths.extend(
             (tally.length, tally.num_bytes, self._now, tally.first_position, sid, tally.stored)
             for sid, tally in self._touched.items()

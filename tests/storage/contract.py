@@ -481,7 +481,10 @@ class StoreContract:
             row = store.get_session("a")
             assert row is not None and (row.first_position, row.length) == (first, start + 4)
             blocks = list(store.read_blocks(sid))
-            assert blocks[0].start <= first < blocks[0].start + blocks[0].num_tokens, "a block goes when all of it did"
+            assert blocks[0].start == first, "a block of which a part was trimmed is cut"
+            assert b"".join(block.data for block in blocks) == b"".join(
+                token(n // 4 * 4) for n in range(first, start + 4)
+            )
             assert row.num_bytes == sum(len(block.data) for block in blocks)
             assert store.read_payload_range(sid, 0, 99) == {n: b"%d" % n for n in range(first, start + 4)}
             assert store.totals().num_tokens == start + 4 - first
@@ -503,19 +506,19 @@ class StoreContract:
         group = [Append(sid, 3, token(n) * 3, payloads=[b"{}"] * 3, trim_chunk=2) for n in range(9)]
         outcomes = write(store, *group)
         assert outcomes[-1] == Appended(24, 27, first_position=20)
-        assert [block.start for block in store.read_blocks(sid)] == [18, 21, 24]
+        assert [block.start for block in store.read_blocks(sid)] == [20, 21, 24]
         assert store.read_payload_range(sid, 0, 99).keys() == set(range(20, 27))
         assert list(store.verify()) == []
         assert write(store, DeleteSession(sid)) and store.totals().num_bytes == 0
 
     def test_episodes_and_summaries_of_a_session_that_trims(self, store: Store) -> None:
-        """Summaries begin with the session; those of which a part was trimmed stay as long as another part is held."""
+        """Summaries begin with the session; one of which a part was trimmed is cut."""
         sid = create(store, max_tokens=20).sid
         for number in range(5):
             append(store, sid, 4, number, trim_chunk=2, episode=(None, None, 3, 3, 5)[number])
-        write(store, Compact(sid, Summary(0, 3, b"0-2"), 2), Compact(sid, Summary(3, 2, b"3-4"), 2))
+        write(store, Compact(sid, Summary(0, 3, b"001122"), 2), Compact(sid, Summary(3, 2, b"3344"), 2))
         append(store, sid, 7, 9, trim_chunk=2, episode=5)
-        assert list(store.read_summaries(sid)) == [Summary(3, 2, b"3-4")]
+        assert list(store.read_summaries(sid)) == [Summary(4, 1, b"44")]
         assert store.read_episodes(sid, 99) == [(8, 3), (16, 5)]
         assert store.read_episodes(sid, 9) == [(8, 3)]
         append(store, sid, 13, 9, trim_chunk=2)

@@ -70,8 +70,8 @@ def test_an_untouched_database_has_no_problems(path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        ("DELETE FROM blocks WHERE start = 9", "begins at position 12, 10 was expected"),
-        ("UPDATE sessions SET first_position = 15", "begins at position 9, 15 was expected"),
+        ("DELETE FROM blocks WHERE start = 10", "begins at position 12, 10 was expected"),
+        ("UPDATE sessions SET first_position = 15", "begins at position 10, 15 was expected"),
         ("DELETE FROM blocks", "end at position 10, its length is 18"),
         ("UPDATE payloads SET position = 9 WHERE position = 10", "payloads lie outside its tokens, 10 to 18"),
     ],
