@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any
@@ -45,8 +44,13 @@ class App(FastAPI):
         return stack.app
 
 
-def create_app(settings: Settings, *, engine: Engine | None = None, clock: Callable[[], float] = time.time) -> FastAPI:
-    """The app. It opens and closes store and engine with its lifespan, unless `engine` is given (and running)."""
+def create_app(
+    settings: Settings, *, engine: Engine | None = None, clock: Callable[[], float] | None = None
+) -> FastAPI:
+    """The app. It opens and closes store and engine with its lifespan, unless `engine` is given (and running).
+
+    `clock` is the engine's.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -94,7 +98,7 @@ def create_app(settings: Settings, *, engine: Engine | None = None, clock: Calla
 
 
 @asynccontextmanager
-async def running_engine(settings: Settings, clock: Callable[[], float]) -> AsyncIterator[Engine]:
+async def running_engine(settings: Settings, clock: Callable[[], float] | None) -> AsyncIterator[Engine]:
     """Store and engine, opened and started, then drained and closed.
 
     Raises StoreUnavailable (another server has the data, a newer version wrote it), OSError, HTMError.

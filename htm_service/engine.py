@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from htm_service.attention.model import RetrievalModel
 from htm_service.attention.registry import ModelRegistry
+from htm_service.clock import SteadyClock
 from htm_service.config import EngineConfig
 from htm_service.errors import Draining, SessionDamaged, SessionExpired, SessionNotFound, Unhealthy
 from htm_service.inspection import Inspection, engine_info
@@ -65,8 +65,9 @@ COMPILING = "the compiled one is on its way: a process compiles it, then it take
 class Engine:
     """See the head of this module. Raises only `htm_service.errors`."""
 
-    def __init__(self, config: EngineConfig, store: Store, *, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, config: EngineConfig, store: Store, *, clock: Callable[[], float] | None = None) -> None:
         self.config = config
+        clock = clock or SteadyClock()
         self.device, self.device_reason = choose_device(config.device)
         self.is_draining = False
         """Set to refuse what is new; what has begun goes on."""

@@ -46,7 +46,7 @@ ROOMS = {
         ("kernels",),
         ("memory",),
         ("threads",),
-        ("records", "errors", "store_errors", "config", "dtypes", "version", "session_settings", "cursors"),
+        ("records", "errors", "store_errors", "config", "clock", "dtypes", "version", "session_settings", "cursors"),
     ),
 }
 """The folders of a package, and the modules at its root, from the top: each may import what stands below it."""

@@ -243,8 +243,9 @@ class Directory:
             settings,
             created_at=row.created_at,
             updated_at=row.updated_at,
-            # Reads are not stored: after a restart a session counts as used when the server started.
-            last_used_at=max(row.updated_at, self._started_at),
+            # Reads are not stored: after a restart a session counts as used when the server started. A time that has
+            # not come yet is that of a clock which was wrong.
+            last_used_at=row.updated_at if self._started_at < row.updated_at <= self._clock() else self._started_at,
             recalls=RecallLog(self._recalls_per_session, row.first_position // settings.chunk_size),
         )
 

@@ -52,7 +52,7 @@ DEFAULTS = {
 def open_postgresql(url: str, lease_s: float) -> SqlStore:
     """The database at `url`, owned by this process until closed or overtaken.
 
-    Waits for the lease of an owner that may be dead, `lease_s` at most where that was its lease too. Raises
+    Waits for the lease of an owner that may be dead, no longer than that is. Raises
     StoreUnavailable, naming the owner, when it turns out to be alive.
     """
     parsed, name = _parsed(url)
@@ -62,7 +62,7 @@ def open_postgresql(url: str, lease_s: float) -> SqlStore:
     ownership = Ownership(writer, CLOCK, lease_s, TRANSACTION)
     store = SqlStore(name, writer, readers, _upkeep(writer, readers), ownership)
     with closed_unless_opened(store, name):
-        _own(writer, store, ownership, name)
+        _own(writer, ownership, name)
     ownership.keep()
     return store
 
@@ -77,24 +77,30 @@ def open_postgresql_readonly(url: str) -> SqlStore:
     return store
 
 
-def _own(writer: Engine, store: SqlStore, ownership: Ownership, name: str) -> None:
-    """Become the owner; an owner whose lease grows meanwhile is alive."""
-    seen: Holder | None = None
-    while (holder := _take(writer, store, ownership, name)) is not None:
-        if seen is None:
-            logging.getLogger(__name__).info("waiting for %s", holder)
-        elif holder.expires_at > seen.expires_at:
+def _own(writer: Engine, ownership: Ownership, name: str) -> None:
+    """Become the owner; an owner that renews its lease while it is watched is alive."""
+    if (seen := _take(writer, ownership, name, None)) is None:
+        return
+    logging.getLogger(__name__).info("waiting for %s", seen)
+    dead_at = time.monotonic() + seen.watch_s
+    while True:
+        time.sleep(max(0.0, min(dead_at - time.monotonic(), POLL_SECONDS)))
+        holder = _take(writer, ownership, name, seen if time.monotonic() >= dead_at else None)
+        if holder is None:
+            return
+        if holder != seen:
             raise StoreUnavailable(f"{name} is in use by another server: {holder}")
-        seen = holder
-        time.sleep(min(holder.remaining_s, POLL_SECONDS))
 
 
-def _take(writer: Engine, store: SqlStore, ownership: Ownership, name: str) -> Holder | None:
-    """Bring the schema up to date and become the owner; with nothing changed, who is the owner instead."""
+def _take(writer: Engine, ownership: Ownership, name: str, dead: Holder | None) -> Holder | None:
+    """Bring the schema up to date and become the owner, unless there is one that is not known to be dead: then nothing
+    is changed, and it is answered.
+    """
     with writer.begin() as connection:
         connection.execute(text(f"SELECT pg_advisory_xact_lock({OPENING_LOCK})"))
         schema.check_upgradable(connection, name)
-        if inspect(connection).has_table("owners") and (holder := ownership.holder(connection)) is not None:
+        holder = ownership.holder(connection) if inspect(connection).has_table("owners") else None
+        if holder is not None and holder != dead:
             return holder
         schema.upgrade(connection, name)
         ownership.take(connection)

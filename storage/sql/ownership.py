@@ -2,7 +2,8 @@
 
 The store enforces it, not who calls it: a process that was paused and overtaken meets another epoch within the
 very transaction in which it would write. The lease says when an owner that says nothing may be overtaken; where
-a lock of the operating system says that, there is no lease. Times are the database's clock, seconds since the epoch.
+a lock of the operating system says that, there is no lease. Times are the database's clock, seconds since the epoch;
+because a clock may be stepped, they say nothing for certain: an owner is dead when it was watched and renewed nothing.
 Does not know what is written, nor which database it is.
 """
 
@@ -13,7 +14,7 @@ import os
 import platform
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 from sqlalchemy import ColumnElement, Connection, Engine, Float, String, bindparam, literal_column, select, update
@@ -32,12 +33,24 @@ _OF_DATA = select(owners).where(owners.c.data_set == bindparam("data_set", DATA_
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Another owner whose lease lasts until `expires_at`, which is in `remaining_s` seconds."""
+    """Another owner, which did not give its lease of `lease_s` seconds back.
+
+    The lease lasts until `expires_at`, which is in `remaining_s` seconds: both by the clock. Equal is one that has
+    renewed nothing.
+    """
 
     owner: str
     epoch: int
     expires_at: float
-    remaining_s: float
+    lease_s: float = field(compare=False)
+    remaining_s: float = field(compare=False)
+
+    @property
+    def watch_s(self) -> float:
+        """For how long it must have renewed nothing to count as dead: until the lease ends, which is not sooner than
+        half a lease from now, time for a renewal, nor later than a lease, whatever the clock says.
+        """
+        return min(max(self.remaining_s, self.lease_s / 2), self.lease_s)
 
     def __str__(self) -> str:
         return f"{self.owner}, whose lease ends at {_time(self.expires_at)}"
@@ -64,11 +77,14 @@ class Ownership:
         self._renewal: threading.Thread | None = None
 
     def holder(self, connection: Connection) -> Holder | None:
-        """Who holds the data by a lease that lasts, or None."""
-        row = connection.execute(_OF_DATA.add_columns(self._clock.label("now"))).one()
-        if row.expires_at is None or row.expires_at <= row.now:
+        """Who holds the data by a lease that was not given back, or None. In a database of an older version, too."""
+        columns = literal_column("*"), self._clock.label("now")
+        query = select(*columns).select_from(owners).where(owners.c.data_set == DATA_SET)
+        row = connection.execute(query).mappings().one()
+        if row["expires_at"] is None:
             return None
-        return Holder(row.owner, row.epoch, row.expires_at, row.expires_at - row.now)
+        lease_s = row.get("lease_s") or self._lease_s or 0.0
+        return Holder(row["owner"], row["epoch"], row["expires_at"], lease_s, row["expires_at"] - row["now"])
 
     def take(self, connection: Connection) -> None:
         """Become the owner when the transaction commits, whoever it was; waits for what that one is writing."""
@@ -78,6 +94,7 @@ class Ownership:
             "epoch": owners.c.epoch + 1,
             "since": self._clock,
             "expires_at": None if self._lease_s is None else self._clock + self._lease_s,
+            "lease_s": self._lease_s,
         }
         taken = update(owners).where(owners.c.data_set == DATA_SET).values(values).returning(owners.c.epoch)
         self._epoch = connection.execute(taken).scalar_one()

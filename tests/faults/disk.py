@@ -19,7 +19,6 @@ from pathlib import Path
 
 SECTOR_BYTES = 4_096
 """A disk writes so many bytes whole or not at all."""
-SOURCE = Path(__file__).with_name("log_writes.c")
 NAMES = {1: "htm.sqlite3", 2: "htm.sqlite3-wal", 3: "htm.sqlite3-journal"}
 JOURNAL, DIRECTORY = 3, 4
 _RECORD = struct.Struct("ddqqii")
@@ -41,13 +40,24 @@ class Operation:
     data: bytes
 
 
-def build_shim(directory: Path) -> Path | None:
-    """The library to preload; None where there is no compiler."""
+def build_shim(directory: Path, source: str = "log_writes.c") -> Path | None:
+    """The library to preload, of a file beside this one; None where there is no compiler."""
     compiler = shutil.which("gcc") or shutil.which("cc")
     if compiler is None:
         return None
-    library = directory / "log_writes.so"
-    command = [compiler, "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", str(library), str(SOURCE), "-ldl"]
+    library = directory / f"{source}.so"
+    command = [
+        compiler,
+        "-shared",
+        "-fPIC",
+        "-O1",
+        "-Wall",
+        "-Werror",
+        "-o",
+        str(library),
+        str(Path(__file__).with_name(source)),
+        "-ldl",
+    ]
     subprocess.run([*command, "-lpthread"], check=True)
     return library
 

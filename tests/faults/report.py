@@ -24,7 +24,7 @@ class Tally:
 
     @property
     def id(self) -> str:
-        """R1 to R14, which the test's name begins with."""
+        """R1 to R16, which the test's name begins with."""
         found = re.match(r"test_(r\d+)_", self.test)
         assert found is not None, f"{self.test} does not begin with the number of a fault"
         return found[1].upper()

@@ -76,14 +76,18 @@ def wait_until(holds: Callable[[], bool]) -> None:
         time.sleep(0.005)
 
 
-def test_a_lease_names_its_holder_until_it_ends(engine: Engine, make: Callable[..., Ownership]) -> None:
+def test_a_lease_names_its_holder_and_how_long_to_watch_it(engine: Engine, make: Callable[..., Ownership]) -> None:
+    """The clock is believed between half a lease and a lease: it may have been stepped."""
     first = make()
     held = holder(engine, first)
-    assert held is not None and 0 < held.remaining_s <= LONG_S
+    assert held is not None and 0 < held.remaining_s <= held.lease_s == LONG_S
     assert str(held).startswith("process ") and "whose lease ends at 20" in str(held)
-    with engine.begin() as connection:
-        connection.execute(update(owners).values(expires_at=owners.c.expires_at - LONG_S))
-    assert holder(engine, first) is None
+    for step, watched in ((86_400, LONG_S / 2), (0.3 * LONG_S, 0.7 * LONG_S), (-86_400, LONG_S)):
+        with engine.begin() as connection:
+            connection.execute(update(owners).values(expires_at=held.expires_at - step))
+        stepped = holder(engine, first)
+        assert stepped is not None and stepped != held
+        assert stepped.watch_s == pytest.approx(watched, abs=10)
     check(engine, first)  # nobody has come in between, so it goes on
 
 

@@ -81,9 +81,9 @@ def psql(url: str) -> contextlib.closing[psycopg.Connection[Any]]:
 
 
 def end_lease(url: str) -> None:
-    """Without its owner knowing, as that of a frozen process ends. (A short one is renewed in time now and then.)"""
+    """As if its owner had given it back, without its knowing; that of a frozen process would be waited for."""
     with psql(url) as connection:
-        connection.execute("UPDATE owners SET expires_at = 0")
+        connection.execute("UPDATE owners SET expires_at = NULL")
 
 
 @contextlib.contextmanager
