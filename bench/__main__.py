@@ -1,4 +1,4 @@
-"""`make bench`: S1 to S12 and S22, each beside its bar."""
+"""`make bench`: S1 to S12, S22, and C1 and C2 of the client, each beside its bar."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import tempfile
 import time
 from pathlib import Path
 
-from bench import in_process, over_http, starting
+from bench import client, in_process, over_http, starting
 from bench.figures import Figure, print_figures, say
 from bench.scene import make_scene, run
 
 OVER_HTTP = ("S1", "S2", "S3", "S8", "S9")
-ALL = (*(f"S{number}" for number in range(1, 13)), "S22")
+CLIENT = ("C1", "C2")
+ALL = (*(f"S{number}" for number in range(1, 13)), "S22", *CLIENT)
 
 
 def main() -> None:
@@ -32,6 +33,8 @@ def main() -> None:
         if set(OVER_HTTP).intersection(wanted):
             say("over HTTP")
             figures += over_http.measure(stage, options.quick, sessions, wanted)
+        if set(CLIENT).intersection(wanted):
+            figures += client.measure(stage, options.quick, wanted)
         for id, case in (
             ("S4", in_process.attends_many),
             ("S5", in_process.attends_long),
@@ -48,7 +51,7 @@ def main() -> None:
             figures += [figure for figure in found if figure.id in wanted]
     if "S22" in wanted:
         figures += starting.measure(options.quick)
-    figures.sort(key=lambda figure: int(figure.id[1:]))
+    figures.sort(key=lambda figure: ALL.index(figure.id))
     print_figures(figures, quick=options.quick, sessions=sessions, seconds=round(time.perf_counter() - began))
 
 

@@ -177,7 +177,8 @@ def test_the_client_imports_the_server_only_on_demand() -> None:
         if package(file) == "htm_client":
             at_import = [node for node in run_at_import(tree) if isinstance(node, ast.Import | ast.ImportFrom)]
             known = {name.split(".")[0] for node in at_import for name, _ in imports(node)}
-            assert known and not known & {"api", "htm_service", "storage"}, file
+            assert known or file.endswith("__init__.py"), file
+            assert not known & {"api", "htm_service", "storage"}, file
 
 
 @pytest.mark.parametrize(

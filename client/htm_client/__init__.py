@@ -8,6 +8,7 @@ from htm_client.client import HTMClient
 from htm_client.errors import (
     ConnectionFailed,
     HTMClientError,
+    InvalidArgument,
     InvalidRequest,
     LengthConflict,
     NotFound,
@@ -37,6 +38,7 @@ __all__ = [
     "ConnectionFailed",
     "HTMClient",
     "HTMClientError",
+    "InvalidArgument",
     "InvalidRequest",
     "LengthConflict",
     "Memories",

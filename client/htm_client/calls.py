@@ -187,6 +187,8 @@ def parse(status: int, headers: Mapping[str, str], content: bytes) -> Answer:
     try:
         if status >= 300:
             raise ValueError(f"it redirects to {headers.get('location', '')!r:.200}")
+        if headers.get("content-encoding", "identity") != "identity":
+            raise ValueError(f"it is compressed ({headers['content-encoding']!r:.50}), which was not asked for")
         if headers.get("content-type", "").startswith(safetensors.MEDIA_TYPE):
             tensors, params = safetensors.load(content)
             return Answer(tensors, params, headers)

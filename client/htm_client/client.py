@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
 from htm_client.calls import Call
-from htm_client.errors import UnreadableAnswer
 from htm_client.in_process import ADDRESS, SyncApp
 from htm_client.options import (
     AppendConditions,
@@ -24,7 +24,11 @@ from htm_client.options import (
 )
 from htm_client.requests import Request, Requests
 from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
-from htm_client.retry import Outcome, Retry, finish
+from htm_client.retry import RETRIES, Outcome, Retry, finish
+from htm_client.transport.adapter import WHOSE, HttpxTransport
+from htm_client.transport.base import NoResponse
+from htm_client.transport.blocking import BlockingTransport
+from htm_client.transport.message import Address
 
 T = TypeVar("T")
 
@@ -42,22 +46,29 @@ class HTMClient:
         *,
         api_key: str | None = None,
         timeout: float = 30.0,
-        retries: int = 3,
+        retries: int = RETRIES,
         binary: bool = True,
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._make_again = partial(
+            HTMClient, base_url, api_key=api_key, timeout=timeout, retries=retries, binary=binary, sleep=sleep
+        )
+        address = Address.of("http://localhost" if base_url == ADDRESS else base_url, api_key)
         if base_url == ADDRESS:
-            base_url, transport = "http://localhost", SyncApp()
-        headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
-        # Connections are as many as the caller makes concurrent calls: the server is the one to refuse.
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=256)
-        self._http = httpx.Client(
-            base_url=base_url, headers=headers, timeout=timeout, transport=transport, limits=limits, trust_env=False
+            transport = SyncApp()
+        self._transport = (
+            BlockingTransport(address, timeout) if transport is None else HttpxTransport(address, timeout, transport)
         )
         self._requests = Requests(binary=binary)
         self._retry = Retry(retries)
         self._sleep = sleep
+
+    def __reduce__(self) -> tuple[Callable[[], HTMClient], tuple[()]]:
+        """Pickled, it becomes a client with connections of its own. Raises TypeError where those cannot be made."""
+        if isinstance(self._transport, HttpxTransport):
+            raise TypeError(f"{WHOSE} cannot be pickled: make a client in each process")
+        return self._make_again, ()
 
     def __enter__(self) -> Self:
         """The client itself."""
@@ -69,7 +80,7 @@ class HTMClient:
 
     def close(self) -> None:
         """Close all connections. Safe to call twice."""
-        self._http.close()
+        self._transport.close()
 
     # --- sessions ---
 
@@ -176,10 +187,10 @@ class HTMClient:
     # --- sending ---
 
     def _send(self, request: Request[T]) -> T:
-        attempt = 0
+        began, attempt = time.monotonic(), 0
         while True:
             outcome = self._attempt(request.call)
-            delay_s = self._retry.delay_s(attempt, request.call, outcome)
+            delay_s = self._retry.delay_s(attempt, request.call, outcome, time.monotonic() - began)
             if delay_s is None:
                 return finish(request, attempt, outcome)
             self._sleep(delay_s)
@@ -187,12 +198,6 @@ class HTMClient:
 
     def _attempt(self, call: Call) -> Outcome:
         try:
-            return self._http.request(
-                call.method, call.path, content=call.content, headers=call.headers, params=call.query
-            )
-        except httpx.TransportError as error:
+            return self._transport.send(call)
+        except NoResponse as error:
             return error
-        except httpx.DecodingError as error:
-            raise UnreadableAnswer(
-                f"{call.method} {call.path}: the answer is compressed and broken: {error}"
-            ) from error

@@ -1,6 +1,7 @@
 """What a call can raise; every answer of the server that is an error carries its stable `code`.
 
 HTMClientError
+├── InvalidArgument         the call is wrong and was not sent; a ValueError too
 ├── ConnectionFailed        no answer: refused, reset or timed out, after the retries
 ├── UnreadableAnswer        an answer that htm-service does not give: something else is at this address
 └── RequestRefused          the server answered with an error
@@ -19,6 +20,10 @@ from typing import Any
 
 class HTMClientError(Exception):
     """A call that failed."""
+
+
+class InvalidArgument(HTMClientError, ValueError):
+    """The call is wrong, and nothing was sent."""
 
 
 class ConnectionFailed(HTMClientError):

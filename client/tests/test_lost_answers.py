@@ -20,7 +20,8 @@ from htm_client import (
 )
 from htm_client import safetensors as wire
 from htm_client.calls import Call
-from htm_client.retry import MAX_DELAY_S, Retry
+from htm_client.retry import MAX_DELAY_S, MAX_TOTAL_S, Retry
+from htm_client.transport.base import NoResponse, Response
 
 SESSION = {
     "id": "s", "dim": 3, "chunk_size": 2, "model": "retrieval", "dtype": "float32", "open_chunk": "attend",
@@ -127,14 +128,16 @@ def test_an_address_without_a_scheme_fails_at_once() -> None:
      ("-3", (0.05, 0.1))],
 )  # fmt: skip
 def test_how_long_the_server_may_ask_to_wait(asked: str, expected: tuple[float, float]) -> None:
-    delay_s = Retry(1).delay_s(0, Call("GET", "/"), httpx.Response(429, headers={"Retry-After": asked}))
+    delay_s = Retry(1).delay_s(0, Call("GET", "/"), Response(429, {"retry-after": asked}, b""))
     assert delay_s is not None and expected[0] <= delay_s <= expected[1]
 
 
 def test_the_delay_grows_and_ends() -> None:
-    delays = [Retry(5000).delay_s(attempt, Call("GET", "/"), LOST) for attempt in (0, 3, 4999)]
+    lost = NoResponse("late", may_be_done=True)
+    delays = [Retry(5000).delay_s(attempt, Call("GET", "/"), lost) for attempt in (0, 3, 4999)]
     assert None not in delays and delays == sorted(delays, key=float) and delays[-1] <= MAX_DELAY_S  # type: ignore[arg-type, operator]
-    assert Retry(5000).delay_s(5000, Call("GET", "/"), LOST) is None
+    assert Retry(5000).delay_s(5000, Call("GET", "/"), lost) is None
+    assert Retry(5000).delay_s(7, Call("GET", "/"), lost, elapsed_s=MAX_TOTAL_S) is None
 
 
 @pytest.mark.parametrize(
