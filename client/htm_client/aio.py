@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack
@@ -16,10 +17,12 @@ import httpx
 from htm_client.calls import Call
 from htm_client.in_process import ADDRESS, AsyncApp
 from htm_client.options import (
+    NO_KEYS_YET,
     AppendConditions,
     AppendOptions,
     AttendOptions,
     Payloads,
+    RecallOptions,
     SessionChanges,
     SessionOptions,
 )
@@ -52,6 +55,8 @@ class AsyncHTMClient:
         transport: httpx.AsyncBaseTransport | None = None,
         sleep: Callable[[float], Awaitable[None]] = asyncio.sleep,
     ) -> None:
+        if api_key is not None:
+            warnings.warn(NO_KEYS_YET, stacklevel=2)
         self._make_again = partial(
             AsyncHTMClient, base_url, api_key=api_key, timeout=timeout, retries=retries, binary=binary, sleep=sleep
         )
@@ -137,12 +142,12 @@ class AsyncHTMClient:
         """One round trip per agent step: attend to the memory as it is, then append."""
         return await self._send(self._requests.step(session, queries, embeddings, attend or {}, append or {}))
 
-    async def recall(self, session: str, query: Any, n: int = 5, **options: Unpack[AttendOptions]) -> list[Recalled]:
+    async def recall(self, session: str, query: Any, n: int = 5, **options: Unpack[RecallOptions]) -> list[Recalled]:
         """The n most similar tokens in the chunks that `query` [D] recalls, with their payloads."""
         return await self._send(self._requests.recall(session, query, n, options))
 
     async def recall_many(
-        self, session: str, queries: Any, n: int = 5, **options: Unpack[AttendOptions]
+        self, session: str, queries: Any, n: int = 5, **options: Unpack[RecallOptions]
     ) -> list[list[Recalled]]:
         """The same for `queries` [Q, D], a list for each."""
         return await self._send(self._requests.recall_many(session, queries, n, options))

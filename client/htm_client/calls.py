@@ -6,24 +6,28 @@ Does not know httpx, retries or time.
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
-from collections.abc import Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from urllib.parse import quote
 from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
 
 from htm_client import safetensors
-from htm_client.errors import UnreadableAnswer, from_answer
+from htm_client.arrays import bools, floats
+from htm_client.errors import InvalidArgument, UnreadableAnswer, from_answer
 from htm_client.json_text import dumps
 from htm_client.options import AppendConditions, AppendOptions
-from htm_client.results import Appended, Attended, ChunkDetail, Floats, Memories, Recalled, Stepped
+from htm_client.results import Appended, Attended, ChunkDetail, Memories, Recalled, Stepped
 from htm_client.results import Chunk as ChunkResult
 
 JSON = "application/json"
+_SESSION_ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+_IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 Params = dict[str, Any]
 Tensors = dict[str, npt.NDArray[Any]]
 
@@ -55,25 +59,13 @@ class Answer:
     headers: Mapping[str, str]
 
 
-def floats(value: Any) -> Floats:
-    """Anything array-like (lists, numpy, torch on any device) as float32."""
-    if hasattr(value, "detach"):
-        value = value.detach().to("cpu").float().numpy()
-    return np.ascontiguousarray(value, dtype=np.float32)
-
-
-def bools(value: Any) -> npt.NDArray[np.bool_]:
-    """Anything array-like as bool."""
-    if hasattr(value, "detach"):
-        value = value.detach().to("cpu").numpy()
-    return np.ascontiguousarray(value, dtype=np.bool_)
-
-
 def session_path(session: str, *rest: str) -> str:
-    """The path of a session, or of something in it. Raises ValueError for ids that would change the path."""
-    if session in {"", ".", ".."}:
-        raise ValueError(f"{session!r} is no session id")
-    return "/".join(["/v1/sessions", quote(session, safe="~"), *rest])
+    """The path of a session, or of something in it. Raises TypeError and InvalidArgument for what is no id."""
+    if not isinstance(session, str):
+        raise TypeError(f"a session id is a string, not {session!r:.100}")
+    if not _SESSION_ID.fullmatch(session) or session in {".", ".."}:
+        raise InvalidArgument(f"{session!r:.200} is no session id: those are 1 to 128 of A-Z a-z 0-9 . _ ~ -")
+    return "/".join(["/v1/sessions", session, *rest])
 
 
 def plain(method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> Call:
@@ -104,8 +96,9 @@ class Codec:
     ) -> Call:
         """An append; without a key of the caller's it gets one, so that it can be sent again."""
         params = append_params(payloads, conditions)
-        key = _key_of(conditions)
-        return self._post(session, "memories", {"embeddings": floats(embeddings)}, params, key, idempotent=bool(key))
+        tensors: Tensors = {"embeddings": floats(embeddings)}
+        with _naming_payloads(params):
+            return self._post(session, "memories", tensors, params, _key_of(conditions))
 
     def attend(self, session: str, tensors: Tensors, params: Params) -> Call:
         """An attend, of `attend_parts`."""
@@ -116,14 +109,16 @@ class Codec:
         tensors, params = attend
         append = append_params(options.get("payloads"), options)
         key = _key_of(options)
-        if self.binary:
-            tensors = {**tensors, "embeddings": floats(embeddings)}
-            return self._post(session, "step", tensors, {"attend": params, "append": append}, key, idempotent=bool(key))
-        body = {
-            "attend": params | {name: _base64(array) for name, array in tensors.items()},
-            "append": append | {"embeddings": _base64(floats(embeddings))},
-        }
-        return self._post(session, "step", {}, body, key, idempotent=bool(key))
+        tokens = floats(embeddings)
+        with _naming_payloads(append):
+            if self.binary:
+                tensors = {**tensors, "embeddings": tokens}
+                return self._post(session, "step", tensors, {"attend": params, "append": append}, key)
+            body = {
+                "attend": params | {name: _base64(array) for name, array in tensors.items()},
+                "append": append | {"embeddings": _base64(tokens)},
+            }
+            return self._post(session, "step", {}, body, key)
 
     def read(self, session: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool) -> Call:
         """A read back."""
@@ -131,9 +126,7 @@ class Codec:
         query = given(start=start, stop=stop, include=",".join(include)) | self._encoding()
         return Call("GET", session_path(session, "memories"), None, {"Accept": self._accept()}, query)
 
-    def _post(
-        self, session: str, name: str, tensors: Tensors, params: Params, key: str | None, *, idempotent: bool = True
-    ) -> Call:
+    def _post(self, session: str, name: str, tensors: Tensors, params: Params, key: str | None) -> Call:
         if self.binary:
             content, media_type = safetensors.dump(tensors, params), safetensors.MEDIA_TYPE
         else:
@@ -142,7 +135,7 @@ class Codec:
         headers = {"Content-Type": media_type, "Accept": self._accept()}
         if key is not None:
             headers["Idempotency-Key"] = key
-        return Call("POST", session_path(session, name), content, headers, self._encoding(), idempotent)
+        return Call("POST", session_path(session, name), content, headers, self._encoding())
 
     def _accept(self) -> str:
         return safetensors.MEDIA_TYPE if self.binary else JSON
@@ -160,6 +153,8 @@ def attend_parts(
     **fields: Any,
 ) -> tuple[Tensors, Params]:
     """Tensors and parameters of an attend; see docs/api.md of the server for each field."""
+    if isinstance(returns, str):
+        raise TypeError(f"returns is a list of names, not {returns!r:.100}")
     tensors: Tensors = {"queries": floats(queries)}
     if mask is not None:
         tensors["mask"] = bools(mask)
@@ -171,7 +166,38 @@ def attend_parts(
 def append_params(payloads: Iterable[Mapping[str, Any] | None] | None, conditions: AppendConditions) -> Params:
     """Parameters of an append."""
     fields = {name: conditions.get(name) for name in ("episode", "if_length")}
-    return given(payloads=None if payloads is None else list(payloads), **fields)
+    return given(payloads=None if payloads is None else _listed(payloads), **fields)
+
+
+def _listed(payloads: Iterable[Mapping[str, Any] | None]) -> list[Mapping[str, Any] | None]:
+    """Raises TypeError, and InvalidArgument, with the number of what is no payload."""
+    if isinstance(payloads, Mapping | str | bytes):
+        raise TypeError(f"payloads is a list of one object, or None, per token, not a {type(payloads).__name__}")
+    listed = list(payloads)
+    for number, payload in enumerate(listed):
+        if payload is not None and not isinstance(payload, Mapping):
+            raise TypeError(f"payloads[{number}] must be an object or None, not {payload!r:.100}")
+    return listed
+
+
+@contextlib.contextmanager
+def _naming_payloads(append: Params) -> Iterator[None]:
+    """What cannot be sent gets the number of its payload into the error, if it is one's."""
+    try:
+        yield
+    except (TypeError, ValueError, RecursionError):
+        _check_payloads(append.get("payloads", ()))
+        raise
+
+
+def _check_payloads(payloads: Iterable[Mapping[str, Any] | None]) -> None:
+    for number, payload in enumerate(payloads):
+        try:
+            dumps(payload)
+        except TypeError as error:
+            raise TypeError(f"payloads[{number}]: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise InvalidArgument(f"payloads[{number}]: {error}") from error
 
 
 def parse(status: int, headers: Mapping[str, str], content: bytes) -> Answer:
@@ -238,11 +264,18 @@ def chunk_detail(answer: Answer) -> ChunkDetail:
 
 def _key_of(conditions: AppendConditions) -> str:
     """What makes it safe to send an append again."""
-    return conditions.get("idempotency_key") or _new_key()
-
-
-def _new_key() -> str:
-    return uuid4().hex
+    key = conditions.get("idempotency_key")
+    if key is None:
+        return uuid4().hex
+    if not isinstance(key, str):
+        raise TypeError(f"an idempotency_key is a string, not {key!r:.100}")
+    # What stands at either end would be gone on the way (RFC 9110, 5.5).
+    if not _IDEMPOTENCY_KEY.fullmatch(key) or key != key.strip():
+        raise InvalidArgument(
+            f"idempotency_key {key!r:.100} must be 1 to 255 printable ASCII characters, without spaces at the ends; "
+            f"it has {len(key)}"
+        )
+    return key
 
 
 def _base64(array: npt.NDArray[Any]) -> Params:

@@ -6,6 +6,7 @@ Does not know how calls are written or answers read: see `requests.py`.
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack
@@ -15,10 +16,12 @@ import httpx
 from htm_client.calls import Call
 from htm_client.in_process import ADDRESS, SyncApp
 from htm_client.options import (
+    NO_KEYS_YET,
     AppendConditions,
     AppendOptions,
     AttendOptions,
     Payloads,
+    RecallOptions,
     SessionChanges,
     SessionOptions,
 )
@@ -51,6 +54,8 @@ class HTMClient:
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        if api_key is not None:
+            warnings.warn(NO_KEYS_YET, stacklevel=2)
         self._make_again = partial(
             HTMClient, base_url, api_key=api_key, timeout=timeout, retries=retries, binary=binary, sleep=sleep
         )
@@ -133,12 +138,12 @@ class HTMClient:
         """One round trip per agent step: attend to the memory as it is, then append."""
         return self._send(self._requests.step(session, queries, embeddings, attend or {}, append or {}))
 
-    def recall(self, session: str, query: Any, n: int = 5, **options: Unpack[AttendOptions]) -> list[Recalled]:
+    def recall(self, session: str, query: Any, n: int = 5, **options: Unpack[RecallOptions]) -> list[Recalled]:
         """The n most similar tokens in the chunks that `query` [D] recalls, with their payloads."""
         return self._send(self._requests.recall(session, query, n, options))
 
     def recall_many(
-        self, session: str, queries: Any, n: int = 5, **options: Unpack[AttendOptions]
+        self, session: str, queries: Any, n: int = 5, **options: Unpack[RecallOptions]
     ) -> list[list[Recalled]]:
         """The same for `queries` [Q, D], a list for each."""
         return self._send(self._requests.recall_many(session, queries, n, options))

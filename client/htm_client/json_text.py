@@ -6,6 +6,7 @@ Does not know what the values are for.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 
@@ -15,6 +16,11 @@ def dumps(value: Any) -> str:
 
 
 def _plain(value: Any) -> Any:
-    if hasattr(value, "tolist"):  # numpy scalars and arrays, torch tensors
-        return value.tolist()
+    if isinstance(value, Mapping):
+        return dict(value)
+    # Dates would become numbers, and a longdouble, wider than any number of JSON's, stays one.
+    if hasattr(value, "tolist") and getattr(value.dtype, "kind", "") not in ("m", "M"):
+        plain = value.tolist()  # numpy scalars and arrays, torch tensors
+        if type(plain) is not type(value):
+            return plain
     raise TypeError(f"a {type(value).__name__} cannot be sent as JSON: {value!r:.100}")

@@ -5,6 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
+NO_KEYS_YET = (
+    "htm-service has no keys yet: it answers everyone who can reach it, whatever their api_key is. "
+    "The key is sent, so something that stands before the server may check it"
+)
+
 
 class SessionOptions(TypedDict, total=False):
     """Settings of a new session."""
@@ -46,8 +51,8 @@ class AppendOptions(AppendConditions, total=False):
     payloads: Payloads
 
 
-class AttendOptions(TypedDict, total=False):
-    """Beside the queries [Q, D]: what they may see (`mask` [n], `chunk_mask` [M] or [Q, M]), what to answer."""
+class RecallOptions(TypedDict, total=False):
+    """Beside the queries [Q, D]: what they may see (`mask` [n], `chunk_mask` [M] or [Q, M])."""
 
     model: str
     top_k: int
@@ -56,7 +61,20 @@ class AttendOptions(TypedDict, total=False):
     episodes: Sequence[int]
     mask: Any
     chunk_mask: Any
-    returns: Sequence[Literal["output", "chunks", "tokens", "payloads"]]
-    max_recalled: int
     rank_by: Literal["weight", "score"]
     timeout_ms: float
+
+
+class AttendOptions(RecallOptions, total=False):
+    """The same with what to answer, which a recall knows by itself."""
+
+    returns: Sequence[Literal["output", "chunks", "tokens", "payloads"]]
+    max_recalled: int
+
+
+def check(call: str, options: Mapping[str, Any], known: type, *named: str) -> None:
+    """Raises TypeError for an option that a call does not have; `named` are those with a parameter of their own."""
+    names: frozenset[str] = known.__optional_keys__  # type: ignore[attr-defined]
+    for name in options:
+        if name not in names:
+            raise TypeError(f"{call} has no option {name!r}; it has {', '.join(sorted(names.union(named)))}")

@@ -5,19 +5,24 @@ Does not know sockets, retries or whether anyone awaits.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
 from htm_client import calls
+from htm_client.arrays import floats
 from htm_client.calls import Answer, Call, Codec, attend_parts, plain, session_path
+from htm_client.errors import InvalidArgument
 from htm_client.options import (
     AppendConditions,
     AppendOptions,
     AttendOptions,
     Payloads,
+    RecallOptions,
     SessionChanges,
     SessionOptions,
+    check,
 )
 from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
 
@@ -48,6 +53,7 @@ class Requests:
 
     def create_session(self, session: str | None, options: SessionOptions) -> Request[SessionInfo]:
         """PUT with an id, POST without."""
+        check("create_session", options, SessionOptions)
         if session is None:  # sent twice, it would make two sessions
             return Request(replace(plain("POST", "/v1/sessions", dict(options)), idempotent=False), _session)
         return Request(plain("PUT", session_path(session), dict(options)), _session)
@@ -55,10 +61,10 @@ class Requests:
     def sessions(
         self, label: Mapping[str, str] | None, prefix: str | None, cursor: str | None
     ) -> Request[Page[SessionInfo]]:
-        """One page of the sessions. Raises ValueError for a label name that the query cannot hold."""
+        """One page of the sessions. Raises InvalidArgument for a label name that the query cannot hold."""
         for key in label or {}:
             if ":" in key:  # `key:value` ends the name at the first colon, and would find other sessions
-                raise ValueError(f"sessions cannot be found by the label {key!r}: its name has a colon")
+                raise InvalidArgument(f"sessions cannot be found by the label {key!r}: its name has a colon")
         labels = [f"{key}:{value}" for key, value in (label or {}).items()] or None
         call = plain("GET", "/v1/sessions", label=labels, prefix=prefix, cursor=cursor)
         return Request(call, lambda answer: _page(answer, "sessions", SessionInfo.of))
@@ -69,6 +75,7 @@ class Requests:
 
     def update_session(self, session: str, changes: SessionChanges) -> Request[SessionInfo]:
         """Change one."""
+        check("update_session", changes, SessionChanges)
         return Request(plain("PATCH", session_path(session), dict(changes)), _session)
 
     def delete_session(self, session: str) -> Request[None]:
@@ -79,17 +86,21 @@ class Requests:
         self, session: str, embeddings: Any, payloads: Payloads | None, options: AppendConditions
     ) -> Request[Appended]:
         """Add tokens."""
+        check("append", options, AppendConditions, "payloads")
         call = self._codec.append(session, embeddings, payloads, conditions=options)
         return Request(call, lambda answer: Appended.of(answer.params))
 
     def attend(self, session: str, queries: Any, options: AttendOptions) -> Request[Attended]:
         """Ask."""
+        check("attend", options, AttendOptions)
         return Request(self._codec.attend(session, *attend_parts(queries, **options)), calls.attended)
 
     def step(
         self, session: str, queries: Any, embeddings: Any, attend: AttendOptions, append: AppendOptions
     ) -> Request[Stepped]:
         """Ask, then add."""
+        check("a step's attend", attend, AttendOptions)
+        check("a step's append", append, AppendOptions)
         parts = attend_parts(queries, **attend)
         return Request(self._codec.step(session, parts, embeddings, append), calls.stepped)
 
@@ -108,7 +119,10 @@ class Requests:
     def chunk(self, session: str, index: int, *, embeddings: bool, key: bool) -> Request[ChunkDetail]:
         """One chunk."""
         include = ",".join(name for name, wanted in (("embeddings", embeddings), ("key", key)) if wanted) or None
-        return Request(plain("GET", session_path(session, "chunks", str(index)), include=include), calls.chunk_detail)
+        return Request(
+            plain("GET", session_path(session, "chunks", str(operator.index(index))), include=include),
+            calls.chunk_detail,
+        )
 
     def recalls(self, session: str, limit: int) -> Request[list[Recall]]:
         """The last recalls."""
@@ -131,17 +145,20 @@ class Requests:
         """Whether the server takes requests."""
         return Request(plain("GET", "/readyz"), lambda answer: None)
 
-    def recall(self, session: str, query: Any, n: int, options: AttendOptions) -> Request[list[Recalled]]:
+    def recall(self, session: str, query: Any, n: int, options: RecallOptions) -> Request[list[Recalled]]:
         """The n most similar of the tokens that one query recalls, with their payloads."""
-        array = calls.floats(query)
+        array = floats(query)
         if array.ndim != 1:
-            raise ValueError(f"recall takes one query [D], not shape {list(array.shape)}; recall_many takes [Q, D]")
+            raise InvalidArgument(
+                f"recall takes one query [D], not shape {list(array.shape)}; recall_many takes [Q, D]"
+            )
         many = self.recall_many(session, array, n, options)
         return Request(many.call, lambda answer: many.read(answer)[0])
 
-    def recall_many(self, session: str, queries: Any, n: int, options: AttendOptions) -> Request[list[list[Recalled]]]:
+    def recall_many(self, session: str, queries: Any, n: int, options: RecallOptions) -> Request[list[list[Recalled]]]:
         """The same for each of several queries."""
-        defaults: AttendOptions = {"top_k": 16, "rank_by": "score"}
+        check("recall", options, RecallOptions, "n")
+        defaults: RecallOptions = {"top_k": 16, "rank_by": "score"}
         asked: AttendOptions = {**defaults, **options, "returns": ["payloads"], "max_recalled": n}
         call = self._codec.attend(session, *attend_parts(queries, **asked))
         return Request(call, lambda answer: [list(row) for row in calls.attended(answer).recalled or []])

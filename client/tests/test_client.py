@@ -236,7 +236,8 @@ def test_an_answer_that_is_no_problem_document() -> None:
 
 def test_the_api_key_and_the_path_are_sent() -> None:
     fake = Fake(httpx.Response(204))
-    client = fake_client("sync", fake, api_key="secret")
+    with pytest.warns(UserWarning, match="no keys yet"):
+        client = fake_client("sync", fake, api_key="secret")
     client.delete_session("a~b.c")
     assert fake.requests[0].headers["authorization"] == "Bearer secret"
     assert fake.requests[0].url.path == "/v1/sessions/a~b.c"

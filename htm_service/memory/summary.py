@@ -2,8 +2,8 @@
 
 Tokens are added up in float32, slot by slot, each times SCALE; the sum is divided by their number times SCALE. That
 order does not depend on how the tokens arrived, so the same tokens give the same key to the last bit: appended one by
-one, at once, or read back after a restart. A power of two changes no digit, so these are the bits of the plain float32 mean
-too, which older databases hold; but a sum of finite tokens stays finite.
+one, at once, or read back after a restart. A power of two changes no digit, so these are the bits of the plain float32
+mean too, which older databases hold; but a sum of finite tokens stays finite.
 Shapes: m chunks, C chunk size, D width. Does not know pages, sessions or requests.
 """
 
