@@ -16,6 +16,7 @@ import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Engine, Float, String, bindparam, literal_column, select, update
 from sqlalchemy.exc import SQLAlchemyError
@@ -78,7 +79,7 @@ class Ownership:
 
     def holder(self, connection: Connection) -> Holder | None:
         """Who holds the data by a lease that was not given back, or None. In a database of an older version, too."""
-        columns = literal_column("*"), self._clock.label("now")
+        columns: tuple[ColumnElement[Any], ...] = (literal_column("*"), self._clock.label("now"))
         query = select(*columns).select_from(owners).where(owners.c.data_set == DATA_SET)
         row = connection.execute(query).mappings().one()
         if row["expires_at"] is None:

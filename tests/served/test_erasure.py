@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,7 +44,7 @@ def test_what_is_gone_is_in_no_file(server: Server) -> None:
     server.start()
     with HTMClient(server.url) as client:
         for kind in KINDS:
-            limits = {"max_tokens": 40, "on_full": "evict_oldest"} if kind == "trimmed" else {}
+            limits: dict[str, Any] = {"max_tokens": 40, "on_full": "evict_oldest"} if kind == "trimmed" else {}
             client.create_session(kind, dim=DIM, chunk_size=CHUNK, **limits)
         for position in range(60):
             for kind in KINDS:
