@@ -160,6 +160,9 @@ def list_models(
         from htm_service.attention.registry import ModelRegistry
 
         for info in ModelRegistry(models_dir or Settings().directory_of_models, "cpu").infos():
+            if info.error is not None:
+                print(f"{info.name}  cannot be served: {info.error}")
+                continue
             width = "any width" if info.dim is None else f"width {info.dim}"
             shape = f"{info.heads} heads, top_k {info.top_k}, chunks of {info.chunk_size}"
             print(f"{info.name}  {width}, {shape}  {info.hash}")

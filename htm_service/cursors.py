@@ -6,7 +6,7 @@ import base64
 import contextlib
 import re
 
-from htm_service.errors import InvalidArgument
+from htm_service.errors import InvalidArgument, quoted
 
 
 def encode_cursor(key: str) -> str:
@@ -22,4 +22,4 @@ def decode_cursor(cursor: str | None, keys: re.Pattern[str]) -> str:
         key = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True).decode()
         if keys.fullmatch(key):
             return key
-    raise InvalidArgument(f"cursor is {cursor[:80]!r}, which no listing gave out")
+    raise InvalidArgument(f"cursor is {quoted(cursor)}, which no listing gave out")

@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from htm_service.attention.model import RetrievalModel
-from htm_service.attention.registry import ModelRegistry
 from htm_service.clock import SteadyClock
+from htm_service.attention.registry import RETRIEVAL, ModelRegistry
 from htm_service.config import EngineConfig
 from htm_service.errors import Draining, SessionDamaged, SessionExpired, SessionNotFound, Unhealthy
 from htm_service.inspection import Inspection, engine_info
@@ -145,7 +145,7 @@ class Engine:
         self._check_open()
         if session_id is not None:
             validation.check_id(session_id)
-        model_name = settings.model or "retrieval"
+        model_name = RETRIEVAL if settings.model is None else settings.model
         wanted = validation.resolve_settings(settings, model_name, self._models.get(model_name), self.config.dtype)
         session, is_new = await self.directory.create(session_id, wanted)
         if not is_new:
@@ -265,7 +265,7 @@ class Engine:
         )
 
     def models(self) -> list[ModelInfo]:
-        """The models that are served."""
+        """The models that are served, and those whose files cannot be."""
         return self._models.infos()
 
     def unhealthy_reason(self) -> str | None:

@@ -31,6 +31,16 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 
+def clipped(text: str, most: int = 140) -> str:
+    """What a client sent, for a sentence: cut where it is long, lest an error be as large as a body."""
+    return text if len(text) <= most else f"{text[:most]}..."
+
+
+def quoted(text: str) -> str:
+    """The same in quotes."""
+    return repr(clipped(text))
+
+
 class HTMError(Exception):
     """An error with a stable `code`; `detail` is a sentence with the offending value and the limit."""
 

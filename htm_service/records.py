@@ -256,19 +256,23 @@ class Recall:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model as served. `dim` is None when it takes any width."""
+    """A model as served. `dim` is None when it takes any width.
+
+    One that cannot be served has an `error`, which says why, and nothing else but its name.
+    """
 
     name: str
-    hash: str
-    dim: int | None
-    heads: int
-    dim_head: int | None
-    top_k: int
-    chunk_size: int
-    position_encoding: bool
-    block: bool
-    summary_scale: float
-    attention_scale: float
+    hash: str | None = None
+    dim: int | None = None
+    heads: int | None = None
+    dim_head: int | None = None
+    top_k: int | None = None
+    chunk_size: int | None = None
+    position_encoding: bool | None = None
+    block: bool | None = None
+    summary_scale: float | None = None
+    attention_scale: float | None = None
+    error: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,14 +55,14 @@ async def info(request: Request) -> Info:
         dtype_reason=found.dtype_reason,
         kernel=found.kernel,
         kernel_reason=found.kernel_reason,
-        models=[item.name for item in found.models],
+        models=[item.name for item in found.models if item.error is None],
         limits={**found.limits, **own},
         totals=dict(found.totals),
     )
 
 
 async def models(request: Request) -> Models:
-    """List the models that sessions and attends may name."""
+    """List the models that sessions and attends may name, and the files that cannot be served, with their errors."""
     return Models(models=[Model.of(item) for item in engine_of(request).models()])
 
 

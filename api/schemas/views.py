@@ -165,19 +165,20 @@ class Recalls(Body):
 
 
 class Model(Body):
-    """A model as served; `dim` is null when it takes any width."""
+    """A model as served; `dim` is null when it takes any width. Of one with an `error` all but the name is null."""
 
     name: str
-    hash: str
+    hash: str | None
     dim: int | None
-    heads: int
+    heads: int | None
     dim_head: int | None
-    top_k: int
-    chunk_size: int
-    position_encoding: bool
-    block: bool
-    summary_scale: float
-    attention_scale: float
+    top_k: int | None
+    chunk_size: int | None
+    position_encoding: bool | None
+    block: bool | None
+    summary_scale: float | None
+    attention_scale: float | None
+    error: str | None = Field(description="Why its file cannot be served; null when it is.")
 
     @classmethod
     def of(cls, info: records.ModelInfo) -> Self:

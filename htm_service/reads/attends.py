@@ -46,9 +46,7 @@ class Attends:
 
     async def attend(self, session: Session, request: AttendRequest) -> AttendResult:
         """Answer a checked request over the session as it is now, or as it was at `stop`."""
-        name = request.model or session.settings.model
-        model = self._models.get(name)
-        check_model_dim(name, model, session.settings.dim)
+        name, model = self._model(session, request.model)
         top_k = request.top_k or model.config.top_k
         self._check_answer(session, request, top_k)
         try:
@@ -62,6 +60,18 @@ class Attends:
         session.num_queries += len(request.queries)
         session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
         return result
+
+    def _model(self, session: Session, named: str | None) -> tuple[str, Model]:
+        """The model that an attend names, or its session's. Raises ModelNotFound, InvalidArgument."""
+        name, dim = session.settings.model if named is None else named, session.settings.dim
+        model = self._models.get(name)
+        if named is None and model.dim not in (None, dim):
+            raise InvalidArgument(
+                f"model {name!r}, which session {session.id!r} of width {dim} was given, has width {model.dim} now: "
+                "its file was replaced. Put one of that width back, name another model, or give the session one"
+            )
+        check_model_dim(name, model, dim)
+        return name, model
 
     async def attend_before(self, session: Session, request: AttendRequest, position: int) -> AttendResult:
         """Attend to the session as it was before an append at `position`. Raises LengthConflict when that is gone."""

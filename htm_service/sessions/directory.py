@@ -23,6 +23,7 @@ from htm_service.errors import (
     SessionNotFound,
     Unavailable,
     Unhealthy,
+    clipped,
 )
 from htm_service.memory.resident import Extent, Resident
 from htm_service.records import SessionChange, SessionInfo, SessionPage
@@ -270,4 +271,5 @@ def compare(session: Session, wanted: SessionSettings, explicit: frozenset[str])
             continue
         has, want = getattr(session.settings, name), getattr(wanted, name)
         if has != want:
-            raise SessionConflict(f"session {session.id!r} exists with {name} {has!r}, and {want!r} was asked for")
+            found = f"exists with {name} {clipped(repr(has))}, and {clipped(repr(want))} was asked for"
+            raise SessionConflict(f"session {session.id!r} {found}")

@@ -16,7 +16,7 @@ import numpy as np
 from htm_service import config as limits
 from htm_service.attention.model import Model
 from htm_service.dtypes import TORCH_DTYPES
-from htm_service.errors import InvalidArgument
+from htm_service.errors import InvalidArgument, quoted
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest, DType, Floats
 from htm_service.session_settings import SessionSettings
 
@@ -30,17 +30,14 @@ FEW_NUMBERS = 8192
 def check_id(session_id: str) -> str:
     """A session id: 1 to 128 of letters, digits and `. _ ~ -`, and not a path step (`.` or `..`)."""
     if not ID.fullmatch(session_id) or session_id in {".", ".."}:
-        shown = session_id if len(session_id) <= 140 else f"{session_id[:140]}..."
-        raise InvalidArgument(
-            f"session id is {shown!r}, it must match [A-Za-z0-9._~-]{{1,128}}, and not be '.' or '..'"
-        )
+        raise InvalidArgument(f"session id is {quoted(session_id)}, it must match {ID.pattern}, and not be '.' or '..'")
     return session_id
 
 
 def check_prefix(prefix: str) -> str:
     """The beginning of session ids: at most 128 of their characters."""
     if prefix and not ID.fullmatch(prefix):
-        raise InvalidArgument(f"prefix is {prefix[:140]!r}, it must match [A-Za-z0-9._~-]{{0,128}}, as session ids do")
+        raise InvalidArgument(f"prefix is {quoted(prefix)}, it must match [A-Za-z0-9._~-]{{0,128}}, as session ids do")
     return prefix
 
 
@@ -51,7 +48,7 @@ def check_labels(labels: Mapping[str, str]) -> dict[str, str]:
     for key, value in labels.items():
         if not key or max(len(key), len(value)) > limits.MAX_LABEL_CHARS:
             raise InvalidArgument(
-                f"label {key[:40]!r} has a key of {len(key)} and a value of {len(value)} characters; "
+                f"label {quoted(key)} has a key of {len(key)} and a value of {len(value)} characters; "
                 f"the limits are 1 to {limits.MAX_LABEL_CHARS} and 0 to {limits.MAX_LABEL_CHARS}"
             )
     return dict(labels)
@@ -80,9 +77,9 @@ def resolve_settings(wish: CreateRequest, model_name: str, model: Model, dtype: 
     check_model_dim(model_name, model, dim)
     chunk_size = wish.chunk_size if wish.chunk_size is not None else model.config.chunk_size
     if wish.dtype is not None and wish.dtype not in TORCH_DTYPES:
-        raise InvalidArgument(f"dtype is {wish.dtype!r}, it must be one of {', '.join(TORCH_DTYPES)}")
+        raise InvalidArgument(f"dtype is {quoted(wish.dtype)}, it must be one of {', '.join(TORCH_DTYPES)}")
     if wish.on_full not in {"reject", "evict_oldest"}:
-        raise InvalidArgument(f"on_full is {wish.on_full!r}, it must be 'reject' or 'evict_oldest'")
+        raise InvalidArgument(f"on_full is {quoted(wish.on_full)}, it must be 'reject' or 'evict_oldest'")
     if wish.max_tokens is not None:
         check_range("max_tokens", wish.max_tokens, chunk_size if wish.on_full == "evict_oldest" else 1, 2**53)
     elif wish.on_full == "evict_oldest":
@@ -135,7 +132,7 @@ def check_attend(request: AttendRequest, dim: int) -> AttendRequest:
         check_range("stop", request.stop, 0, 2**53)
     check_range("max_recalled", request.max_recalled, 1, limits.MAX_RECALLED)
     if request.rank_by not in {"weight", "score"}:
-        raise InvalidArgument(f"rank_by is {request.rank_by!r}, it must be 'weight' or 'score'")
+        raise InvalidArgument(f"rank_by is {quoted(request.rank_by)}, it must be 'weight' or 'score'")
     if request.timeout_s is not None and not 0 < request.timeout_s <= 3600:
         raise InvalidArgument(f"timeout_ms is {request.timeout_s * 1e3:g}, it must be above 0 and at most 3600000")
     if queries is request.queries and request.tokens >= request.payloads:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import re
 import weakref
 from dataclasses import replace
@@ -384,20 +385,55 @@ class TestRegistry:
         with pytest.raises(ModelNotFound, match=r"'planner'; there are: planner-v1\.2, retrieval"):
             registry.get("planner")
 
-    def test_bad_file(self, tmp_path: Path) -> None:
-        (tmp_path / "planner.safetensors").write_bytes(b"garbage")
-        with pytest.raises(InvalidArgument, match=r"planner\.safetensors: not a safetensors file"):
-            ModelRegistry(tmp_path)
+    def test_files_that_cannot_be_served_are_listed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+        """One of them ended the start of a server. What macOS leaves beside a copied file is none."""
+        whole = model_bytes(CONFIG, make_tensors(CONFIG))
+        (tmp_path / "planner.safetensors").write_bytes(whole)
+        (tmp_path / "._planner.safetensors").write_bytes(b"\0\5\x16\7 of macOS")
+        (tmp_path / "cut.safetensors").write_bytes(whole[:-100])
+        (tmp_path / "retrieval.safetensors").write_bytes(whole)
+        (tmp_path / "my model.safetensors").write_bytes(whole)
+        (tmp_path / "folder.safetensors").mkdir()
+        os.mkfifo(tmp_path / "pipe.safetensors")
+        (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")
+        registry = ModelRegistry(tmp_path)
+        told = {info.name: info.error for info in registry.infos()}
+        assert told.pop("planner") is None and told.pop("retrieval") is None
+        cut = told.pop("cut")
+        assert cut is not None and cut.startswith("not a safetensors file: ")
+        assert told == {
+            "retrieval.safetensors": "the name 'retrieval' belongs to the built-in model",
+            "my model.safetensors": "a model's name must match [A-Za-z0-9._~-]{1,128}",
+            "folder": "it is not a file",
+            "pipe": "it is not a file",
+            "gone": "it is not a file",
+        }
+        assert registry.get("planner").dim == 13 and registry.get("retrieval").dim is None
+        with pytest.raises(ModelNotFound, match=r"^model 'cut' cannot be served: not a safetensors file"):
+            registry.get("cut")
+        assert f"the model file {tmp_path / 'cut.safetensors'} is not served: not a safetensors file" in caplog.text
+        assert "._planner" not in caplog.text
 
-    def test_the_built_in_name_is_taken(self, tmp_path: Path) -> None:
-        save_model(tmp_path / "retrieval.safetensors", CONFIG, make_tensors(CONFIG))
-        with pytest.raises(InvalidArgument, match="the name 'retrieval' belongs to the built-in model"):
-            ModelRegistry(tmp_path)
+    def test_a_file_that_the_device_has_no_room_for_is_listed(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        save_model(tmp_path / "planner.safetensors", CONFIG, make_tensors(CONFIG))
 
-    def test_bad_name(self, tmp_path: Path) -> None:
-        save_model(tmp_path / "my model.safetensors", CONFIG, make_tensors(CONFIG))
-        with pytest.raises(InvalidArgument, match="a model's name must match"):
-            ModelRegistry(tmp_path)
+        def fail(*args: object) -> None:
+            raise RuntimeError("out of memory")
+
+        monkeypatch.setattr("htm_service.attention.registry.load_model", fail)
+        (planner, _) = ModelRegistry(tmp_path).infos()
+        assert planner.error == "it cannot be loaded: RuntimeError('out of memory')"
+
+    @pytest.mark.parametrize("name", ["", "my model", "a/b", "x" * 129, "x" * 4_000_000])
+    def test_what_is_no_name(self, name: str) -> None:
+        """A name of 4 MB came back twice in its error; an empty one was the default, or unknown, by the call."""
+        with pytest.raises(InvalidArgument, match=r"^model is '.*', a model's name must match \[") as caught:
+            ModelRegistry().get(name)
+        assert (
+            repr(name[:128])[:-1] in caught.value.detail and len(caught.value.detail) < 300 and not caught.value.extra
+        )
 
     def test_no_directory(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match="is not a directory"):
