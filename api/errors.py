@@ -18,7 +18,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 
-from htm_service.errors import HTMError, Unavailable
+from htm_service.errors import HTMError, Unavailable, clipped
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -135,8 +135,7 @@ async def on_validation_error(request: Request, error: Exception) -> Response:
 def validation_detail(errors: Sequence[Any]) -> str:
     """A sentence for the first of pydantic's errors."""
     first = errors[0]
-    parts = (str(part)[:80] for part in first["loc"] if part not in ("body", "query", "path", "header"))
-    field = ".".join(parts)[:160]  # a client's own names are among them
+    field = clipped(".".join(str(part) for part in first["loc"] if part not in ("body", "query", "path", "header")))
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "missing":
         return f"{field or 'the body'} is required"

@@ -1,0 +1,68 @@
+"""Names that a client sends where they are none: one rule for each, and no answer as large as what was sent."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from tests.api.test_errors import check_problem
+
+LONG = "x" * 3_000_000
+QUERY = {"queries": [1, 2, 3]}
+
+
+@pytest.mark.parametrize(
+    "name", ["", "a/b", "two words", "x" * 129, LONG], ids=["empty", "slash", "space", "129", "long"]
+)
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/v1/sessions/new", {"dim": 3, "model": None}),
+        ("POST", "/v1/sessions", {"dim": 3, "model": None}),
+        ("PATCH", "/v1/sessions/s", {"model": None}),
+        ("POST", "/v1/sessions/s/attend", {**QUERY, "model": None}),
+        ("POST", "/v1/sessions/s/step", {"attend": {**QUERY, "model": None}, "append": {"embeddings": [1, 2, 3]}}),
+    ],
+    ids=["put", "create", "change", "attend", "step"],
+)
+async def test_what_is_no_models_name(
+    client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any], name: str
+) -> None:
+    """An empty one meant the default here and an unknown model there; a long one came back twice in the error."""
+    holder = body["attend"] if "attend" in body else body
+    holder = {**holder, "model": name}
+    answer = await client.request(method, path, json={**body, "attend": holder} if "attend" in body else holder)
+    problem = check_problem(answer, 422, "invalid_argument")
+    assert problem["detail"].startswith(f"model is {name[:140]!r}"[:-1]) and "must match" in problem["detail"]
+    assert len(answer.content) < 1_000
+    assert (await client.get("/v1/sessions/s")).json()["length"] == 5
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body"),
+    [
+        ("PUT", "/v1/sessions/s", {"dim": 3, LONG: 1}),
+        ("PUT", "/v1/sessions/s", {"dim": 3, "labels": {LONG: "value"}}),
+        ("PUT", "/v1/sessions/s", {"dim": 3, "labels": {f"{at}".zfill(256): "y" * 256 for at in range(64)}}),
+        ("PUT", "/v1/sessions/s", {"dim": 3, "labels": {"key": LONG}}),
+        ("PUT", "/v1/sessions/s", {"dim": 3, "dtype": LONG}),
+        ("PATCH", "/v1/sessions/s", {LONG: 1}),
+        ("POST", "/v1/sessions/s/attend", {**QUERY, LONG: 1}),
+        ("POST", "/v1/sessions/s/attend", {**QUERY, "rank_by": LONG}),
+        ("POST", "/v1/sessions/s/attend", {**QUERY, "return": [LONG]}),
+        ("POST", "/v1/sessions/s/memories", {"embeddings": {"b64": "", "shape": [1, 3], "dtype": LONG}}),
+        ("GET", f"/v1/sessions/{LONG[:60_000]}", None),
+        ("GET", f"/v1/sessions?prefix={LONG[:60_000]}", None),
+        ("GET", f"/v1/sessions?label={LONG[:60_000]}:", None),
+        ("GET", f"/v1/sessions?cursor={LONG[:60_000]}", None),
+        ("GET", f"/v1/models/{LONG[:60_000]}", None),
+    ],
+)
+async def test_an_error_is_short_however_long_what_was_sent(
+    client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any] | None
+) -> None:
+    """The name of an unknown field of 3 MB came back whole."""
+    answer = await client.request(method, path, json=body)
+    assert 400 <= answer.status_code < 500 and len(answer.content) < 2_000, answer.text[:2_000]
