@@ -106,8 +106,6 @@ async def running_engine(settings: Settings, clock: Callable[[], float] | None) 
     from htm_service.engine import Engine
     from storage.resolve import open_store
 
-    if settings.store_url is None:
-        settings.data.mkdir(mode=0o700, parents=True, exist_ok=True)
     store = await asyncio.to_thread(open_store, settings.url_of_store, lease_s=settings.lease_seconds)
     try:
         engine = Engine(engine_config(settings), store, clock=clock)

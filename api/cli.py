@@ -81,8 +81,10 @@ def clear_failure() -> Iterator[None]:
         message = sentence(error)
     except HTMError as error:
         message = error.detail
-    except (StoreError, OSError) as error:
+    except StoreError as error:
         message = str(error)
+    except OSError as error:
+        message = f"{error.filename}: {error.strerror}" if error.filename and error.strerror else str(error)
     else:
         return
     print(f"htm-service: {message}", file=sys.stderr)
@@ -220,8 +222,8 @@ def repair(
 
 
 def check_exists(where: Path | str) -> None:
-    """Raise OSError for a path with nothing there."""
-    if "://" not in str(where) and not Path(where).exists():
+    """Raise OSError for a path with nothing there; what is none is the store's to refuse, without a password."""
+    if ":" not in str(where) and not Path(where).exists():
         raise OSError(f"{where} does not exist")
 
 

@@ -41,6 +41,21 @@ def parse_bytes(value: Any) -> Any:
 Bytes = Annotated[int, BeforeValidator(parse_bytes)]
 
 
+def parse_directory(value: Any) -> Any:
+    """A directory's path; `~` is the user's own, since not every place where a setting is written has a shell."""
+    if not isinstance(value, str):
+        return value
+    if not value.strip():
+        raise ValueError("it must be the path of a directory")
+    try:
+        return Path(value).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{error}") from error
+
+
+Directory = Annotated[Path, BeforeValidator(parse_directory)]
+
+
 class Settings(BaseSettings):
     """All settings, checked. Raises pydantic's ValidationError; `sentence` makes one sentence of it."""
 
@@ -50,7 +65,7 @@ class Settings(BaseSettings):
 
     host: str = Field(default="127.0.0.1", description="Address to listen on; anything but loopback needs `insecure`.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
-    data: Path = Field(
+    data: Directory = Field(
         default_factory=lambda: Path(platformdirs.user_data_dir("htm-service", appauthor=False)),
         description="Directory of the data, created when missing. Default: the user's data directory.",
     )
@@ -65,12 +80,12 @@ class Settings(BaseSettings):
         le=3600,
         description="On PostgreSQL: how long a server that says nothing keeps its data from the next one.",
     )
-    models_dir: Path | None = Field(
+    models_dir: Directory | None = Field(
         default=None,
         description="Directory of model files `NAME.safetensors`. Default: `models` in `data`, if there; none where "
         "`store_url` is given and `data` is not.",
     )
-    kernel_cache: Path | None = Field(
+    kernel_cache: Directory | None = Field(
         default=None,
         description="Directory where the compiled kernel is kept from one start to the next. Default: `htm-service` in "
         "the user's cache directory.",

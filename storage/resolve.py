@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from storage.base import Store, StoreUnavailable
@@ -28,10 +29,10 @@ def open_store(url: str, *, lease_s: float = LEASE_SECONDS) -> Store:
     if url == "memory://":
         return MemoryStore()
     if url.startswith("sqlite:///") and len(url) > len("sqlite:///"):
-        return open_sqlite(Path(url.removeprefix("sqlite:///")))
+        return open_sqlite(_path(url))
     if _is_postgresql(url):
         return open_postgresql(url, lease_s)
-    raise StoreUnavailable(f"store URL begins with {url.split('://')[0]!r}, it must be {FORMS}")
+    raise _other(url)
 
 
 def open_readonly(where: Path | str) -> Store:
@@ -61,8 +62,21 @@ def back_up(path: Path, target: Path) -> None:
 
 
 def _file(where: Path | str) -> Path:
-    path = Path(str(where).removeprefix("sqlite:///"))
+    path = _path(where)
+    if isinstance(where, str) and re.match(r"[\w+]+:", where) and not where.startswith("sqlite:") and not path.exists():
+        raise _other(where)
     return path / DATABASE_NAME if path.is_dir() else path
+
+
+def _path(where: Path | str) -> Path:
+    try:
+        return Path(str(where).removeprefix("sqlite:///")).expanduser()
+    except RuntimeError as error:
+        raise StoreUnavailable(f"{where}: {error}") from error
+
+
+def _other(url: str) -> StoreUnavailable:
+    return StoreUnavailable(f"store URL begins with {url.partition(':')[0]!r}, it must be {FORMS}")  # no password
 
 
 def _is_postgresql(url: str) -> bool:

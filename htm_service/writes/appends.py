@@ -10,6 +10,8 @@ import hashlib
 import time
 from collections.abc import Callable
 
+import orjson
+
 from htm_service.dtypes import to_bytes
 from htm_service.errors import HTMError, IdempotencyMismatch, InvalidArgument, LengthConflict, SessionNotFound
 from htm_service.records import AppendRequest, AppendResult, Timing
@@ -79,10 +81,16 @@ def _prepare(session: Session, request: AppendRequest, only_repeat: bool) -> App
 
 
 def _digest(data: bytes, request: AppendRequest) -> bytes:
-    """What must be the same when an idempotency key comes again."""
+    """What must mean the same when an idempotency key comes again: payloads whatever the order of their keys."""
+    payloads = [None if body is None else _sorted(body) for body in request.payloads or ()]
+    said = payloads if any(body is not None for body in payloads) else None
     digest = hashlib.sha256(data)
-    digest.update(repr((request.payloads, request.episode, request.if_length)).encode())
+    digest.update(repr((said, request.episode, request.if_length)).encode())
     return digest.digest()
+
+
+def _sorted(body: bytes) -> bytes:
+    return orjson.dumps(orjson.loads(body), option=orjson.OPT_SORT_KEYS)
 
 
 def _refusal(error: Refused, session: Session, write: Append) -> HTMError:

@@ -47,6 +47,8 @@ DEFAULTS = {
     "tcp_user_timeout": "10000",
 }
 """Of the connection; those of the URL win."""
+TOLD = {"host", "hostaddr", "port", "dbname", "user", "options", "service", "sslmode", "target_session_attrs"}
+"""Parameters of a URL that messages show."""
 
 
 def open_postgresql(url: str, lease_s: float) -> SqlStore:
@@ -151,14 +153,17 @@ def has_committed(writer: Engine, transaction: str | None) -> bool:
 
 
 def _parsed(url: str) -> tuple[URL, str]:
-    """The URL for SQLAlchemy, and how it is named to people: without its password."""
+    """The URL for SQLAlchemy, and how it is named to people: without passwords, of which parameters may hold more."""
     try:
         parsed = make_url(url).set(drivername="postgresql+psycopg")
     except (ArgumentError, ValueError) as error:
         raise StoreUnavailable(
             "the store URL cannot be parsed; it must be postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE"
         ) from error
-    return parsed.set(query={**DEFAULTS, **parsed.query}), parsed.render_as_string(hide_password=True)
+    if "@" in (parsed.host or ""):  # the rest of a password, which is not to be told as a host's name
+        raise StoreUnavailable("the store URL cannot be parsed: in a password, @ is written %40 and / is written %2F")
+    told = {name: value for name, value in parsed.query.items() if name in TOLD}
+    return parsed.set(query={**DEFAULTS, **parsed.query}), parsed.set(query=told).render_as_string(hide_password=True)
 
 
 def _engine(url: URL, **options: Any) -> Engine:

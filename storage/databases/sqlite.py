@@ -6,6 +6,7 @@ The pragmas and their reasons are in docs/storage.md. Does not know sessions or 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import sqlite3
@@ -51,7 +52,7 @@ def open_sqlite(path: Path) -> SqlStore:
         _roll_back(path)
         is_new = not path.exists() or path.stat().st_size == 0
     except OSError as error:
-        raise StoreUnavailable(f"{path.parent} cannot be used as data directory: {error}") from error
+        raise StoreUnavailable(f"{path.parent} cannot be used as data directory: {_reason(path, error)}") from error
     writer = _engine(path, "rwc", "BEGIN IMMEDIATE", NullPool)
     readers = _engine(path, "ro", "BEGIN", QueuePool)
     ownership = Ownership(writer, CLOCK)  # without a lease: who holds the lock knows that nobody else is there
@@ -64,6 +65,19 @@ def open_sqlite(path: Path) -> SqlStore:
             schema.upgrade(connection, str(path))
             ownership.take(connection)
     return store
+
+
+def _reason(path: Path, error: OSError) -> str:
+    """Why nothing can be made at a path, naming what of it there is."""
+    parents = path.absolute().parents
+    present = next(some for some in parents if os.path.exists(some))  # noqa: PTH110 - Path's raises where it may not look
+    if not present.is_dir():
+        return f"{present} is not a directory"
+    if error.errno == errno.EROFS:
+        return f"{present} is on a read-only file system"
+    if isinstance(error, PermissionError):
+        return f"this user may not write to {error.filename or present}"
+    return f"{error.strerror or error} ({present})"
 
 
 def open_sqlite_readonly(path: Path) -> SqlStore:

@@ -147,6 +147,12 @@ def test_a_socket_does_not_answer_before_the_server_is_ready() -> None:
     ("arguments", "sentence"),
     [
         (["serve", "--host", "0.0.0.0"], "refusing to listen on 0.0.0.0 without authentication"),
+        (["serve", "--data", "", "--port", "0"], "data: it must be the path of a directory (got '')"),
+        (
+            ["serve", "--data", "/dev/null/x", "--port", "0"],
+            "/dev/null/x cannot be used as data directory: /dev/null is",
+        ),
+        (["verify", "mysql://me:secret@host/x"], "store URL begins with 'mysql', it must be"),
         (["serve", "--port", "x"], "port: Input should be a valid integer"),
         (["serve", "--store-url", "ftp://x", "--port", "0"], "store URL"),
         (["serve", "--store-url", "memory://", "--port", "0", "--models-dir", "/nonexistent"], "/nonexistent"),

@@ -246,6 +246,22 @@ async def test_bad_idempotency_keys(client: httpx.AsyncClient, key: str) -> None
     check_problem(answer, 422, "invalid_argument")
 
 
+async def test_the_same_append_said_otherwise_has_the_same_key(client: httpx.AsyncClient) -> None:
+    """Keys of a payload in another order made it another request: 422, when a client sent its append again."""
+    headers = {"Idempotency-Key": "k"}
+    first = b'{"embeddings": [1, 2, 3], "payloads": [{"a": 1, "b": {"c": [2, null], "d": "x"}}]}'
+    again = b'{"payloads": [{"b": {"d": "x", "c": [2, null]}, "a": 1}], "embeddings": [[1.0, 2, 3]], "episode": null}'
+    answers = [await client.post(MEMORIES, content=body, headers=JSON | headers) for body in (first, again)]
+    params = {"payloads": [{"b": {"c": [2, None], "d": "x"}, "a": 1}]}
+    binary = wire.build({"embeddings": np.array([1, 2, 3], np.float32)}, params)
+    answers.append(
+        await client.post(MEMORIES, content=binary, headers={**BINARY, "accept": "application/json", **headers})
+    )
+    assert [answer.json() for answer in answers] == [answers[0].json()] * 3
+    other = first.replace(b"[2, null]", b"[null, 2]")
+    check_problem(await client.post(MEMORIES, content=other, headers=JSON | headers), 422, "idempotency_mismatch")
+
+
 async def test_bad_formats(client: httpx.AsyncClient) -> None:
     answer = await client.post(f"{ATTEND}?encoding=xml", json={"queries": [1, 0, 0]})
     check_problem(answer, 422, "invalid_argument")

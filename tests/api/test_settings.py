@@ -36,6 +36,24 @@ def test_defaults(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert (settings.host, settings.port, settings.insecure) == ("127.0.0.1", 8000, False)
 
 
+def test_the_users_own_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Where a shell has not put it in: it was a directory of the name `~` in the current one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("HTM_KERNEL_CACHE", "~/kernels")
+    flags: dict[str, Any] = {"data": "~/data", "models_dir": "~/models"}
+    settings = Settings(**flags)
+    directories = settings.data, settings.directory_of_models, settings.directory_of_kernels
+    assert directories == (tmp_path / "data", tmp_path / "models", tmp_path / "kernels")
+
+
+@pytest.mark.parametrize("name", ["data", "models_dir", "kernel_cache"])
+def test_an_empty_path_is_refused(name: str) -> None:
+    """It was the current directory, which then held a database."""
+    with pytest.raises(ValidationError) as refused:
+        Settings(**{name: ""})
+    assert sentence(refused.value) == f"{name}: it must be the path of a directory (got '')"
+
+
 def test_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     (tmp_path / "models").mkdir()
     for name, value in {

@@ -149,6 +149,26 @@ def test_the_password_is_not_told(postgresql_url: str) -> None:
     assert "bench:***@127.0.0.1" in store.url and "nowhere" in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://127.0.0.1:1/x?password=secret",
+        "postgresql://127.0.0.1:1/x?user=me&sslpassword=secret&passfile=/secret&sslkey=/secret",
+        "postgresql://me:secret@127.0.0.1:1/x?sslmode=secret",
+        "postgresql://me:se@cret@127.0.0.1:1/x",
+        "postgresql:me:secret@127.0.0.1/x",
+        "postgres://me:secret@127.0.0.1/x",
+    ],
+)
+def test_no_password_is_told_of_what_cannot_be_opened(url: str) -> None:
+    """One among the URL's parameters was printed, and one in a URL of another form."""
+    for open_it in (open_store, open_readonly, open_for_repair):
+        with pytest.raises(StoreUnavailable) as refused:
+            open_it(url)
+        told = str(refused.value).replace("sslmode=secret", "").replace('sslmode value: "secret"', "")
+        assert "secret" not in told and "cret@" not in told
+
+
 # --- what cannot be opened ---
 
 

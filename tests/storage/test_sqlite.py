@@ -269,13 +269,51 @@ def test_a_newer_database_is_refused(path: Path) -> None:
 
 def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"")
-    with pytest.raises(StoreUnavailable, match="file cannot be used as data directory"):
-        open_store(f"sqlite:///{tmp_path}/file/htm.sqlite3")
+    for inside in ("", "/deeper/still"):
+        with pytest.raises(StoreUnavailable) as refused:
+            open_store(f"sqlite:///{tmp_path}/file{inside}/htm.sqlite3")
+        told = f"{tmp_path}/file{inside} cannot be used as data directory: {tmp_path}/file is not a directory"
+        assert str(refused.value) == told
     (tmp_path / "directory").mkdir()
     with pytest.raises(StoreUnavailable, match="directory cannot be opened"):
         open_store(f"sqlite:///{tmp_path}/directory")
     with pytest.raises(StoreUnavailable, match="there is no database at"):
         open_readonly(tmp_path / "missing")
+
+
+OPEN = """if True:
+    import os, sys
+    from storage.base import StoreUnavailable
+    from storage.resolve import open_store
+    open_store("sqlite:///" + sys.argv[2]).close()  # imports all that it needs
+    if os.geteuid() == 0:
+        os.setgroups([]), os.setgid(65534), os.setuid(65534)
+    try:
+        open_store("sqlite:///" + sys.argv[1])
+    except StoreUnavailable as error:
+        print(error)
+"""
+
+
+def test_a_directory_without_permission_is_refused(path: Path, tmp_path: Path) -> None:
+    """Also to a user who may not look into it. It was told with a bare errno."""
+    path.parent.mkdir(mode=0o500)
+    for parent in tmp_path.parents:
+        if parent.stat().st_uid == os.geteuid() and parent != Path("/"):
+            parent.chmod(parent.stat().st_mode | 0o111)
+    tmp_path.chmod(0o711)
+    path.parent.chmod(0o555)
+    command = [sys.executable, "-c", OPEN, str(path), str(tmp_path / "first" / "htm.sqlite3")]
+    told = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    assert told.startswith(f"{path.parent} cannot be used as data directory: this user may not write to {path.parent}")
+
+
+def test_the_users_own_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A directory of the name `~` was made in the current one."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    open_store("sqlite:///~/data/htm.sqlite3").close()
+    assert (tmp_path / "data" / "htm.sqlite3").is_file()
+    open_readonly("sqlite:///~/data").close()
 
 
 def test_an_empty_file_is_a_new_database(path: Path) -> None:
