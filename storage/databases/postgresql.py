@@ -6,12 +6,13 @@ What is set, and why, is in docs/storage.md. Does not know sessions or blocks.
 from __future__ import annotations
 
 import logging
+import select
 import time
 from collections.abc import Callable
 from typing import Any
 
 from sqlalchemy import URL, Engine, ExceptionContext, NullPool, QueuePool, create_engine, event, inspect, make_url, text
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy.exc import ArgumentError, DisconnectionError
 
 from storage.base import StoreError, StoreUnavailable
 from storage.sql import schema
@@ -120,6 +121,7 @@ def _upkeep(writer: Engine, readers: Engine) -> Upkeep:
         disk_bytes=disk_bytes,
         give_back=lambda connection, keep_bytes: False,  # autovacuum does it
         erase=lambda connection: True,  # and so does it that, as far as it can: see docs/storage.md
+        is_lost=lambda connection: _is_lost(connection.connection.dbapi_connection),
         finish=lambda connection: None,
         release=lambda: None,
         structure=lambda connection: [],
@@ -203,8 +205,30 @@ def _binary(make_cursor: Callable[..., Any]) -> Callable[..., Any]:
     return make
 
 
+def _is_lost(connection: Any) -> bool:
+    """Whether PostgreSQL, or the network, is known to have ended a connection while it was idle.
+
+    What has arrived is looked at, and nothing is asked: no call waits for that. What was ended since then, or ends
+    during a call, that call is told.
+    """
+    import psycopg
+
+    arrived = select.poll()
+    try:
+        arrived.register(connection.fileno(), select.POLLIN)
+        while arrived.poll(0):
+            connection.pgconn.consume_input()  # raises where nothing more will come
+    except psycopg.OperationalError:
+        return True
+    return False
+
+
 def _readers(url: URL, **options: Any) -> Engine:
-    """Each read is one snapshot."""
+    """Each read is one snapshot, on a connection that is not known to be lost."""
+
+    def replace_if_lost(connection: Any, record: object, proxy: object) -> None:
+        if _is_lost(connection):
+            raise DisconnectionError  # and the pool gives another
 
     def configure(connection: Any, record: object) -> None:
         connection.read_only = True
@@ -213,6 +237,7 @@ def _readers(url: URL, **options: Any) -> Engine:
         options |= {"pool_size": MAX_POOLED_READERS, "max_overflow": MAX_READERS - MAX_POOLED_READERS}
     engine = _engine(url, isolation_level="REPEATABLE READ", **options)
     event.listen(engine, "connect", configure)
+    event.listen(engine, "checkout", replace_if_lost)
     return engine
 
 

@@ -120,7 +120,16 @@ def _upkeep(path: Path, release: Callable[[], None]) -> Upkeep:
         return [message for message in found if message != "ok"]
 
     # A commit that raises was none, here where nothing lies between the two.
-    return Upkeep(lambda: _disk_bytes(path), give_back, erase, finish, release, structure, lambda transaction: False)
+    return Upkeep(
+        disk_bytes=lambda: _disk_bytes(path),
+        give_back=give_back,
+        erase=erase,
+        is_lost=lambda connection: False,
+        finish=finish,
+        release=release,
+        structure=structure,
+        has_committed=lambda transaction: False,
+    )
 
 
 def _fold(connection: Connection, wait_ms: int) -> bool:

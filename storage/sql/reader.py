@@ -31,6 +31,8 @@ class Upkeep:
     """
     erase: Callable[[Connection], bool]
     """As `Store.erase`, after something was deleted. Called outside of a transaction, raises StoreError."""
+    is_lost: Callable[[Connection], bool]
+    """Whether a connection that nothing was asked of for a while is known to be broken."""
     finish: Callable[[Connection], None]
     """The last thing done on the connection that writes."""
     release: Callable[[], None]

@@ -155,6 +155,8 @@ class SqlStore(SqlReader):
             self._check_open()
             if self._writer_engine is None or self._ownership is None:
                 raise StoreError(f"the store {self.url} was opened for reading only")
+            if self._writer is not None and self._upkeep.is_lost(self._writer):
+                self._drop_writer()
             if self._writer is None:
                 self._writer = self._writer_engine.connect()
             try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import socket
+import struct
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Self
 
 import psycopg
 import pytest
@@ -31,6 +33,7 @@ from storage.base import (
     StoreFenced,
     StoreFull,
     StoreUnavailable,
+    UpdateSession,
 )
 from storage.databases import postgresql
 from storage.resolve import open_for_repair, open_readonly, open_store
@@ -307,6 +310,52 @@ def test_a_connection_that_is_lost_while_verifying_is_no_damage(postgresql_url: 
     assert list(postgresql_store.verify()) == []
 
 
+class Relay:
+    """A TCP port that leads to another one of this machine, until it is cut."""
+
+    def __init__(self, target: int) -> None:
+        self._target = target
+        self._listener = socket.create_server(("127.0.0.1", 0))
+        self._sides: list[tuple[socket.socket, threading.Thread]] = []
+        self.port = self._listener.getsockname()[1]
+        threading.Thread(target=self._accept, daemon=True).start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._listener.close()
+        self.cut(is_reset=False)
+
+    def cut(self, *, is_reset: bool) -> None:
+        """End all connections; when this returns both sides can know."""
+        for side, carrying in self._sides:
+            side.shutdown(socket.SHUT_RD)
+            carrying.join()
+            if is_reset:
+                side.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        for side, _ in self._sides:
+            side.close()
+        self._sides.clear()
+
+    def _accept(self) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                near = self._listener.accept()[0]
+                far = socket.create_connection(("127.0.0.1", self._target))
+                for pair in ((near, far), (far, near)):
+                    carrying = threading.Thread(target=self._carry, args=pair, daemon=True)
+                    carrying.start()
+                    self._sides.append((pair[0], carrying))
+
+    @staticmethod
+    def _carry(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while data := source.recv(1 << 16):
+                target.sendall(data)
+
+
 @pytest.mark.parametrize(
     ("error", "is_damaged"),
     [(DataCorrupted, True), (IndexCorrupted, True), (IoError, True), (AdminShutdown, False), (OperationalError, False)],
@@ -315,17 +364,52 @@ def test_what_postgresql_calls_damage(error: type[psycopg.Error], is_damaged: bo
     assert is_damage(DBAPIError("SELECT", None, error("why"))) == is_damaged
 
 
-def test_a_lost_connection_is_an_error_once(postgresql_url: str, postgresql_store: Store) -> None:
+def test_a_connection_that_is_lost_while_idle_is_not_noticed(postgresql_url: str, postgresql_store: Store) -> None:
+    """The first write and the first read after it failed, though nothing of them had been sent."""
     sid = create(postgresql_store).sid
-    assert postgresql_store.get_session("a") is not None
-    end_connections(postgresql_url)
-    with pytest.raises(StoreError):
-        append(postgresql_store, sid, 1, 1)
-    with pytest.raises(StoreError):
-        postgresql_store.get_session("a")
+    readings = [postgresql_store.read_blocks(sid) for _ in range(3)]
+    append(postgresql_store, sid, 1, 0)
+    assert [next(reading).start for reading in readings] == [0] * 3  # so that there are several connections
+    for reading in readings:
+        assert list(reading) == []
+    for number in range(1, 4):
+        end_connections(postgresql_url)
+        assert append(postgresql_store, sid, 1, number) == Appended(number, number + 1)
+        for _ in range(4):
+            assert read(postgresql_store, sid) == b"".join(map(token, range(number + 1)))
+        assert postgresql_store.get_session("a") is not None
+
+
+def test_a_connection_that_is_lost_at_work_is_an_error_once(postgresql_url: str, postgresql_store: Store) -> None:
+    """How far it came is not known."""
+    sid = create(postgresql_store).sid
+
+    def end(_connection: Any, _cursor: Any, statement: str, *_: Any) -> None:
+        if statement.startswith("SELECT sessions.sid"):
+            end_connections(postgresql_url)
+
+    with listening("before_cursor_execute", end):
+        with pytest.raises(StoreError, match="terminating connection"):
+            write(postgresql_store, UpdateSession(sid, {}))
+        with pytest.raises(StoreError, match="terminating connection"):
+            postgresql_store.get_session("a")
     assert append(postgresql_store, sid, 1, 2) == Appended(0, 1)
-    assert postgresql_store.get_session("a") is not None
     assert read(postgresql_store, sid) == token(2)
+
+
+def test_a_connection_that_the_network_ends_while_idle_is_not_noticed(
+    postgresql_url: str, postgresql_port: int
+) -> None:
+    """Without a word of PostgreSQL's."""
+    with Relay(postgresql_port) as relay:
+        url = postgresql_url.replace(f":{postgresql_port}/", f":{relay.port}/")
+        with contextlib.closing(open_store(url, lease_s=1_000.0)) as store:
+            sid = create(store).sid
+            assert store.get_session("a") is not None
+            for number, how in enumerate(("reset", "end")):
+                relay.cut(is_reset=how == "reset")
+                assert append(store, sid, 1, number) == Appended(number, number + 1)
+                assert read(store, sid) == b"".join(map(token, range(number + 1)))
 
 
 @pytest.mark.parametrize("is_committed", [False, True])
