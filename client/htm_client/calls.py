@@ -6,13 +6,12 @@ Does not know httpx, retries or time.
 from __future__ import annotations
 
 import base64
-import contextlib
 import json
+import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from uuid import uuid4
 
 import numpy as np
 import numpy.typing as npt
@@ -97,12 +96,11 @@ class Codec:
         """An append; without a key of the caller's it gets one, so that it can be sent again."""
         params = append_params(payloads, conditions)
         tensors: Tensors = {"embeddings": floats(embeddings)}
-        with _naming_payloads(params):
-            return self._post(session, "memories", tensors, params, _key_of(conditions))
+        return self._post(session, "memories", tensors, params, _key_of(conditions), params)
 
     def attend(self, session: str, tensors: Tensors, params: Params) -> Call:
         """An attend, of `attend_parts`."""
-        return self._post(session, "attend", tensors, params, None)
+        return self._post(session, "attend", tensors, params, None, {})
 
     def step(self, session: str, attend: tuple[Tensors, Params], embeddings: Any, options: AppendOptions) -> Call:
         """A step: an attend of `attend_parts`, then an append."""
@@ -110,15 +108,14 @@ class Codec:
         append = append_params(options.get("payloads"), options)
         key = _key_of(options)
         tokens = floats(embeddings)
-        with _naming_payloads(append):
-            if self.binary:
-                tensors = {**tensors, "embeddings": tokens}
-                return self._post(session, "step", tensors, {"attend": params, "append": append}, key)
-            body = {
-                "attend": params | {name: _base64(array) for name, array in tensors.items()},
-                "append": append | {"embeddings": _base64(tokens)},
-            }
-            return self._post(session, "step", {}, body, key)
+        if self.binary:
+            tensors = {**tensors, "embeddings": tokens}
+            return self._post(session, "step", tensors, {"attend": params, "append": append}, key, append)
+        body = {
+            "attend": params | {name: _base64(array) for name, array in tensors.items()},
+            "append": append | {"embeddings": _base64(tokens)},
+        }
+        return self._post(session, "step", {}, body, key, append)
 
     def read(self, session: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool) -> Call:
         """A read back."""
@@ -126,13 +123,16 @@ class Codec:
         query = given(start=start, stop=stop, include=",".join(include)) | self._encoding()
         return Call("GET", session_path(session, "memories"), None, {"Accept": self._accept()}, query)
 
-    def _post(self, session: str, name: str, tensors: Tensors, params: Params, key: str | None) -> Call:
-        if self.binary:
-            content, media_type = safetensors.dump(tensors, params), safetensors.MEDIA_TYPE
-        else:
-            body = params | {name: _base64(array) for name, array in tensors.items()}
-            content, media_type = dumps(body).encode(), JSON
-        headers = {"Content-Type": media_type, "Accept": self._accept()}
+    def _post(self, session: str, name: str, tensors: Tensors, params: Params, key: str | None, append: Params) -> Call:
+        try:
+            if self.binary:
+                content = safetensors.dump(tensors, params)
+            else:
+                content = dumps(params | {name: _base64(array) for name, array in tensors.items()}).encode()
+        except (TypeError, ValueError, RecursionError):
+            _check_payloads(append.get("payloads", ()))  # so that the error says which it is of
+            raise
+        headers = {"Content-Type": self._accept(), "Accept": self._accept()}
         if key is not None:
             headers["Idempotency-Key"] = key
         return Call("POST", session_path(session, name), content, headers, self._encoding())
@@ -178,16 +178,6 @@ def _listed(payloads: Iterable[Mapping[str, Any] | None]) -> list[Mapping[str, A
         if payload is not None and not isinstance(payload, Mapping):
             raise TypeError(f"payloads[{number}] must be an object or None, not {payload!r:.100}")
     return listed
-
-
-@contextlib.contextmanager
-def _naming_payloads(append: Params) -> Iterator[None]:
-    """What cannot be sent gets the number of its payload into the error, if it is one's."""
-    try:
-        yield
-    except (TypeError, ValueError, RecursionError):
-        _check_payloads(append.get("payloads", ()))
-        raise
 
 
 def _check_payloads(payloads: Iterable[Mapping[str, Any] | None]) -> None:
@@ -266,7 +256,7 @@ def _key_of(conditions: AppendConditions) -> str:
     """What makes it safe to send an append again."""
     key = conditions.get("idempotency_key")
     if key is None:
-        return uuid4().hex
+        return os.urandom(16).hex()
     if not isinstance(key, str):
         raise TypeError(f"an idempotency_key is a string, not {key!r:.100}")
     # What stands at either end would be gone on the way (RFC 9110, 5.5).

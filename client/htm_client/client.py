@@ -54,12 +54,12 @@ class HTMClient:
         transport: httpx.BaseTransport | None = None,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        if api_key is not None:
-            warnings.warn(NO_KEYS_YET, stacklevel=2)
         self._make_again = partial(
             HTMClient, base_url, api_key=api_key, timeout=timeout, retries=retries, binary=binary, sleep=sleep
         )
         address = Address.of("http://localhost" if base_url == ADDRESS else base_url, api_key)
+        if api_key is not None:
+            warnings.warn(NO_KEYS_YET, stacklevel=2)
         if base_url == ADDRESS:
             transport = SyncApp()
         self._transport = (

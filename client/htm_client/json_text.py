@@ -12,7 +12,7 @@ from typing import Any
 
 def dumps(value: Any) -> str:
     """The text. Raises ValueError for NaN and infinity, TypeError for what JSON does not have."""
-    return json.dumps(value, allow_nan=False, default=_plain)
+    return _ENCODER.encode(value)
 
 
 def _plain(value: Any) -> Any:
@@ -24,3 +24,7 @@ def _plain(value: Any) -> Any:
         if type(plain) is not type(value):
             return plain
     raise TypeError(f"a {type(value).__name__} cannot be sent as JSON: {value!r:.100}")
+
+
+_ENCODER = json.JSONEncoder(allow_nan=False, default=_plain)
+"""One for all calls: `json.dumps` would make one for each."""

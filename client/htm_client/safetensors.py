@@ -22,6 +22,7 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "I64": np.dtype("<i8"),
     "BOOL": np.dtype("?"),
 }
+_ENCODER = json.JSONEncoder(separators=(",", ":"))
 _NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 
 Array = npt.NDArray[Any]
@@ -45,7 +46,7 @@ def dump(tensors: Mapping[str, Array], params: Mapping[str, Any]) -> bytes:
         }
         parts.append(data)
         offset += len(data)
-    text = json.dumps(header, separators=(",", ":")).encode()
+    text = _ENCODER.encode(header).encode()
     text += b" " * (-len(text) % 8)
     return b"".join([len(text).to_bytes(8, "little"), text, *parts])
 
@@ -56,7 +57,7 @@ def load(data: bytes) -> tuple[dict[str, Array], dict[str, Any]]:
     if len(data) < 8 or size > len(data) - 8:
         raise ValueError(f"{len(data)} bytes are no safetensors file")
     try:
-        header = json.loads(data[8 : 8 + size])
+        header = json.loads(data[8 : 8 + size].decode())
         params = json.loads(header.pop("__metadata__", {}).get("params", "{}"))
         return {name: _tensor(data, 8 + size, entry) for name, entry in header.items()}, params
     except (AttributeError, KeyError, TypeError) as error:  # JSON, but not of this form
