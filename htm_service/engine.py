@@ -17,8 +17,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 from htm_service.attention.model import RetrievalModel
-from htm_service.clock import SteadyClock
 from htm_service.attention.registry import RETRIEVAL, ModelRegistry
+from htm_service.clock import SteadyClock
 from htm_service.config import EngineConfig
 from htm_service.errors import Draining, SessionDamaged, SessionExpired, SessionNotFound, Unhealthy
 from htm_service.inspection import Inspection, engine_info

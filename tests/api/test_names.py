@@ -31,7 +31,7 @@ async def test_what_is_no_models_name(
     client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any], name: str
 ) -> None:
     """An empty one meant the default here and an unknown model there; a long one came back twice in the error."""
-    holder = body["attend"] if "attend" in body else body
+    holder = body.get("attend", body)
     holder = {**holder, "model": name}
     answer = await client.request(method, path, json={**body, "attend": holder} if "attend" in body else holder)
     problem = check_problem(answer, 422, "invalid_argument")

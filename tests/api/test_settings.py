@@ -49,8 +49,9 @@ def test_the_users_own_directory(monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 @pytest.mark.parametrize("name", ["data", "models_dir", "kernel_cache"])
 def test_an_empty_path_is_refused(name: str) -> None:
     """It was the current directory, which then held a database."""
+    flags: dict[str, Any] = {name: ""}
     with pytest.raises(ValidationError) as refused:
-        Settings(**{name: ""})
+        Settings(**flags)
     assert sentence(refused.value) == f"{name}: it must be the path of a directory (got '')"
 
 

@@ -41,6 +41,7 @@ def test_broken_and_replaced_files(server: Server) -> None:
     assert call("GET", "/v1/info")[1]["models"] == ["m", "retrieval"]
     assert "cut.safetensors is not served: not a safetensors file" in server.log.read_text()
     step = {"attend": {"queries": NUMBERS}, "append": {"embeddings": NUMBERS}}
+    body: object
     for method, place, body in (
         ("POST", "/attend", {"queries": NUMBERS}),
         ("POST", "/step", step),
