@@ -253,7 +253,7 @@ class Engine:
 
     async def info(self) -> EngineInfo:
         """Version, device, dtype with their reasons, models, limits, totals."""
-        totals = self.directory.totals()
+        totals = {"attends": self._attends.num_attends, **self.directory.totals()}
         return await engine_info(
             self.config,
             self.store,

@@ -206,9 +206,12 @@ async def engine_info(
     committer: Committer,
     reasons: tuple[str, str],
     models: list[ModelInfo],
-    of_sessions: Mapping[str, int],
+    counted: Mapping[str, int],
 ) -> EngineInfo:
-    """What the engine is, may take and holds; `reasons` for its device and its kernel. Raises Unhealthy."""
+    """What the engine is, may take and holds; `reasons` for its device and its kernel. Raises Unhealthy.
+
+    `counted` are more totals, of what is not seen from here.
+    """
     try:
         totals = await asyncio.to_thread(store.totals)
     except StoreError as error:
@@ -248,9 +251,8 @@ async def engine_info(
             "fetched_pages": cache.num_fetched_pages,
             "trimmed_tokens": committer.num_trimmed_tokens,
             "batches": queue.num_batches,
-            "attends": queue.num_items,
             "skipped": queue.num_skipped + committer.queue.num_skipped,
-            **of_sessions,
+            **counted,
             "commits": committer.queue.num_batches,
         },
     )

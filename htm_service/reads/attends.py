@@ -43,6 +43,8 @@ class Attends:
         self._worker = worker
         self._store = store
         self._clock = clock
+        self.num_attends = 0
+        """Answered since the start, whatever they were cut into."""
 
     async def attend(self, session: Session, request: AttendRequest) -> AttendResult:
         """Answer a checked request over the session as it is now, or as it was at `stop`."""
@@ -56,6 +58,7 @@ class Attends:
         except SessionDamaged as error:
             session.damage = error.detail
             raise
+        self.num_attends += 1
         session.num_attends += 1
         session.num_queries += len(request.queries)
         session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
@@ -91,17 +94,20 @@ class Attends:
         timeout_s = request.timeout_s or self._config.default_timeout_s
         deadline = asyncio.get_running_loop().time() + timeout_s  # one for all that is tried
         is_masked = request.mask is not None or request.chunk_mask is not None
+        length, was_torn = session.length, False
         while True:
-            length = session.length
             attend = Attend(session.resident, model, request, top_k)
             if is_masked and request.stop is None:  # masks are as long as the session is now, however long it waits
                 attend.see_as_of(length)
-            cost, max_queries = self._cost(session, attend)
+            cost, at_once, room = self._cost(session, attend)
             try:
-                if len(request.queries) <= max_queries:
+                if len(request.queries) <= (room if was_torn else at_once):
                     future = self._worker.submit(attend, cost * len(request.queries))
                     return await within(future, deadline, timeout_s)
-                return await self._in_parts(attend, length, cost, max_queries, deadline, timeout_s)
+                result = await self._in_parts(attend, length, cost, at_once, deadline, timeout_s)
+                if result is not None:
+                    return result
+                was_torn = True  # in a session that is trimmed all the time it would be so again
             except Trimmed:
                 if request.stop is not None:
                     raise
@@ -110,9 +116,10 @@ class Attends:
                         f"the masks are of {length} tokens, all of which were trimmed before the attend began",
                         length=session.length,
                     ) from None
+                length = session.length
 
-    def _cost(self, session: Session, attend: Attend) -> tuple[int, int]:
-        """Multiply-adds of one query, and how many queries may go together."""
+    def _cost(self, session: Session, attend: Attend) -> tuple[int, int, int]:
+        """Multiply-adds of one query; how many queries are cheap enough for one batch; how many there is room for."""
         settings = session.settings
         cost = products_per_query(
             attend.model.config,
@@ -123,13 +130,13 @@ class Attends:
         )
         # What they take must fit into half the budget, should none of it be on the device.
         bytes_per_query = attend.top_k * settings.chunk_size * session.resident.token_bytes
-        room = self._config.memory_budget_bytes // 2 // bytes_per_query
-        return cost, max(1, min(self._config.max_batch_products // cost, room))
+        room = max(1, self._config.memory_budget_bytes // 2 // bytes_per_query)
+        return cost, max(1, min(self._config.max_batch_products // cost, room)), room
 
     async def _in_parts(
         self, attend: Attend, length: int, cost: int, max_queries: int, deadline: float, timeout_s: float
-    ) -> AttendResult:
-        """Several attends that see one length, as one. Raises Trimmed."""
+    ) -> AttendResult | None:
+        """Several attends that see one length, as one; None when a trim came between them. Raises Trimmed."""
         parts = [
             Attend(attend.resident, attend.model, part, attend.top_k, length=length)
             for part in split(attend.request, max_queries, length)
@@ -138,11 +145,13 @@ class Attends:
         try:
             for part in parts:
                 futures.append(self._worker.submit(part, cost * len(part.request.queries)))
-            return merge([await within(future, deadline, timeout_s) for future in futures], length)
+            results = [await within(future, deadline, timeout_s) for future in futures]
         except BaseException:
             for future in futures:
                 future.cancel()
             raise
+        is_torn = len({part.seen.start for part in parts}) > 1
+        return None if is_torn else merge(results, length)
 
     async def _with_payloads(self, session: Session, result: AttendResult) -> AttendResult:
         """The result with the payloads of its recalled tokens."""

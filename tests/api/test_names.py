@@ -31,9 +31,8 @@ async def test_what_is_no_models_name(
     client: httpx.AsyncClient, method: str, path: str, body: dict[str, Any], name: str
 ) -> None:
     """An empty one meant the default here and an unknown model there; a long one came back twice in the error."""
-    holder = body.get("attend", body)
-    holder = {**holder, "model": name}
-    answer = await client.request(method, path, json={**body, "attend": holder} if "attend" in body else holder)
+    attend = {**body.get("attend", body), "model": name}
+    answer = await client.request(method, path, json={**body, "attend": attend} if "attend" in body else attend)
     problem = check_problem(answer, 422, "invalid_argument")
     assert problem["detail"].startswith(f"model is {name[:140]!r}"[:-1]) and "must match" in problem["detail"]
     assert len(answer.content) < 1_000

@@ -97,3 +97,53 @@ async def test_a_small_attend_is_not_kept_waiting_by_a_large_one(make_engine: Ma
         await engine.attend("small", AttendRequest(queries=vectors(2, 1, DIM)))
     assert not large.done()
     assert (await large).output.shape == (1_000, DIM)
+
+
+async def test_attends_are_counted_not_their_parts(make_engine: MakeEngine) -> None:
+    """`attends` of `GET /v1/info` counted each part, and every look at a session's chunks."""
+    engine = await make_engine(max_batch_products=TWO_QUERIES)
+    await fill(engine, "s", vectors(0, 47, DIM))
+    await engine.attend("s", AttendRequest(queries=vectors(1, 9, DIM)))
+    await engine.attend("s", AttendRequest(queries=vectors(1, 1, DIM)))
+    await engine.step("s", AttendRequest(queries=vectors(1, 1, DIM)), AppendRequest(embeddings=vectors(2, 1, DIM)))
+    await engine.chunks("s")
+    with pytest.raises(InvalidArgument):
+        await engine.attend("s", AttendRequest(queries=vectors(1, 1, DIM), stop=99))
+    await engine.delete("s")
+    assert (await engine.info()).totals["attends"] == 3
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("room", [9, 3])
+async def test_all_parts_begin_where_the_others_do(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, masked: bool, room: int
+) -> None:
+    """A trim between two parts left the queries of one answer with different tokens. Once it was cut so it is done
+    whole, where the budget has room for that; else in parts again.
+    """
+    bytes_of_query = 8 * SIZE * DIM * 4  # of top_k chunks
+    engine = await make_engine(max_batch_products=TWO_QUERIES, memory_budget_bytes=2 * room * bytes_of_query)
+    await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=30, on_full="evict_oldest"))
+    tokens = vectors(0, 60, DIM)
+    await engine.append("s", AppendRequest(embeddings=tokens[:25]))
+    await engine.append("s", AppendRequest(embeddings=tokens[25:30]))
+    run, loop, sizes = engine.worker.runner.run, asyncio.get_running_loop(), list[int]()
+
+    def trim_between(attends: Sequence[Attend]) -> list[AttendResult | Exception]:
+        results = run(attends)
+        sizes.extend(len(attend.request.queries) for attend in attends)
+        if len(sizes) == 1:
+            adding = engine.append("s", AppendRequest(embeddings=tokens[30:36]))
+            asyncio.run_coroutine_threadsafe(adding, loop).result(timeout=60)
+        return results
+
+    monkeypatch.setattr(engine.worker.runner, "run", trim_between)
+    fields: dict[str, Any] = {"mask": np.ones(30, np.bool_)} if masked else {}
+    result = await engine.attend("s", AttendRequest(queries=vectors(1, 9, DIM), **fields))
+    assert (await engine.inspect("s")).first_position == 10
+    length = 30 if masked or room == 3 else 36
+    assert result.length == length
+    expected = await engine.attend("s", AttendRequest(queries=vectors(1, 9, DIM), stop=length))
+    assert_same(result, expected._replace(length=length))
+    parts = [2, 2, 2, 2, 1]
+    assert sizes[: 5 + (1 if room == 9 else 5)] == [*parts, *([9] if room == 9 else parts)]
