@@ -15,8 +15,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import errors, openapi
 from api.disconnect import Watch
+from api.metrics import Metrics
 from api.middleware import Front
-from api.routes import hot, hot_openapi, inspection, pages, server, sessions
+from api.routes import hot, hot_openapi, inspection, metrics, pages, server, sessions
 from api.settings import Settings
 from htm_service.config import EngineConfig
 from htm_service.errors import HTMError
@@ -78,14 +79,16 @@ def create_app(
     )
     app.state.settings = settings
     app.state.watch = Watch()
+    app.state.metrics = Metrics()
     if engine is not None:  # in-process tests need no lifespan
         app.state.engine = engine
     hot_routes = hot.routes()
-    app.front = Front(super(App, app).__call__, hot_routes, app, only_here=not settings.insecure)
+    app.front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, only_here=not settings.insecure)
     app.router.routes.extend(hot_routes)  # for what the short way leaves: other methods are answered 405
     app.include_router(sessions.router())
     app.include_router(inspection.router())
     app.include_router(server.router())
+    app.include_router(metrics.router())
     app.router.routes.extend(pages.routes())
 
     def describe() -> dict[str, Any]:

@@ -17,6 +17,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
+from starlette.types import Scope
 
 from htm_service.errors import HTMError, Unavailable, clipped
 
@@ -91,7 +92,7 @@ def document(code: str, detail: str, request_id: str, extra: Mapping[str, Any] |
 
 
 def answer(
-    request_id: str,
+    scope: Scope,
     code: str,
     detail: str,
     *,
@@ -99,7 +100,9 @@ def answer(
     retry_after_s: int = Unavailable.retry_after_s,
     headers: Mapping[str, str] | None = None,
 ) -> Response:
-    """The answer that tells a client of an error."""
+    """The answer that tells a client of an error, which is noted as that of the request."""
+    if (measured := scope.get("htm.measured")) is not None:
+        measured.code = code
     status = PROBLEMS[code].status
     own = dict(headers or {})
     if status in RETRY_STATUSES:
@@ -108,7 +111,8 @@ def answer(
         # What is left of the body may still be on its way, so the connection cannot carry another request. A server
         # that stops will close its connections, so that nobody may begin one more on them.
         own["Connection"] = "close"
-    content = orjson.dumps(document(code, detail, request_id, extra), default=str, option=orjson.OPT_NON_STR_KEYS)
+    told = document(code, detail, scope.get("htm.request_id", ""), extra)
+    content = orjson.dumps(told, default=str, option=orjson.OPT_NON_STR_KEYS)
     return Response(content, status, own, MEDIA_TYPE)
 
 
@@ -123,13 +127,13 @@ async def on_domain_error(request: Request, error: Exception) -> Response:
     if error.code not in PROBLEMS or error.code == "internal_error":
         raise error
     retry = error.retry_after_s if isinstance(error, Unavailable) else Unavailable.retry_after_s
-    return answer(request_id_of(request), error.code, error.detail, extra=error.extra, retry_after_s=retry)
+    return answer(request.scope, error.code, error.detail, extra=error.extra, retry_after_s=retry)
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:
     """Handler of FastAPI's RequestValidationError: names the field, what is wrong, and the value."""
     assert isinstance(error, RequestValidationError)
-    return answer(request_id_of(request), "invalid_argument", validation_detail(error.errors()))
+    return answer(request.scope, "invalid_argument", validation_detail(error.errors()))
 
 
 def validation_detail(errors: Sequence[Any]) -> str:
@@ -154,7 +158,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
         "not_found": f"there is nothing at {shorten(path)}",
         "method_not_allowed": f"{shorten(path)} does not take {request.method}",
     }.get(code, str(error.detail))
-    return answer(request_id_of(request), code, detail, headers=headers)
+    return answer(request.scope, code, detail, headers=headers)
 
 
 def allowed_methods(request: Request) -> list[str]:

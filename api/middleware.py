@@ -19,6 +19,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import refusal
 from api.errors import answer, on_domain_error
+from api.metrics import Measured, Metrics
 from htm_service.errors import HTMError
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -34,8 +35,11 @@ class Front:
     the rest of a small call. Everything else goes the framework's way.
     """
 
-    def __init__(self, framework: ASGIApp, routes: Sequence[Route], owner: Starlette, *, only_here: bool) -> None:
+    def __init__(
+        self, framework: ASGIApp, routes: Sequence[Route], owner: Starlette, metrics: Metrics, *, only_here: bool
+    ) -> None:
         self._framework = framework
+        self._metrics = metrics
         self._only_here = only_here
         self._routes = [(route.path_regex, route.methods or (), route.endpoint) for route in routes]
         self._owner = owner
@@ -49,31 +53,34 @@ class Front:
         if scope["method"] == "HEAD":  # as GET, without the body (RFC 9110, 9.3.2)
             scope, send = {**scope, "method": "GET"}, without_body(send)
         request_id = scope["htm.request_id"] = incoming_id(scope) or next(self._ids)
-        is_begun = False
+        measured = scope["htm.measured"] = Measured()
+        status = 0
 
         async def send_with_id(message: Message) -> None:
-            nonlocal is_begun
+            nonlocal status
             if message["type"] == "http.response.start":
-                is_begun = True
+                status = message["status"]
                 message["headers"] = [*message["headers"], id_header(request_id)]
             await send(message)
 
         try:
             if self._only_here and (refused := refusal(scope)) is not None:
-                response = answer(request_id, *refused, headers={"Connection": "close"})
+                response = answer(scope, *refused, headers={"Connection": "close"})
             elif (endpoint := self._endpoint(scope)) is not None:
                 response = await _answer_of(endpoint, _HotRequest(scope, receive, send))
             else:
                 await self._framework(scope, receive, send_with_id)
+                self._metrics.count(measured, status)
                 return
         except ClientDisconnect:
             return  # nobody is left to answer
         except Exception:
             response = on_failure(scope)
-            if is_begun:
+            if status:
                 raise  # the server closes the connection, so that half an answer is not taken for a whole
         response.raw_headers.append(id_header(request_id))  # a whole answer: there is nothing to wrap
         await response(scope, receive, send)
+        self._metrics.count(measured, response.status_code)
 
     def _endpoint(self, scope: Scope) -> Endpoint | None:
         """The hot endpoint of a request, which gets what the framework would tell it."""
@@ -108,7 +115,7 @@ def on_failure(scope: Scope) -> Response:
     request_id = scope["htm.request_id"]
     logging.getLogger(__name__).exception("request %s failed: %s %s", request_id, scope["method"], scope["path"])
     detail = "unexpected error; the server's log has it under this request_id"
-    return answer(request_id, "internal_error", detail)
+    return answer(scope, "internal_error", detail)
 
 
 def without_body(send: Send) -> Send:

@@ -26,6 +26,7 @@ from htm_service.kernels.resolve import resolve_for_start
 from htm_service.memory.cache import Cache
 from htm_service.memory.device import choose_device
 from htm_service.memory.loader import Loader
+from htm_service.metrics import Metrics
 from htm_service.reads.attends import Attends
 from htm_service.reads.runner import Runner
 from htm_service.reads.worker import DeviceWorker, Job
@@ -72,13 +73,17 @@ class Engine:
         self.is_draining = False
         """Set to refuse what is new; what has begun goes on."""
         self.store = store
+        self.metrics = Metrics()
         retrieval = RetrievalModel(
             summary_scale=config.retrieval_summary_scale, attention_scale=config.retrieval_attention_scale
         )
         self._models = ModelRegistry(config.models_dir, self.device, retrieval)
 
         device: Batcher[Job, object] = Batcher(
-            "device", max_waiting=config.max_waiting, max_cost=config.max_batch_products
+            "device",
+            max_waiting=config.max_waiting,
+            max_cost=config.max_batch_products,
+            metrics=self.metrics.of_queue("device"),
         )
         cache = Cache(self.device, config.memory_budget_bytes)
         loader = Loader(store, cache, device)
@@ -87,9 +92,12 @@ class Engine:
         self.worker = DeviceWorker(device, cache, loader, Runner(kernel))
 
         writer: Batcher[Work, Written] = Batcher(
-            "store", max_waiting=config.max_waiting, max_cost=config.max_write_group_bytes
+            "store",
+            max_waiting=config.max_waiting,
+            max_cost=config.max_write_group_bytes,
+            metrics=self.metrics.of_queue("store"),
         )
-        self.committer = Committer(store, writer, self.worker, clock)
+        self.committer = Committer(store, writer, self.worker, clock, self.metrics.commit_seconds)
         self.directory = Directory(store, self.committer.write, clock, config.recalls_per_session)
 
         self._attends = Attends(config, self._models, self.worker, store, clock)
@@ -253,7 +261,9 @@ class Engine:
 
     async def info(self) -> EngineInfo:
         """Version, device, dtype with their reasons, models, limits, totals."""
-        totals = {"attends": self._attends.num_attends, **self.directory.totals()}
+        attends = self._attends
+        counted = {"attends": attends.num_attends, "attended_queries": attends.num_queries}
+        totals = {**counted, **self.directory.totals()}
         return await engine_info(
             self.config,
             self.store,

@@ -33,7 +33,7 @@ ROOMS = {
         ("routes", "middleware"),
         ("openapi",),
         ("schemas",),
-        ("wire", "disconnect", "auth"),
+        ("wire", "disconnect", "auth", "metrics"),
         ("settings", "errors", "machine", "logs"),
     ),
     "storage": (("resolve",), ("databases",), ("sql", "in_memory"), ("base", "migrations")),
@@ -46,7 +46,18 @@ ROOMS = {
         ("kernels",),
         ("memory",),
         ("threads",),
-        ("records", "errors", "store_errors", "config", "clock", "dtypes", "version", "session_settings", "cursors"),
+        (
+            "records",
+            "errors",
+            "store_errors",
+            "config",
+            "metrics",
+            "clock",
+            "dtypes",
+            "version",
+            "session_settings",
+            "cursors",
+        ),
     ),
 }
 """The folders of a package, and the modules at its root, from the top: each may import what stands below it."""

@@ -16,6 +16,7 @@ from starlette.types import Message
 
 from api.disconnect import Watch
 from api.errors import shorten
+from api.metrics import Measured, Metrics
 from api.settings import Settings
 from api.wire.body import check_encoding, read_body
 from api.wire.query import check_names
@@ -47,6 +48,18 @@ def watch_of(request: Request) -> Watch:
     return watch
 
 
+def metrics_of(request: Request) -> Metrics:
+    """What the app measures of requests."""
+    metrics: Metrics = request.app.state.metrics
+    return metrics
+
+
+def measured_of(request: Request) -> Measured:
+    """What is measured of a request."""
+    measured: Measured = request.scope["htm.measured"]
+    return measured
+
+
 class JsonRoute(APIRoute):
     """A FastAPI route that refuses what it does not know as every other call does, and reads its body within limits."""
 
@@ -58,6 +71,7 @@ class JsonRoute(APIRoute):
         repeatable = {field.alias for field in parameters if _is_list(field.field_info.annotation)}
 
         async def check_then_handle(request: Request) -> Response:
+            measured_of(request).call = self.operation_id or "other"
             check_names(request, known, repeatable)
             return await handler(request)
 

@@ -16,7 +16,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from api.errors import request_id_of, shorten
-from api.routes.context import engine_of, settings_of, watch_of
+from api.routes.context import engine_of, measured_of, settings_of, watch_of
 from api.wire import answers, hot_bodies, query
 from api.wire.body import THREAD_BYTES, read_body, wire_of
 from api.wire.fields import HotBody
@@ -45,6 +45,7 @@ async def memories(request: Request) -> Response:
 
 async def attend(request: Request) -> Response:
     """Answer queries."""
+    measured_of(request).call = "attend"
     query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
@@ -63,6 +64,7 @@ async def attend(request: Request) -> Response:
 
 async def append(request: Request) -> Response:
     """Add tokens."""
+    measured_of(request).call = "append"
     query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
@@ -77,6 +79,7 @@ async def append(request: Request) -> Response:
 
 async def step(request: Request) -> Response:
     """Attend to the memory as it is, then append."""
+    measured_of(request).call = "step"
     query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
@@ -94,6 +97,7 @@ async def step(request: Request) -> Response:
 
 async def read(request: Request) -> Response:
     """Read tokens back."""
+    measured_of(request).call = "read_memories"
     query.check_names(request, ("start", "stop", "include", "encoding"))
     reply = answers.reply_of(request)
     start, stop = query.position(request, "start"), query.position(request, "stop")

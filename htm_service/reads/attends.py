@@ -45,6 +45,8 @@ class Attends:
         self._clock = clock
         self.num_attends = 0
         """Answered since the start, whatever they were cut into."""
+        self.num_queries = 0
+        """Of these attends."""
 
     async def attend(self, session: Session, request: AttendRequest) -> AttendResult:
         """Answer a checked request over the session as it is now, or as it was at `stop`."""
@@ -59,6 +61,7 @@ class Attends:
             session.damage = error.detail
             raise
         self.num_attends += 1
+        self.num_queries += len(request.queries)
         session.num_attends += 1
         session.num_queries += len(request.queries)
         session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())

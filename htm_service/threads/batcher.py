@@ -27,6 +27,7 @@ from enum import Enum
 from typing import Generic, TypeAlias, TypeVar
 
 from htm_service.errors import DeadlineExceeded, Draining, Overloaded, Unhealthy
+from htm_service.metrics import Metrics, QueueMetrics
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -67,7 +68,13 @@ class Batcher(Generic[Item, Result]):
     """See the head of this module. `clock` (seconds) says how long items waited."""
 
     def __init__(
-        self, name: str, *, max_waiting: int, max_cost: int, clock: Callable[[], float] = time.monotonic
+        self,
+        name: str,
+        *,
+        max_waiting: int,
+        max_cost: int,
+        clock: Callable[[], float] = time.monotonic,
+        metrics: QueueMetrics | None = None,
     ) -> None:
         self.name = name
         self.max_waiting = max_waiting
@@ -80,6 +87,7 @@ class Batcher(Generic[Item, Result]):
         self.busy_since: float | None = None
         self._run: Run[Item, Result] | None = None
         self._clock = clock
+        self._metrics = metrics or Metrics().of_queue(name)
         self._changed = threading.Condition()
         self._new: list[Ticket[Item, Result]] = []
         """What waits and is not in a lane yet."""
@@ -299,6 +307,7 @@ class Batcher(Generic[Item, Result]):
             for ticket, outcome in zip(tickets, self._outcomes(tickets), strict=True):
                 if not isinstance(outcome, Later):
                     finished.append((ticket, outcome))
+            self._metrics.ran([ticket.queue_s for ticket in tickets], len(tickets), self._clock() - now)
         self.num_skipped += num_skipped
         self.num_items += len(finished) - num_skipped
         self.finish(finished)

@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
+from prometheus_client import Histogram
+
 from htm_service.memory.resident import Resident
 from htm_service.reads.worker import DeviceWorker
 from htm_service.store_errors import write_failure
@@ -45,13 +47,20 @@ class Committer:
     """See the head of this module. `queue` is the store thread's, which is to call `run`."""
 
     def __init__(
-        self, store: Store, queue: Batcher[Work, Written], device: DeviceWorker, clock: Callable[[], float]
+        self,
+        store: Store,
+        queue: Batcher[Work, Written],
+        device: DeviceWorker,
+        clock: Callable[[], float],
+        commit_seconds: Histogram,
     ) -> None:
         self.queue = queue
+        self.num_appended_tokens = 0
         self.num_trimmed_tokens = 0
         self._store = store
         self._device = device
         self._clock = clock
+        self._commit_seconds = commit_seconds
 
     async def write(self, write: Write, resident: Resident | None) -> Written:
         """One write, on disk and visible when this returns (the loop). What the store refuses is raised as it is.
@@ -84,7 +93,8 @@ class Committer:
         changes = [ticket.item for ticket in tickets if isinstance(ticket.item, Change)]
         if not changes:
             return [_outcome_of(ticket.item) for ticket in tickets if isinstance(ticket.item, Upkeep)]
-        written = iter(self._store.write([change.write for change in changes], now=self._clock()))
+        with self._commit_seconds.time():
+            written = iter(self._store.write([change.write for change in changes], now=self._clock()))
         if len(changes) < len(tickets):
             self.queue.requeue([ticket for ticket in tickets if isinstance(ticket.item, Upkeep)])
         return [
@@ -99,6 +109,7 @@ class Committer:
             return outcome
         if isinstance(outcome, Appended) and isinstance(write, Append) and not outcome.replayed:
             new = Block(outcome.start, write.num_tokens, write.data, write.episode)
+            self.num_appended_tokens += write.num_tokens
             self.num_trimmed_tokens += outcome.first_position - resident.extent.first_position
             if resident.publish(new, outcome.first_position):
                 self._device.fill(resident)

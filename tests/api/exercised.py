@@ -10,6 +10,7 @@ import httpx
 
 from api import errors
 from htm_service.errors import HTMError
+from htm_service.metrics import Metrics
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ CALLS: Mapping[str, Call] = {
     "livez": Call("GET", "/livez"),
     "readyz": Call("GET", "/readyz"),
     "info": Call("GET", "/v1/info"),
+    "metrics": Call("GET", "/metrics"),
     "list_models": Call("GET", "/v1/models"),
     "inspect_model": Call("GET", "/v1/models/retrieval"),
     "create_session": Call("POST", "/v1/sessions", 201, {"dim": 3}),
@@ -67,6 +69,7 @@ class FailingEngine:
 
     def __init__(self, error: Exception) -> None:
         self.error = error
+        self.metrics: Any = Metrics()
         self.is_draining = getattr(error, "code", "") == "draining"
 
     def __getattr__(self, name: str) -> Any:

@@ -130,6 +130,9 @@ async def test_success(client: httpx.AsyncClient, name: str, document: dict[str,
         for operation in item.values()
         if operation["operationId"] == name
     )
+    if answer.headers["content-type"].startswith("text/plain"):
+        assert name == "metrics"
+        return
     content = operation["responses"][str(answer.status_code)]["content"]["application/json"]
     name = content["schema"]["$ref"].rsplit("/", 1)[-1]
     model = getattr(views, name, None) or getattr(bodies, name)

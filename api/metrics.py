@@ -1,0 +1,99 @@
+"""What the server measures of requests, and the text of /metrics. Does not know: what a call does.
+
+The names are those of docs/operations.md; no label has values that grow with users.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from collections.abc import Iterable, Iterator, Mapping
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, disable_created_metrics, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from htm_service.metrics import SECONDS
+from htm_service.records import EngineInfo
+
+COUNTED = {
+    "skipped": ("htm_skipped", "Work whose caller had gone before it began."),
+    "appended_tokens": ("htm_appended_tokens", "Tokens that were appended."),
+    "attended_queries": ("htm_attended_queries", "Queries that were answered with attention."),
+    "fetched_pages": ("htm_pages_fetched", "Pages that were read from the store for an attend."),
+    "offloaded_pages": ("htm_pages_offloaded", "Pages that were taken off the device."),
+    "trimmed_tokens": ("htm_tokens_trimmed", "Tokens that sessions let go to stay within max_tokens."),
+    "expired_sessions": ("htm_sessions_expired", "Sessions that were deleted after their ttl_s."),
+}
+"""The engine's totals since its start, and what they are called here."""
+TIERS = {"device": "device_bytes", "device_keys": "device_key_bytes", "disk": "disk_bytes"}
+QUEUES = ("device", "store")
+
+
+class Measured:
+    """One request, while it is answered: the call it turned out to be, and the code of its error."""
+
+    __slots__ = ("began", "call", "code")
+
+    def __init__(self) -> None:
+        self.began = time.perf_counter()
+        self.call = "other"
+        """An operationId of openapi.json, or `other`: a page, a path that there is not."""
+        self.code = ""
+
+
+class Metrics:
+    """Requests since the server's start."""
+
+    def __init__(self) -> None:
+        disable_created_metrics()  # type: ignore[no-untyped-call]  # a time for each series, which Prometheus does not ask for
+        self.registry = CollectorRegistry()
+        names = ["call", "status"]
+        self._requests = Counter("htm_requests", "Requests that were answered.", names, registry=self.registry)
+        self._seconds = Histogram(
+            "htm_request_seconds",
+            "From a request's headers to the end of its answer.",
+            ["call"],
+            buckets=SECONDS,
+            registry=self.registry,
+        )
+        self._errors = Counter("htm_errors", "Errors by their code.", ["code"], registry=self.registry)
+
+    def count(self, request: Measured, status: int) -> None:
+        """A request that was answered just now."""
+        self._requests.labels(request.call, str(status)).inc()
+        self._seconds.labels(request.call).observe(time.perf_counter() - request.began)
+        if request.code:
+            self._errors.labels(request.code).inc()
+
+
+class EngineTotals(Collector):
+    """What an engine counts, as it is at one moment."""
+
+    def __init__(self, info: EngineInfo) -> None:
+        self._info = info
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        info, totals = self._info, self._info.totals
+        for total, (name, meaning) in COUNTED.items():
+            yield CounterMetricFamily(name, meaning, totals[total])
+        yield _gauges("htm_bytes", "Bytes in use.", "tier", {tier: totals[name] for tier, name in TIERS.items()})
+        yield _gauges("htm_waiting", "Items that wait.", "queue", {name: totals[f"waiting_{name}"] for name in QUEUES})
+        cold = totals["sessions"] - totals["resident_sessions"]
+        states = {"resident": totals["resident_sessions"], "cold": cold}
+        yield _gauges("htm_sessions", "Sessions.", "state", states)
+        labels = {"version": info.version, "device": info.device, "kernel": info.kernel}
+        yield InfoMetricFamily("htm_build", "What runs here.", {**labels, "python": platform.python_version()})
+
+
+def exposition(collectors: Iterable[Collector]) -> bytes:
+    """The text of /metrics, in Prometheus' format."""
+    return b"".join(generate_latest(collector) for collector in collectors)
+
+
+def _gauges(name: str, meaning: str, label: str, values: Mapping[str, float]) -> GaugeMetricFamily:
+    family = GaugeMetricFamily(name, meaning, labels=[label])
+    for value, number in values.items():
+        family.add_metric([value], number)
+    return family
