@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
+from htm_service.config import NAME_PATTERN
 from htm_service.errors import HTMError, Unavailable, clipped
 
 MEDIA_TYPE = "application/problem+json"
@@ -155,7 +156,7 @@ async def on_http_error(request: Request, error: Exception) -> Response:
     if code == "method_not_allowed":
         headers["Allow"] = ", ".join(allowed_methods(request))
     detail = {
-        "not_found": f"there is nothing at {shorten(path)}",
+        "not_found": f"there is nothing at {shorten(path)}{_about_ids(path)}",
         "method_not_allowed": f"{shorten(path)} does not take {request.method}",
     }.get(code, str(error.detail))
     return answer(request.scope, code, detail, headers=headers)
@@ -183,6 +184,11 @@ class _Brief(reprlib.Repr):
     def repr_dict(self, x: dict[Any, Any], level: int) -> str:
         """In its own order: the standard's sorts all keys first."""
         return super().repr_dict(dict(itertools.islice(x.items(), self.maxdict + 1)), level)
+
+
+def _about_ids(path: str) -> str:
+    """What to add about an unknown path that may be an id with a slash, however the client wrote that."""
+    return f"; session ids match {NAME_PATTERN}, so they have no slash" if path.startswith("/v1/sessions/") else ""
 
 
 def shorten(value: object, most: int = 80) -> str:

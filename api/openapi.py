@@ -19,6 +19,7 @@ from api.auth import OPEN
 from api.errors import MEDIA_TYPE, PROBLEMS, RETRY_STATUSES, document
 from api.schemas import bodies
 from api.wire import safetensors
+from htm_service.config import NAME_PATTERN
 
 REF = "#/components/schemas/{model}"
 
@@ -46,7 +47,7 @@ SESSION_ID = {
     "name": "session_id",
     "in": "path",
     "required": True,
-    "description": "`[A-Za-z0-9._~-]{1,128}`",
+    "description": f"`{NAME_PATTERN}`",
     "schema": {"type": "string"},
     "example": "agent-7",
 }

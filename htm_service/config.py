@@ -17,6 +17,8 @@ MAX_RECALLED = 1_024
 MAX_LABELS = 64
 MAX_LABEL_CHARS = 256
 DEFAULT_CHUNK_SIZE = 32
+NAME_PATTERN = "[A-Za-z0-9._~-]{1,128}"
+"""Of session ids and of models' names."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

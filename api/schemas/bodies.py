@@ -99,7 +99,7 @@ class AppendBody(Body):
 
     embeddings: Tensor = Field(description="`[T, D]`, or `[D]` for one token.")
     payloads: list[dict[str, Any] | None] | None = Field(None, description="One object or null per token.")
-    episode: int | None = Field(None, description="The episode number of these tokens.")
+    episode: int | None = Field(None, description="The episode number of these tokens; it begins no chunk.")
     if_length: int | None = Field(None, description="Append only when the session has this length.")
 
 
@@ -111,7 +111,11 @@ class AttendBody(Body):
     top_k: int | None = Field(None, description="Chunks to attend to, 1..256; the model's, if left out.")
     start: int = Field(0, description="First visible position.")
     stop: int | None = Field(None, description="End of the visible positions; the length, if left out.")
-    episodes: list[int] | None = Field(None, description="Only tokens appended under these episode numbers.")
+    episodes: list[int] | None = Field(
+        None,
+        description="Only tokens appended under these episode numbers. Chunks stay those of the session: to attend "
+        "to an episode alone, use a session per episode.",
+    )
     mask: Mask | None = Field(None, description="`[n]` bool: which tokens are visible.")
     chunk_mask: Mask | None = Field(None, description="`[M]` or `[Q, M]` bool: which chunks are visible.")
     return_: list[Literal["output", "chunks", "tokens", "payloads"]] = Field(

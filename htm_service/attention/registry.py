@@ -14,12 +14,13 @@ import torch
 
 from htm_service.attention.model import Model, RetrievalModel
 from htm_service.attention.model_file import load_model
+from htm_service.config import NAME_PATTERN
 from htm_service.errors import InvalidArgument, ModelNotFound, quoted
 from htm_service.records import ModelInfo
 
 RETRIEVAL = "retrieval"
 
-_NAME = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+_NAME = re.compile(NAME_PATTERN)
 
 
 class ModelRegistry:

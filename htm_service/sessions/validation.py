@@ -20,7 +20,7 @@ from htm_service.errors import InvalidArgument, quoted
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest, DType, Floats
 from htm_service.session_settings import SessionSettings
 
-ID = re.compile(r"[A-Za-z0-9._~-]{1,128}")
+ID = re.compile(limits.NAME_PATTERN)
 
 
 FEW_NUMBERS = 8192

@@ -65,3 +65,27 @@ async def test_an_error_is_short_however_long_what_was_sent(
     """The name of an unknown field of 3 MB came back whole."""
     answer = await client.request(method, path, json=body)
     assert 400 <= answer.status_code < 500 and len(answer.content) < 2_000, answer.text[:2_000]
+
+
+@pytest.mark.parametrize("name", ["a@b", "a b", "é", "a%0A", "x" * 129])
+async def test_an_id_with_another_character_says_what_an_id_is(client: httpx.AsyncClient, name: str) -> None:
+    for method, rest, body in (
+        ("GET", "", None),
+        ("PUT", "", {"dim": 3}),
+        ("DELETE", "", None),
+        ("POST", "/attend", QUERY),
+        ("GET", "/chunks", None),
+    ):
+        answer = await client.request(method, f"/v1/sessions/{name}{rest}", json=body)
+        problem = check_problem(answer, 422, "invalid_argument")
+        assert "it must match [A-Za-z0-9._~-]{1,128}" in problem["detail"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "a%2Fb", "http://x"])
+async def test_an_id_with_a_slash_says_what_an_id_is(client: httpx.AsyncClient, name: str) -> None:
+    """It is a path that nobody serves, and the answer said no more than that."""
+    for method, rest, body in (("GET", "", None), ("PUT", "", {"dim": 3}), ("POST", "/attend", QUERY)):
+        answer = await client.request(method, f"/v1/sessions/{name}{rest}", json=body)
+        problem = check_problem(answer, 404, "not_found")
+        assert problem["detail"].endswith("; session ids match [A-Za-z0-9._~-]{1,128}, so they have no slash")
+    assert "session ids" not in (await client.get("/v1/nothing")).json()["detail"]

@@ -167,6 +167,32 @@ async def test_recalled_tokens_are_ranked_and_their_weights_sum_to_one(engine: E
     assert few.recalled is not None and [len(row) for row in few.recalled] == [2, 2]
 
 
+async def test_chunks_of_one_token_are_searched_exactly(engine: Engine) -> None:
+    """As docs/attention.md says of `retrieval`, in whatever order the tokens came."""
+    tokens, queries, num = vectors(3, 300, DIM), vectors(4, 5, DIM) / np.float32(40), 20
+    await fill(engine, "s", tokens, chunk_size=1)
+    result = await engine.attend("s", AttendRequest(queries=queries, top_k=num, payloads=True, max_recalled=num))
+    assert result.recalled is not None
+    for row, products in zip(result.recalled, queries @ tokens.T, strict=True):
+        assert [token.position for token in row] == np.argsort(-products)[:num].tolist()
+
+
+async def test_an_episode_is_seen_in_the_chunks_of_its_session(engine: Engine) -> None:
+    """Not as if it were alone: whoever wants that gives it a session of its own (docs/attention.md)."""
+    tokens, query = vectors(9, 18, DIM), vectors(10, 1, DIM) / np.float32(20)
+    await fill(engine, "s", tokens[:0])
+    for episode in (1, 2):
+        part = tokens[9 * episode - 9 : 9 * episode]
+        await engine.append("s", AppendRequest(embeddings=part, episode=episode))
+    await fill(engine, "alone", tokens[9:])
+    chosen = await engine.attend("s", AttendRequest(queries=query, episodes=[2]))
+    alone = await engine.attend("alone", AttendRequest(queries=query))
+    expected = htm_reference(query, tokens[9:], RETRIEVAL, chunk_size=SIZE)
+    check(alone, expected)
+    assert relative_error(chosen.output, expected.output) > 1e-2
+    assert sorted(chosen.chunk_index[0]) == [-1, 1, 2, 3]  # chunk 1 holds the end of the other episode, too
+
+
 async def test_time_travel_gives_exactly_the_answer_of_then(engine: Engine) -> None:
     """Bit for bit, at every length: keys are accumulated in one order however the tokens arrived."""
     tokens = vectors(5, 17, DIM)
