@@ -41,24 +41,20 @@ def test_broken_and_replaced_files(server: Server) -> None:
     assert call("GET", "/v1/info")[1]["models"] == ["m", "retrieval"]
     assert "cut.safetensors is not served: not a safetensors file" in server.log.read_text()
     step = {"attend": {"queries": NUMBERS}, "append": {"embeddings": NUMBERS}}
-    body: object
-    for method, place, body in (
+    needs_it: list[tuple[str, str, dict[str, Any]]] = [
         ("POST", "/attend", {"queries": NUMBERS}),
         ("POST", "/step", step),
         ("PUT", "", {"dim": 3, "model": "m"}),
-    ):
+        ("PATCH", "", {"model": "m"}),
+    ]
+    for method, place, body in needs_it:
         status, answer = call(method, f"/v1/sessions/s{place}", body)
         assert status == 422 and "has width 4" in answer["detail"], answer
     assert "its file was replaced" in call("POST", "/v1/sessions/s/attend", {"queries": NUMBERS})[1]["detail"]
 
     path.write_bytes(whole[:-1])
     server.restart(signal.SIGTERM)
-    for method, place, body in (
-        ("POST", "/attend", {"queries": NUMBERS}),
-        ("POST", "/step", step),
-        ("PUT", "", {"model": "m"}),
-        ("PATCH", "", {"model": "m"}),
-    ):
+    for method, place, body in needs_it:
         status, answer = call(method, f"/v1/sessions/s{place}", body)
         assert (status, answer["code"]) == (404, "model_not_found") and "'m' cannot be served" in answer["detail"]
     assert call("GET", "/v1/sessions/s")[1]["length"] == 2  # the steps appended nothing
