@@ -18,7 +18,17 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Engine, Float, String, bindparam, literal_column, select, update
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Engine,
+    Float,
+    String,
+    bindparam,
+    literal_column,
+    select,
+    update,
+)
 from sqlalchemy.exc import SQLAlchemyError
 
 from storage.base import StoreFenced
@@ -79,7 +89,7 @@ class Ownership:
 
     def holder(self, connection: Connection) -> Holder | None:
         """Who holds the data by a lease that was not given back, or None. In a database of an older version, too."""
-        columns: tuple[ColumnElement[Any], ...] = (literal_column("*"), self._clock.label("now"))
+        columns: list[ColumnElement[Any]] = [literal_column("*"), self._clock.label("now")]
         query = select(*columns).select_from(owners).where(owners.c.data_set == DATA_SET)
         row = connection.execute(query).mappings().one()
         if row["expires_at"] is None:

@@ -44,8 +44,10 @@ def test_what_is_gone_is_in_no_file(server: Server) -> None:
     server.start()
     with HTMClient(server.url) as client:
         for kind in KINDS:
-            limits: dict[str, Any] = {"max_tokens": 40, "on_full": "evict_oldest"} if kind == "trimmed" else {}
-            client.create_session(kind, dim=DIM, chunk_size=CHUNK, **limits)
+            if kind == "trimmed":
+                client.create_session(kind, dim=DIM, chunk_size=CHUNK, max_tokens=40, on_full="evict_oldest")
+            else:
+                client.create_session(kind, dim=DIM, chunk_size=CHUNK)
         for position in range(60):
             for kind in KINDS:
                 payloads = [{"text": text(kind, position)}]
