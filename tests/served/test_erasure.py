@@ -26,16 +26,17 @@ def text(kind: str, position: int) -> str:
     return f"what nobody is to find of {kind} at {position:04}"
 
 
-def is_there(data: Path, kind: str, position: int) -> bool:
-    """Whether a file of the data directory holds a token's payload or embedding."""
-    needles = text(kind, position).encode(), embedding(kind, position).tobytes()
-    return any(needle in content for file in data.iterdir() for content in [file.read_bytes()] for needle in needles)
+def present(data: Path, kind: str, positions: range) -> list[int]:
+    """The tokens of which a file of the data directory holds the payload or the embedding."""
+    contents = [file.read_bytes() for file in data.iterdir()]
+    needles = {position: (text(kind, position).encode(), embedding(kind, position).tobytes()) for position in positions}
+    return [position for position, both in needles.items() for content in contents if any(map(content.count, both))]
 
 
-def wait_until_gone(data: Path, kind: str, position: int) -> None:
+def wait_until_gone(data: Path, kind: str, positions: range) -> None:
     deadline = time.monotonic() + 3 * ERASE_S
-    while is_there(data, kind, position):
-        assert time.monotonic() < deadline, f"{text(kind, position)!r} is still in a file"
+    while left := present(data, kind, positions):
+        assert time.monotonic() < deadline, f"of {kind} these are still in a file: {left}"
         time.sleep(0.2)
 
 
@@ -52,17 +53,19 @@ def test_what_is_gone_is_in_no_file(server: Server) -> None:
             for kind in KINDS:
                 payloads = [{"text": text(kind, position)}]
                 client.append(kind, [embedding(kind, position)], payloads=payloads, idempotency_key=str(position))
-        assert all(is_there(server.data, kind, 33) for kind in KINDS)
+        assert all(present(server.data, kind, range(33, 34)) for kind in KINDS)
         client.delete_session("deleted")
         client.update_session("expired", ttl_s=0.1)
         time.sleep(0.2)
         with pytest.raises(NotFound, match="idle"):
             client.session("expired")
-        for kind in ("deleted", "expired", "trimmed"):
-            wait_until_gone(server.data, kind, 7)
         first = client.session("trimmed").first_position
-        wait_until_gone(server.data, "trimmed", first - 1)
-        server.restart(signal.SIGKILL)
-    assert not any(is_there(server.data, kind, position) for kind in ("deleted", "expired") for position in range(60))
-    assert not any(is_there(server.data, "trimmed", position) for position in range(first))
-    assert is_there(server.data, "kept", 7) and is_there(server.data, "trimmed", first)
+        assert first > 0
+        gone = {"deleted": range(60), "expired": range(60), "trimmed": range(first)}
+        for kind, positions in gone.items():
+            wait_until_gone(server.data, kind, positions)
+    for how in (signal.SIGKILL, signal.SIGTERM):
+        server.restart(how)
+        assert [present(server.data, kind, positions) for kind, positions in gone.items()] == [[], [], []]
+        assert set(range(first, 60)) <= set(present(server.data, "trimmed", range(60)))
+        assert set(range(60)) == set(present(server.data, "kept", range(60)))
