@@ -20,6 +20,8 @@ _NUMBERS = frozenset({float, int, bool})
 
 def floats(value: Any) -> npt.NDArray[np.float32]:
     """As float32. Raises TypeError for what is no real number, InvalidArgument for rows of different shapes."""
+    if type(value) is np.ndarray and value.dtype.kind == "f":  # as in most calls: nothing can be lost
+        return np.ascontiguousarray(value, dtype=np.float32)
     array = _array(value)
     if not np.can_cast(array.dtype, np.float32, "same_kind") and not _is_of_numbers(array):
         raise TypeError(f"these are no real numbers, but {array.dtype}: {value!r:.200}")

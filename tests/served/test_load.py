@@ -1,4 +1,4 @@
-"""2,000 concurrent mixed requests over 64 sessions: no error, right answers, order kept, a loop that never stops."""
+"""2,000 mixed requests, 256 at a time, over 64 sessions: no error, right answers, order kept, a loop that goes on."""
 
 import asyncio
 
@@ -10,7 +10,7 @@ from tests.reference import htm_reference, relative_error
 from tests.served.probe import end_probe, start_probe
 from tests.served.server import Server
 
-NUM_SESSIONS, NUM_REQUESTS, DIM, SIZE = 64, 2_000, 31, 8
+NUM_SESSIONS, NUM_REQUESTS, NUM_AT_ONCE, DIM, SIZE = 64, 2_000, 256, 31, 8
 MAX_GAP_S = 0.1
 
 
@@ -52,8 +52,14 @@ async def test_mixed_requests(server: Server) -> None:
             else:
                 assert (await client.session(name)).id == name
 
+        places = iter(range(NUM_REQUESTS))
+
+        async def some() -> None:
+            for place in places:
+                await one(place)
+
         probing = await asyncio.to_thread(start_probe, server.port)
-        await asyncio.gather(*(one(place) for place in range(NUM_REQUESTS)))
+        await asyncio.gather(*(some() for _ in range(NUM_AT_ONCE)))
         gaps = await asyncio.to_thread(end_probe, probing)
 
     assert max(batch_sizes) > 1
@@ -62,7 +68,7 @@ async def test_mixed_requests(server: Server) -> None:
         expected = htm_reference(queries[number], tokens, RetrievalModel().config, chunk_size=SIZE).output
         assert relative_error(output, expected) <= 1e-5 if length else not output.any()
     print(f"{len(gaps)} probes, the longest took {[round(gap * 1e3) for gap in gaps[-5:]]} ms")
-    assert len(gaps) > 100
+    assert len(gaps) > 20
     # One collection of garbage over everything that torch brings once held the loop for 200 to 350 ms. Two answers may
     # take up to twice the bar, because the machine may take the server's core away for a moment.
     assert gaps[-3] < MAX_GAP_S and gaps[-1] < 2 * MAX_GAP_S
