@@ -1,6 +1,6 @@
 """A load generator of its own process: keep-alive connections that post the same bodies over and over.
 
-Raw sockets and hand-made HTTP, because httpx takes longer to send a request than the server to answer it.
+Raw sockets and hand-made HTTP, so that it is not what is measured.
 The mark in a request becomes a number that no other request has, for calls that may not be the same twice.
 Prints one JSON line: requests, rates, latencies, its own CPU seconds (to tell that it was not the limit).
 """

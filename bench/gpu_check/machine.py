@@ -13,8 +13,8 @@ import torch
 
 NEEDED = (
     "torch", "triton", "numpy", "numba", "einops", "safetensors", "fastapi", "starlette", "uvicorn", "pydantic",
-    "pydantic-settings", "orjson", "SQLAlchemy", "alembic", "typer", "platformdirs", "httpx", "htm-pytorch", "pytest",
-    "pytest-asyncio", "pytest-timeout", "hypothesis",
+    "pydantic-settings", "orjson", "SQLAlchemy", "alembic", "typer", "platformdirs", "httptools", "httpx",
+    "htm-pytorch", "pytest", "pytest-asyncio", "pytest-timeout", "hypothesis",
 )  # fmt: skip
 """What the stages import; the stages that lack something fail and say so, the others go on."""
 
