@@ -19,7 +19,7 @@ COPY pyproject.toml README.md LICENSE ./
 COPY htm_service htm_service
 COPY api api
 COPY storage storage
-RUN /opt/htm/bin/pip install -c constraints.txt ".[postgresql]"
+RUN /opt/htm/bin/pip install -c constraints.txt ".[postgresql,otel]"
 
 FROM ${PYTHON_IMAGE}
 RUN useradd --uid 10001 --no-create-home --shell /usr/sbin/nologin htm \

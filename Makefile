@@ -25,7 +25,7 @@ $(STAMP): pyproject.toml constraints.txt client/pyproject.toml
 	@echo "Setting up .venv: some minutes, mostly for torch"
 	@$(PYTHON) -m venv --without-pip $(VENV)
 	@$(PIP) torch
-	@$(PIP) -e ".[dev,demo,postgresql]" -e ./client
+	@$(PIP) -e ".[dev,demo,postgresql,otel]" -e ./client
 	@touch $@
 
 demo: $(STAMP)  ## Start a server, let agents fill it with Python's documentation, ask it questions (ARGS="--keep")

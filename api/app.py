@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import TYPE_CHECKING, Any
 
 from fastapi import FastAPI
@@ -19,6 +19,7 @@ from api.metrics import Metrics
 from api.middleware import Front
 from api.routes import hot, hot_openapi, inspection, metrics, pages, server, sessions
 from api.settings import Settings
+from api.tracing import Traces
 from htm_service.config import EngineConfig
 from htm_service.errors import HTMError
 from htm_service.version import __version__
@@ -53,14 +54,14 @@ def create_app(
     `clock` is the engine's.
     """
 
+    traces = None if settings.otlp_endpoint is None else Traces(settings.otlp_endpoint)
+
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        if engine is not None:
-            app.state.engine = engine
-            yield
-            return
-        async with running_engine(settings, clock) as own:
-            app.state.engine = own
+        async with AsyncExitStack() as stack:
+            if traces is not None:
+                stack.push_async_callback(asyncio.to_thread, traces.close)
+            app.state.engine = engine or await stack.enter_async_context(running_engine(settings, clock))
             yield
 
     app = App(
@@ -83,7 +84,8 @@ def create_app(
     if engine is not None:  # in-process tests need no lifespan
         app.state.engine = engine
     hot_routes = hot.routes()
-    app.front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, only_here=not settings.insecure)
+    front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, traces, only_here=not settings.insecure)
+    app.front = front
     app.router.routes.extend(hot_routes)  # for what the short way leaves: other methods are answered 405
     app.include_router(sessions.router())
     app.include_router(inspection.router())

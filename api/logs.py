@@ -1,12 +1,19 @@
-"""The server's log: a line for each record, on stderr. Does not know: who logs what."""
+"""The server's log: a line for each record, on stderr, as text or as JSON. Does not know: who logs what."""
 
 from __future__ import annotations
 
 import logging
 import sys
 import textwrap
+from contextvars import ContextVar
+from datetime import UTC, datetime
+
+import orjson
 
 LINE = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+REQUEST_ID: ContextVar[str] = ContextVar("REQUEST_ID", default="")
+"""Of the request that the running task answers."""
 
 
 class Lines(logging.Formatter):
@@ -26,6 +33,24 @@ class Lines(logging.Formatter):
         return textwrap.indent("\n".join(map(escaped, lines)), "  ")
 
 
+class Objects(logging.Formatter):
+    """A record is one line, a JSON object."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line."""
+        content = {
+            "time": datetime.fromtimestamp(record.created, UTC),
+            "level": record.levelname.lower(),
+            "logger": record.name,
+            "message": encodable(record.getMessage()),
+        }
+        if request_id := REQUEST_ID.get():
+            content["request_id"] = request_id
+        if record.exc_info:
+            content["exception"] = encodable(self.formatException(record.exc_info))
+        return orjson.dumps(content).decode()
+
+
 def escaped(text: str) -> str:
     """The text with whatever is no printable character written as Python writes it."""
     if text.isprintable():
@@ -33,9 +58,14 @@ def escaped(text: str) -> str:
     return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
 
 
-def configure(level: str) -> None:
-    """Log records of at least this level, by name, to stderr."""
+def encodable(text: str) -> str:
+    """The text with what no UTF-8 can hold, halves of characters, written as Python writes it."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def configure(level: str, form: str) -> None:
+    """Log records of at least this level, by name, to stderr; `form` is `text` or `json`."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(Lines(LINE))
+    handler.setFormatter(Objects() if form == "json" else Lines(LINE))
     logging.basicConfig(level=level.upper(), handlers=[handler])
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each plug-in that it loads

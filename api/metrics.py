@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, InfoM
 from prometheus_client.registry import Collector
 
 from htm_service.metrics import SECONDS
-from htm_service.records import EngineInfo
+from htm_service.records import EngineInfo, Timing
 
 COUNTED = {
     "skipped": ("htm_skipped", "Work whose caller had gone before it began."),
@@ -31,15 +31,24 @@ QUEUES = ("device", "store")
 
 
 class Measured:
-    """One request, while it is answered: the call it turned out to be, and the code of its error."""
+    """One request, while it is answered: the call it turned out to be, the code of its error, where its time went."""
 
-    __slots__ = ("began", "call", "code")
+    __slots__ = ("began", "call", "code", "parsed_at", "timing", "worked_at")
 
     def __init__(self) -> None:
         self.began = time.perf_counter()
         self.call = "other"
         """An operationId of openapi.json, or `other`: a page, a path that there is not."""
         self.code = ""
+        self.parsed_at = self.worked_at = 0.0
+        """Of a hot call: when its body was read, and when the engine was done."""
+        self.timing: Timing | None = None
+
+    def worked(self, first: Timing, second: Timing | None = None) -> Timing:
+        """The engine is done with a hot call; the timing of the call, the sum of its parts'."""
+        self.worked_at = time.perf_counter()
+        self.timing = first if second is None else first.plus(second)
+        return self.timing
 
 
 class Metrics:

@@ -19,7 +19,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from api.auth import refusal
 from api.errors import answer, on_domain_error
+from api.logs import REQUEST_ID
 from api.metrics import Measured, Metrics
+from api.tracing import Traces
 from htm_service.errors import HTMError
 
 Endpoint = Callable[[Request], Awaitable[Response]]
@@ -36,10 +38,18 @@ class Front:
     """
 
     def __init__(
-        self, framework: ASGIApp, routes: Sequence[Route], owner: Starlette, metrics: Metrics, *, only_here: bool
+        self,
+        framework: ASGIApp,
+        routes: Sequence[Route],
+        owner: Starlette,
+        metrics: Metrics,
+        traces: Traces | None,
+        *,
+        only_here: bool,
     ) -> None:
         self._framework = framework
         self._metrics = metrics
+        self._traces = traces
         self._only_here = only_here
         self._routes = [(route.path_regex, route.methods or (), route.endpoint) for route in routes]
         self._owner = owner
@@ -53,6 +63,7 @@ class Front:
         if scope["method"] == "HEAD":  # as GET, without the body (RFC 9110, 9.3.2)
             scope, send = {**scope, "method": "GET"}, without_body(send)
         request_id = scope["htm.request_id"] = incoming_id(scope) or next(self._ids)
+        REQUEST_ID.set(request_id)
         measured = scope["htm.measured"] = Measured()
         status = 0
 
@@ -70,7 +81,7 @@ class Front:
                 response = await _answer_of(endpoint, _HotRequest(scope, receive, send))
             else:
                 await self._framework(scope, receive, send_with_id)
-                self._metrics.count(measured, status)
+                self._note(scope, measured, status)
                 return
         except ClientDisconnect:
             return  # nobody is left to answer
@@ -80,7 +91,13 @@ class Front:
                 raise  # the server closes the connection, so that half an answer is not taken for a whole
         response.raw_headers.append(id_header(request_id))  # a whole answer: there is nothing to wrap
         await response(scope, receive, send)
-        self._metrics.count(measured, response.status_code)
+        self._note(scope, measured, response.status_code)
+
+    def _note(self, scope: Scope, measured: Measured, status: int) -> None:
+        """What was measured of a request that was answered."""
+        self._metrics.count(measured, status)
+        if self._traces is not None:
+            self._traces.add(scope, measured, status)
 
     def _endpoint(self, scope: Scope) -> Endpoint | None:
         """The hot endpoint of a request, which gets what the framework would tell it."""

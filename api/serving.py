@@ -136,7 +136,7 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
 
     Raises OSError when it cannot listen, and what `create_app`'s lifespan raises when it cannot start.
     """
-    logs.configure(settings.log_level)
+    logs.configure(settings.log_level, settings.log_format)
     if others := of_services():
         logging.getLogger(__name__).info("%s are Kubernetes' and no settings", ", ".join(others))
     with listen_socket(settings.host, settings.port) as listener:

@@ -152,7 +152,15 @@ class Settings(BaseSettings):
         gt=0,
         description="A thread that is at one batch for longer counts as stuck, and the server ends with code 70.",
     )
+    otlp_endpoint: str | None = Field(
+        default=None,
+        description="Address of an OpenTelemetry collector, such as `http://localhost:4318`, that gets a trace of each "
+        "request. Default: none does.",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
+    log_format: Literal["text", "json"] = Field(
+        default="text", description="A line of the log is text, or a JSON object with the request's id."
+    )
 
     @model_validator(mode="after")
     def _check(self) -> Self:

@@ -105,6 +105,11 @@ class Timing(NamedTuple):
     store_s: float = 0.0
     batch_size: int = 0
 
+    def plus(self, other: Timing) -> Timing:
+        """The times of both; the batch is this one's."""
+        queue_s, compute_s = self.queue_s + other.queue_s, self.compute_s + other.compute_s
+        return Timing(queue_s, compute_s, self.store_s + other.store_s, self.batch_size)
+
 
 class AppendRequest(NamedTuple):
     """Tokens to add. `embeddings` [T, D] or [D]; `payloads` one JSON object as text per token, or None."""

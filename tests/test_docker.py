@@ -216,7 +216,7 @@ def test_compose_postgresql_service_has_its_database() -> None:
     assert (url.username, url.password) == (account["POSTGRES_USER"], account["POSTGRES_PASSWORD"])
     assert "ports" not in database, "only the server reaches it"
     assert database["volumes"][0].split(":")[0] in COMPOSE["volumes"]
-    assert '".[postgresql]"' in arguments(BUILD, "RUN")[-1]
+    assert '".[postgresql,otel]"' in arguments(BUILD, "RUN")[-1]
 
 
 def test_compose_gpu_service_asks_for_one() -> None:

@@ -33,8 +33,8 @@ ROOMS = {
         ("routes", "middleware"),
         ("openapi",),
         ("schemas",),
-        ("wire", "disconnect", "auth", "metrics"),
-        ("settings", "errors", "machine", "logs"),
+        ("wire", "disconnect", "auth", "tracing"),
+        ("settings", "errors", "machine", "logs", "metrics"),
     ),
     "storage": (("resolve",), ("databases",), ("sql", "in_memory"), ("base", "migrations")),
     "htm_service": (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -58,7 +59,7 @@ async def attend(request: Request) -> Response:
         reply,
         lambda raw: answers.attend_parts(result, asked, wanted.payloads, raw),
         answers.attend_bytes(result),
-        answers.timing_headers(result.timing),
+        answers.timing_headers(measured_of(request).worked(result.timing)),
     )
 
 
@@ -73,8 +74,8 @@ async def append(request: Request) -> Response:
     result = await watch_of(request).unless_gone(
         request, engine_of(request).append(request.path_params["session_id"], tokens)
     )
-    params = answers.append_params(result)
-    return await answers.respond(reply, lambda raw: ({}, params), 0, answers.timing_headers(result.timing))
+    params, headers = answers.append_params(result), answers.timing_headers(measured_of(request).worked(result.timing))
+    return await answers.respond(reply, lambda raw: ({}, params), 0, headers)
 
 
 async def step(request: Request) -> Response:
@@ -91,7 +92,7 @@ async def step(request: Request) -> Response:
         reply,
         lambda raw: answers.step_parts(attended, appended, asked, wanted.payloads, raw),
         answers.attend_bytes(attended),
-        answers.timing_headers(attended.timing, appended.timing),
+        answers.timing_headers(measured_of(request).worked(attended.timing, appended.timing)),
     )
 
 
@@ -122,8 +123,11 @@ async def parse(request: Request, wire: Wire, build: Callable[[HotBody], T]) -> 
     else:
         body = await read_body(request, settings.max_body_bytes)
     if len(body) <= THREAD_BYTES:
-        return build(hot_bodies.read_body(body, wire, header_limit))
-    return await asyncio.to_thread(lambda: build(hot_bodies.read_body(body, wire, header_limit)))
+        parsed = build(hot_bodies.read_body(body, wire, header_limit))
+    else:
+        parsed = await asyncio.to_thread(lambda: build(hot_bodies.read_body(body, wire, header_limit)))
+    measured_of(request).parsed_at = time.perf_counter()
+    return parsed
 
 
 def idempotency_key(request: Request) -> str | None:

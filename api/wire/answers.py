@@ -217,10 +217,10 @@ def recalled_item(item: Recalled, payloads: bool, raw: Raw) -> Params:
     return params
 
 
-def timing_headers(first: Timing, second: Timing | None = None) -> list[Header]:
-    """`Server-Timing` in milliseconds, summed over the parts of a step; `X-Batch-Size` of the first part."""
-    queue, compute, store = first.queue_s, first.compute_s, first.store_s
-    if second is not None:
-        queue, compute, store = queue + second.queue_s, compute + second.compute_s, store + second.store_s
-    times = b"queue;dur=%.3f, compute;dur=%.3f, store;dur=%.3f" % (queue * 1e3, compute * 1e3, store * 1e3)
-    return [(b"server-timing", times), (b"x-batch-size", b"%d" % first.batch_size)]
+def timing_headers(timing: Timing) -> list[Header]:
+    """`Server-Timing` in milliseconds, and `X-Batch-Size`."""
+    times = (timing.queue_s * 1e3, timing.compute_s * 1e3, timing.store_s * 1e3)
+    return [
+        (b"server-timing", b"queue;dur=%.3f, compute;dur=%.3f, store;dur=%.3f" % times),
+        (b"x-batch-size", b"%d" % timing.batch_size),
+    ]
