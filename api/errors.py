@@ -60,6 +60,9 @@ PROBLEMS: Mapping[str, Problem] = {
     "idempotency_mismatch": Problem(
         422, "The idempotency key was used with another body", "key 'step-12' was used with another body"
     ),
+    "headers_too_large": Problem(
+        431, "The request's head is too large", "the request's head has more than 65536 bytes"
+    ),
     "internal_error": Problem(500, "The server failed", "unexpected error; the server's log has it under request_id"),
     "session_damaged": Problem(
         409, "The session is damaged", "session 'agent-7' is damaged at position 96: its checksum is wrong"

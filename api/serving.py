@@ -24,6 +24,7 @@ from fastapi import FastAPI
 
 from api import logs
 from api.app import create_app
+from api.protocol import BoundedProtocol, raise_file_limit
 from api.settings import Settings, of_services
 
 if TYPE_CHECKING:  # torch takes seconds to import, and a port that is taken is told without it
@@ -45,6 +46,9 @@ STOP_MARGIN_S = 1.5
 
 MAX_SAYING_S = 0.3
 """How long the end of a process waits for its log: that nobody reads it may be what the stop hangs in."""
+
+LOOK_AT_CONNECTIONS_EVERY = 50
+"""Ticks of the server, of which there are ten a second."""
 
 LAST_WORDS_S = 2.0
 """How long a server that can do no more work says why, before it ends."""
@@ -89,6 +93,10 @@ class Server(uvicorn.Server):
             self._end_at = now + LAST_WORDS_S
         if now >= self._end_at:
             _end_process()
+        if counter % LOOK_AT_CONNECTIONS_EVERY == 0:
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, BoundedProtocol):
+                    connection.end_if_stuck()
         return await super().on_tick(counter) or now >= self._stop_at
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
@@ -139,11 +147,14 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
     logs.configure(settings.log_level, settings.log_format)
     if others := of_services():
         logging.getLogger(__name__).info("%s are Kubernetes' and no settings", ", ".join(others))
+    BoundedProtocol.max_connections = raise_file_limit()
     with listen_socket(settings.host, settings.port) as listener:
         app = app or create_app(settings.model_copy(update={"kernel_cache": settings.directory_of_kernels}))
         config = uvicorn.Config(
             app,
             lifespan="off",  # entered below: what goes wrong in it is then an exception, not a log entry
+            http=BoundedProtocol,
+            ws="none",
             log_config=None,
             access_log=False,
             server_header=False,

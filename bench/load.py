@@ -131,7 +131,7 @@ def main() -> None:
     requests = []
     for path, content_type, body_file, *more in json.loads(options.requests.read_text()):
         body = Path(body_file).read_bytes()
-        head = f"POST {path} HTTP/1.1\r\nHost: bench\r\nContent-Type: {content_type}\r\n"
+        head = f"POST {path} HTTP/1.1\r\nHost: localhost\r\nContent-Type: {content_type}\r\n"
         head += "".join(f"{name}: {value}\r\n" for headers in more for name, value in headers.items())
         head += f"Content-Length: {len(body)}\r\n\r\n"
         requests.append(head.encode() + body)

@@ -30,7 +30,7 @@ ROOMS = {
         ("cli", "__main__"),
         ("serving",),
         ("app",),
-        ("routes", "middleware"),
+        ("routes", "middleware", "protocol"),
         ("openapi",),
         ("schemas",),
         ("wire", "disconnect", "auth", "tracing"),

@@ -91,7 +91,7 @@ class Snapshot:
         options = {} if most <= PAYLOADS_AT_ONCE else _streamed(PAYLOADS_AT_ONCE)
         query = select(payloads.c.position, payloads.c.body).where(*_of(payloads, sid), where)
         with self.connection.execute(query, **options) as rows:
-            yield from rows.tuples()
+            yield from rows
 
     def sums(self) -> tuple[int, int, int]:
         """How many sessions, tokens and bytes of tokens there are."""

@@ -47,7 +47,7 @@ class Caller:
     ) -> Caller:
         """Send a request, or the first `part` of its body."""
         caller = cls(*await asyncio.open_connection("127.0.0.1", port, limit=1 << 20))
-        head = f"{method} {path} HTTP/1.1\r\nHost: t\r\n{headers}"
+        head = f"{method} {path} HTTP/1.1\r\nHost: localhost\r\n{headers}"
         head += f"Content-Type: {kind}\r\nContent-Length: {len(body)}\r\n\r\n"
         caller.writer.write(head.encode() + body[: int(len(body) * part)])
         await caller.writer.drain()

@@ -1,0 +1,132 @@
+"""Clients that are slow, never come to an end, or are too many: each is ended, and nobody else notices."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from htm_client import HTMClient
+
+from api.protocol import FILES_LEFT, MAX_HEAD_BYTES
+from tests.served.server import Server
+
+HEAD = b"POST /v1/sessions/s/attend HTTP/1.1\r\nHost: localhost\r\n"
+BODY = b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
+GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture
+def impatient(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path, program="tests.served.impatient")
+    server.start()
+    yield server
+    server.close()
+
+
+@contextlib.contextmanager
+def connected(server: Server) -> Iterator[socket.socket]:
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        yield connection
+
+
+def read_all(connection: socket.socket) -> bytes:
+    """What comes until the server ends the connection."""
+    parts = []
+    with contextlib.suppress(ConnectionResetError):
+        while part := connection.recv(1 << 16):
+            parts.append(part)
+    return b"".join(parts)
+
+
+def check_alive(server: Server) -> None:
+    assert httpx.get(f"{server.url}/readyz", trust_env=False).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "sent", [b"", b"GET", HEAD, HEAD + BODY], ids=["nothing", "a word", "half a head", "half a body"]
+)
+def test_who_does_not_go_on_is_ended(impatient: Server, sent: bytes) -> None:
+    """uvicorn waited for ever, with a file and what had come."""
+    with connected(impatient) as connection:
+        connection.sendall(sent)
+        assert read_all(connection) == b""
+    check_alive(impatient)
+
+
+def test_a_head_in_drops_is_ended(impatient: Server) -> None:
+    with connected(impatient) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        connection.sendall(HEAD)
+        deadline = time.monotonic() + 20
+        while time.monotonic() < deadline:
+            connection.sendall(b"X-Drop: 1\r\n")
+            time.sleep(0.2)
+        pytest.fail("it may send its head for ever")
+    check_alive(impatient)
+
+
+def test_who_reads_nothing_is_ended(impatient: Server) -> None:
+    with HTMClient(impatient.url) as client:
+        client.create_session("s", dim=2)
+        for number in range(8):
+            client.append("s", [1, number], payloads=[{"text": "x" * 3_800_000}])
+    with connected(impatient) as connection:
+        connection.sendall(b"GET /v1/sessions/s/memories HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        time.sleep(3)
+        assert len(read_all(connection)) < 8 * 3_800_000
+    check_alive(impatient)
+
+
+def test_who_is_quiet_between_requests_stays(impatient: Server) -> None:
+    with connected(impatient) as connection:
+        for _ in range(2):
+            connection.sendall(GET)
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
+            time.sleep(2)
+
+
+@pytest.mark.parametrize("before", [b"", GET], ids=["the first", "a later one"])
+@pytest.mark.parametrize("line", [b"X-Long: " + b"x" * (8 * MAX_HEAD_BYTES), b"X-1: 1\r\n" * MAX_HEAD_BYTES])
+def test_headers_of_any_size_are_refused(server: Server, before: bytes, line: bytes) -> None:
+    """They were kept, all of them, for as long as they came."""
+    server.start()
+    with connected(server) as connection:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            connection.sendall(before + b"GET /livez HTTP/1.1\r\n" + line)
+        answer = read_all(connection)
+    assert not answer or b'"headers_too_large"' in answer  # the end may overtake the answer: not all was read
+    check_alive(server)
+
+
+def test_what_is_no_http_is_refused_as_all_else(server: Server) -> None:
+    server.start()
+    with connected(server) as connection:
+        connection.sendall(b"\x16\x03\x01 a greeting of TLS\r\n\r\n")
+        head, content = read_all(connection).split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 400 ") and json.loads(content)["code"] == "malformed_body"
+
+
+def test_too_many_connections_are_refused_and_the_others_served(tmp_path: Path) -> None:
+    """All files of the process were theirs, and the store could open none."""
+    most = 40
+    server = Server(tmp_path, before=["prlimit", f"--nofile={FILES_LEFT + most}:{FILES_LEFT + most}"])
+    server.start()
+    try:
+        with HTMClient(server.url) as client, contextlib.ExitStack() as stack:
+            client.create_session("s", dim=2)
+            held = [stack.enter_context(connected(server)) for _ in range(most + 20)]
+            refused = held[most:]
+            for connection in refused:
+                head, content = read_all(connection).split(b"\r\n\r\n")
+                assert head.startswith(b"HTTP/1.1 503 ") and json.loads(content)["code"] == "overloaded"
+            assert client.append("s", [1, 0]).length == 1
+            held[0].sendall(GET)
+            assert held[0].recv(1 << 16).startswith(b"HTTP/1.1 200")
+        check_alive(server)
+    finally:
+        server.close()
