@@ -17,7 +17,7 @@ from api import errors, openapi
 from api.disconnect import Watch
 from api.metrics import Metrics
 from api.middleware import Front
-from api.routes import hot, hot_openapi, inspection, metrics, pages, server, sessions
+from api.routes import events, hot, hot_openapi, inspection, metrics, pages, server, sessions
 from api.settings import Settings
 from api.tracing import Traces
 from htm_service.config import EngineConfig
@@ -89,6 +89,7 @@ def create_app(
     app.router.routes.extend(hot_routes)  # for what the short way leaves: other methods are answered 405
     app.include_router(sessions.router())
     app.include_router(inspection.router())
+    app.include_router(events.router())
     app.include_router(server.router())
     app.include_router(metrics.router())
     app.router.routes.extend(pages.routes())

@@ -14,6 +14,11 @@ MAX_QUERIES = 4_096
 """Queries of one attend."""
 MAX_RECALLED = 1_024
 """Tokens per query that one attend lists."""
+MAX_RANKED = 10_000
+"""Chunks that one explanation lists."""
+MAX_NOTE_CHARS = 1_000
+MAX_BINS = 4_096
+"""Runs of chunks in one heat strip."""
 MAX_LABELS = 64
 MAX_LABEL_CHARS = 256
 DEFAULT_CHUNK_SIZE = 32

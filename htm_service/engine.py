@@ -20,7 +20,7 @@ from htm_service.attention.model import RetrievalModel
 from htm_service.attention.registry import RETRIEVAL, ModelRegistry
 from htm_service.clock import SteadyClock
 from htm_service.config import EngineConfig
-from htm_service.errors import Draining, SessionDamaged, SessionExpired, SessionNotFound, Unhealthy
+from htm_service.errors import Draining, InvalidArgument, SessionDamaged, SessionExpired, SessionNotFound, Unhealthy
 from htm_service.inspection import Inspection, engine_info
 from htm_service.kernels.resolve import resolve_for_start
 from htm_service.memory.cache import Cache
@@ -39,6 +39,8 @@ from htm_service.records import (
     ChunkPage,
     CreateRequest,
     EngineInfo,
+    Explanation,
+    Heat,
     Memories,
     ModelInfo,
     Recall,
@@ -48,6 +50,7 @@ from htm_service.records import (
 )
 from htm_service.sessions import validation
 from htm_service.sessions.directory import Directory, compare
+from htm_service.sessions.feed import Feed, Reader
 from htm_service.sessions.session import Session
 from htm_service.threads.batcher import Batcher
 from htm_service.threads.supervision import Supervisor, Worker
@@ -98,10 +101,12 @@ class Engine:
             metrics=self.metrics.of_queue("store"),
         )
         self.committer = Committer(store, writer, self.worker, clock, self.metrics.commit_seconds)
-        self.directory = Directory(store, self.committer.write, clock, config.recalls_per_session)
+        self.feed = Feed()
+        """What happens to sessions, for whoever reads along."""
+        self.directory = Directory(store, self.committer.write, clock, config.recalls_per_session, self.feed)
 
-        self._attends = Attends(config, self._models, self.worker, store, clock)
-        self._appends = Appends(self.committer, clock)
+        self._attends = Attends(config, self._models, self.worker, store, self.feed, clock)
+        self._appends = Appends(self.committer, self.feed, clock)
         self._steps = Steps(self._attends, self._appends)
         self._inspection = Inspection(store, self.worker, config.max_answer_bytes)
         self.expiry = Expiry(self.directory, store, self.committer, config.expiry_interval_s)
@@ -167,13 +172,16 @@ class Engine:
         labels: Mapping[str, str] | None = None,
         cursor: str | None = None,
         limit: int = 100,
+        *,
+        by_use: bool = False,
     ) -> SessionPage:
-        """One page of the sessions, in the order of their ids."""
+        """One page of the sessions, in the order of their ids, or those used last first."""
         self._check_open()
         validation.check_range("limit", limit, 1, 1000)
         validation.check_prefix(prefix)
         validation.check_labels(labels or {})
-        return await self.directory.list_page(prefix, labels, cursor, limit)
+        list_page = self.directory.list_by_use if by_use else self.directory.list_page
+        return await list_page(prefix, labels, cursor, limit)
 
     async def inspect(self, session_id: str) -> SessionInfo:
         """Settings, length, bytes, residency, times and counters of one session."""
@@ -200,6 +208,20 @@ class Engine:
             await self.directory.delete(session)
             sid = session.sid
         await self.expiry.purge(sid)
+
+    async def delete_sessions(self, prefix: str = "", labels: Mapping[str, str] | None = None) -> int:
+        """Delete all sessions that have this prefix and these labels, one of which must be given; how many."""
+        self._check_open()
+        validation.check_prefix(prefix)
+        validation.check_labels(labels or {})
+        if not prefix and not labels:
+            raise InvalidArgument("neither prefix nor label is given; to delete sessions one of them is needed")
+        num_deleted = 0
+        async for sids in self.directory.delete_all(prefix, labels):
+            num_deleted += len(sids)
+            for sid in sids:
+                await self.expiry.purge(sid)
+        return num_deleted
 
     # --- tokens in, answers out ---
 
@@ -244,6 +266,17 @@ class Engine:
 
     # --- inspection ---
 
+    async def explain(self, session_id: str, request: AttendRequest, limit: int = 100) -> Explanation:
+        """How one query ranks the chunks it sees, and which it takes, as an attend would; it is no recall."""
+        session = await self._session(session_id)
+        return await self._attends.explain(
+            session, validation.check_explain(request, limit, session.settings.dim), limit
+        )
+
+    async def heat(self, session_id: str, first: int = 0, last: int | None = None, bins: int = 600) -> Heat:
+        """What recalls took of chunks first .. last-1, in at most `bins` runs."""
+        return await self._inspection.heat(await self._session(session_id), first, last, bins)
+
     async def chunks(
         self, session_id: str, cursor: str | None = None, limit: int = 100, *, keys: bool = False
     ) -> ChunkPage:
@@ -258,6 +291,11 @@ class Engine:
         """The accounts of the last attends, newest first."""
         validation.check_range("limit", limit, 1, 1000)
         return (await self._session(session_id)).recalls.latest(limit)
+
+    def listen(self, session_id: str | None = None) -> Reader:
+        """A reader, to be closed, of what happens from now on to one session, or to all."""
+        self._check_open()
+        return self.feed.read(None if session_id is None else validation.check_id(session_id))
 
     async def info(self) -> EngineInfo:
         """Version, device, dtype with their reasons, models, limits, totals."""

@@ -11,6 +11,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from htm_service import config as limits
 from htm_service.config import EngineConfig
@@ -31,6 +32,7 @@ from htm_service.records import (
     ChunkPage,
     EngineInfo,
     Floats,
+    Heat,
     Memories,
     ModelInfo,
     Tier,
@@ -108,6 +110,33 @@ class Inspection:
         if start != info.start:
             raise ChunkNotFound(f"chunk {index} of session {session.id!r} is being trimmed")
         return ChunkDetail(info, texts or [], found)
+
+    async def heat(self, session: Session, first: int, last: int | None, bins: int) -> Heat:
+        """What recalls took of chunks first .. last-1 in at most `bins` runs; a session that is cold stays so."""
+        validation.check_range("bins", bins, 1, limits.MAX_BINS)
+        num_chunks = session.num_chunks
+        last = num_chunks if last is None else last
+        if not 0 <= first <= last <= num_chunks:
+            raise InvalidArgument(f"the chunks are {first} to {last}, they must lie within 0 to {num_chunks}")
+        num_each = max(1, -(-(last - first) // bins))
+        num_recalls, mass = session.recalls.heat(first, last - first, num_each)
+        num_resident = np.zeros(len(mass), dtype=np.int64)
+
+        def ask(chunks: Chunks) -> npt.NDArray[np.int64]:
+            here = np.flatnonzero(np.array(chunks.pages, dtype=np.int64) != NO_PAGE) + chunks.first_chunk
+            return here[(here >= first) & (here < last)]
+
+        if session.resident.state == "resident":
+            np.add.at(num_resident, (await self._worker.ask(session.resident, ask) - first) // num_each, 1)
+        return Heat(
+            first=first,
+            num_chunks=last - first,
+            num_chunks_each=num_each,
+            num_recalls=num_recalls,
+            mass=mass,
+            num_resident=num_resident,
+            length=session.length,
+        )
 
     def _check_rows(self, session: Session, num_rows: int, what: str) -> None:
         """Raise InvalidArgument for more rows of the session's width than an answer may hold, as float32."""

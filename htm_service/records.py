@@ -153,6 +153,8 @@ class AttendRequest:
     max_recalled: int = 16
     rank_by: RankBy = "weight"
     timeout_s: float | None = None
+    note: str | None = None
+    """What was asked, in words: kept in the recall."""
     request_id: str = ""
 
 
@@ -176,9 +178,24 @@ def recalled_bytes(rows: Sequence[Sequence[Recalled]] | None) -> int:
     return sum(RECALLED_BYTES + len(token.payload or b"") for row in rows or () for token in row)
 
 
+class Ranking(NamedTuple):
+    """How one query ranks the chunks it sees: those it takes, best first, then the others, best first.
+
+    `index` [n] chunks, `logit` [n] of their summary keys, `weight` [n], 0 for those not taken. `num_taken` and
+    `num_visible` count them all, whether they are among these n or not.
+    """
+
+    index: Ints
+    logit: Floats
+    weight: Floats
+    num_taken: int
+    num_visible: int
+
+
 class AttendResult(NamedTuple):
     """`output` [Q, D]; `chunk_index` and `chunk_weight` [Q, K], -1 and 0 where fewer chunks are visible;
-    `recalled` per query, in rank order, or None when not asked for; `length` the session had.
+    `recalled` per query, in rank order, or None when not asked for; `length` the session had; `ranking` where an
+    explanation was asked for.
     """
 
     output: Floats
@@ -187,6 +204,16 @@ class AttendResult(NamedTuple):
     recalled: Sequence[Sequence[Recalled]] | None
     length: int
     timing: Timing = Timing()
+    ranking: Ranking | None = None
+
+
+class Explanation(NamedTuple):
+    """Why one query takes the chunks it takes, with the model and the `top_k` that it was answered with."""
+
+    attended: AttendResult
+    ranking: Ranking
+    model: str
+    top_k: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,15 +266,37 @@ class ChunkDetail:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Heat:
+    """What recalls took of runs of `num_chunks_each` chunks, the first of which begins with chunk `first`; b runs.
+
+    Of each run [b]: how often its chunks were taken, the mass they received, and how many are on the device. `length`
+    is the session's.
+    """
+
+    first: int
+    num_chunks: int
+    num_chunks_each: int
+    num_recalls: Ints
+    mass: npt.NDArray[np.float64]
+    num_resident: Ints
+    length: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Recall:
-    """The account of one attend, kept in the session's bounded ring: what it took, with weights.
+    """The account of one attend, kept in the session's bounded ring: what was asked and what it took, with weights.
 
     `chunk_index` and `chunk_weight` [Q', K] for the first Q' queries; `recalled` for the same ones when the
-    request listed its tokens, without payloads.
+    request listed its tokens, without payloads. `query` [D] is the first one, unless it is very wide, so that it can be
+    explained later; `is_masked` says that it was asked with masks, which are not kept.
     """
 
     at: float
     request_id: str
+    note: str | None
+    query: Floats | None
+    episodes: Sequence[int] | None
+    is_masked: bool
     model: str
     length: int
     start: int
@@ -257,6 +306,20 @@ class Recall:
     chunk_index: Ints
     chunk_weight: Floats
     recalled: Sequence[Sequence[Recalled]] | None
+
+
+EventKind = Literal["recall", "append", "session"]
+Change = Literal["created", "updated", "deleted"]
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """What happened to a session: a recall with its account, an append, or a change of the session itself."""
+
+    kind: EventKind
+    session_id: str
+    at: float
+    what: Recall | AppendResult | Change
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

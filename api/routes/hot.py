@@ -1,4 +1,4 @@
-"""The hot calls: append, read back, attend, step. Does not know: what the engine does with a request.
+"""The calls with tensors: append, read back, attend, explain, step. Does not know: what the engine does with a request.
 
 Plain Starlette routes, because FastAPI's own handling costs as much again as everything else that a small attend does
 here; `hot_openapi.py` documents them.
@@ -34,6 +34,7 @@ def routes() -> list[Route]:
     session = "/v1/sessions/{session_id}"
     return [
         Route(f"{session}/attend", attend, methods=["POST"]),
+        Route(f"{session}/explain", explain, methods=["POST"]),
         Route(f"{session}/step", step, methods=["POST"]),
         Route(f"{session}/memories", memories, methods=["GET", "POST"]),
     ]
@@ -60,6 +61,24 @@ async def attend(request: Request) -> Response:
         lambda raw: answers.attend_parts(result, asked, wanted.payloads, raw),
         answers.attend_bytes(result),
         answers.timing_headers(measured_of(request).worked(result.timing)),
+    )
+
+
+async def explain(request: Request) -> Response:
+    """Rank the chunks for one query."""
+    query.check_names(request, ("encoding",))
+    wire = wire_of(request)
+    reply = answers.reply_of(request, wire)
+    request_id = request_id_of(request)
+    wanted, asked, limit = await parse(request, wire, lambda body: hot_bodies.explain(body, request_id))
+    found = await watch_of(request).unless_gone(
+        request, engine_of(request).explain(request.path_params["session_id"], wanted, limit)
+    )
+    return await answers.respond(
+        reply,
+        lambda raw: answers.explain_parts(found, asked, wanted.payloads, raw),
+        answers.attend_bytes(found.attended) + found.ranking.index.nbytes,
+        answers.timing_headers(found.attended.timing),
     )
 
 

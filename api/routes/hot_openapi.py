@@ -18,6 +18,15 @@ _ATTENDED = {
     ],
     "length": 40,
 }
+_EXPLAINED = {
+    "model": "retrieval",
+    "top_k": 2,
+    "num_taken": 2,
+    "num_visible": 9,
+    "chunks": {"index": [1, 0, 7], "logit": [19.0, 17.9, 4.2], "weight": [0.75, 0.25, 0.0]},
+    "recalled": _ATTENDED["recalled"],
+    "length": 280,
+}
 _READ = {
     "start": 0,
     "stop": 1,
@@ -81,6 +90,20 @@ def calls() -> list[HotCall]:
             answer=bodies.AttendAnswer,
             example=_ATTENDED,
             tensors="Binary: tensors `queries`, `mask`, `chunk_mask`; `output`, `chunks.index`, `chunks.weight`.",
+            codes=_ATTEND_CODES,
+        ),
+        HotCall(
+            path=f"{session}/explain",
+            method="post",
+            operation_id="explain",
+            summary="Rank the chunks for one query",
+            body=bodies.ExplainBody,
+            body_example={"queries": [0.6, 0.8], "limit": 3, "return": ["payloads"]},
+            answer=bodies.ExplainAnswer,
+            example=_EXPLAINED,
+            tensors="Which chunks one query takes and which nearly, as an attend would now; it is no recall. "
+            "Binary: tensors `queries`, `mask`, `chunk_mask`; `chunks.index`, `chunks.logit`, `chunks.weight`, "
+            "`output`.",
             codes=_ATTEND_CODES,
         ),
         HotCall(

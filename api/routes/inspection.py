@@ -1,4 +1,4 @@
-"""Inspection: the chunks of a session and its last recalls. Does not know: how they came about."""
+"""Inspection: the chunks of a session, what recalls took of them, the last recalls. Does not know: how they came."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from starlette.responses import Response
 
 from api.openapi import SESSION_CODES, problems
 from api.routes.context import JsonRoute, engine_of, settings_of
-from api.schemas.views import Chunk, ChunkDetail, ChunkPage, Recall, Recalls, to_json
+from api.schemas.views import Chunk, ChunkDetail, ChunkPage, Heat, Recall, Recalls, to_json
 from api.wire.answers import Params, Raw, respond_json
 from api.wire.query import included
 from api.wire.tensors import to_lists
 from htm_service import records
+from htm_service.config import MAX_BINS
 
 
 def router() -> APIRouter:
@@ -35,6 +36,13 @@ def router() -> APIRouter:
         operation_id="inspect_chunk",
         response_model=ChunkDetail,
         responses=problems((*SESSION_CODES, "chunk_not_found", "out_of_memory")),
+    )
+    routes.add_api_route(
+        "/heat",
+        heat,
+        methods=["GET"],
+        operation_id="session_heat",
+        responses=problems(SESSION_CODES),
     )
     routes.add_api_route(
         "/recalls",
@@ -88,14 +96,27 @@ def _view(info: records.ChunkInfo, raw: Raw) -> Params:
     return {**Chunk.of(info).model_dump(mode="json"), "key": key}
 
 
+async def heat(
+    request: Request,
+    session_id: str,
+    first: Annotated[int, Query(ge=0, le=2**53, description="First chunk.")] = 0,
+    last: Annotated[int | None, Query(ge=0, le=2**53, description="The chunk after the last; all if left out.")] = None,
+    bins: Annotated[int, Query(ge=1, le=MAX_BINS, description="At most so many runs.")] = 600,
+) -> Heat:
+    """Sum up what recalls took of a session's chunks, in so many runs that they can be drawn."""
+    return Heat.of(await engine_of(request).heat(session_id, first, last, bins))
+
+
 async def recalls(
     request: Request,
     session_id: str,
     limit: Annotated[int, Query(ge=1, le=1000, description="Recalls to list.")] = 20,
+    include: Annotated[str | None, Query(description="`query` adds the first query of each.")] = None,
 ) -> Response:
     """List the last recalls of a session, newest first."""
+    query = "query" in included(request, ("query",))
     found = await engine_of(request).recalls(session_id, limit)
     return await respond_json(
-        lambda raw: {"recalls": [raw(to_json(Recall.of(recall))) for recall in found]},
+        lambda raw: {"recalls": [raw(to_json(Recall.of(recall, query=query))) for recall in found]},
         settings_of(request).max_answer_bytes,
     )

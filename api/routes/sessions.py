@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from fastapi import APIRouter, Body, Query
 from starlette.requests import Request
@@ -12,7 +12,7 @@ from api.errors import shorten
 from api.openapi import BODY_CODES, SESSION_CODES, WRITE_CODES, problems
 from api.routes.context import JsonRoute, engine_of, settings_of
 from api.schemas.bodies import CreateBody, SessionChange
-from api.schemas.views import Session, SessionPage, to_json
+from api.schemas.views import Deleted, Session, SessionPage, to_json
 from api.wire.answers import respond_json
 from htm_service.errors import InvalidArgument
 
@@ -50,6 +50,13 @@ def router() -> APIRouter:
         operation_id="list_sessions",
         response_model=SessionPage,
         responses=problems(("invalid_argument", "unhealthy", "draining", "internal_error")),
+    )
+    routes.add_api_route(
+        "",
+        delete_sessions,
+        methods=["DELETE"],
+        operation_id="delete_sessions",
+        responses=problems((*WRITE_CODES, "invalid_argument", "overloaded", "unhealthy", "draining", "internal_error")),
     )
     routes.add_api_route(
         "/{session_id}",
@@ -110,9 +117,14 @@ async def list_sessions(
     label: Annotated[list[str] | None, Query(description="Only with this label, `key:value`; repeatable.")] = None,
     cursor: Annotated[str | None, Query(description="From the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=1000, description="Sessions per page.")] = 100,
+    order: Annotated[
+        Literal["id", "last_used"], Query(description="By id; or last used first, then those not used since the start.")
+    ] = "id",
 ) -> Response:
-    """List sessions by id, a page at a time."""
-    page = await engine_of(request).list_sessions(prefix, parse_labels(label or []), cursor, limit)
+    """List sessions, a page at a time."""
+    page = await engine_of(request).list_sessions(
+        prefix, parse_labels(label or []), cursor, limit, by_use=order == "last_used"
+    )
     return await respond_json(
         lambda raw: {"sessions": [raw(to_json(Session.of(info))) for info in page.sessions], "cursor": page.cursor},
         settings_of(request).max_answer_bytes,
@@ -133,6 +145,15 @@ async def delete(request: Request, session_id: str) -> Response:
     """Delete a session; its bytes are gone from every tier."""
     await engine_of(request).delete(session_id)
     return Response(status_code=204)
+
+
+async def delete_sessions(
+    request: Request,
+    prefix: Annotated[str, Query(description="Those whose ids begin so.")] = "",
+    label: Annotated[list[str] | None, Query(description="Those with this label, `key:value`; repeatable.")] = None,
+) -> Deleted:
+    """Delete all sessions with a label or a prefix, one of which must be given; see `DELETE` of one."""
+    return Deleted(deleted=await engine_of(request).delete_sessions(prefix, parse_labels(label or [])))
 
 
 def parse_labels(texts: list[str]) -> dict[str, str] | None:

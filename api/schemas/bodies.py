@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from htm_service import records
-from htm_service.config import MAX_LABELS
+from htm_service.config import MAX_LABELS, MAX_NOTE_CHARS, MAX_RANKED
 from htm_service.records import DType, OnFull, OpenChunk, RankBy
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -124,6 +124,18 @@ class AttendBody(Body):
     max_recalled: int = Field(16, description="Tokens per query that `tokens` and `payloads` list.")
     rank_by: RankBy = Field("weight", description="Order of that list: share of the output, or similarity.")
     timeout_ms: Number | None = Field(None, description="504 when the work has not begun after that.")
+    note: str | None = Field(
+        None, max_length=MAX_NOTE_CHARS, description="What was asked, in words: kept in the recall."
+    )
+
+
+class ExplainBody(AttendBody):
+    """One query, and what it may see: as in an attend. `chunks` are always in the answer."""
+
+    return_: list[Literal["output", "chunks", "tokens", "payloads"]] = Field(
+        default=["chunks"], alias="return", description="What the answer holds beside the chunks."
+    )
+    limit: int = Field(100, description=f"Chunks to list, 1..{MAX_RANKED}.")
 
 
 class StepBody(Body):
@@ -166,6 +178,27 @@ class AttendAnswer(Body):
 
     output: list[Row] | Base64Tensor | None = None
     chunks: Chunks | None = None
+    recalled: list[list[RecalledToken]] | None = None
+    length: int
+
+
+class RankedChunks(Body):
+    """The chunks `[n]` that a query sees: those it takes, best first, then the others, best first."""
+
+    index: list[int] | Base64Tensor
+    logit: Row | Base64Tensor = Field(description="Of the summary key: what chunks are ranked by.")
+    weight: Row | Base64Tensor = Field(description="0 for chunks that are not taken.")
+
+
+class ExplainAnswer(Body):
+    """How a query ranks the chunks it sees, the first `limit` of them; and what `return` asked for."""
+
+    model: str
+    top_k: int
+    num_taken: int = Field(description="The first so many of all are taken.")
+    num_visible: int
+    chunks: RankedChunks
+    output: list[Row] | Base64Tensor | None = None
     recalled: list[list[RecalledToken]] | None = None
     length: int
 

@@ -132,6 +132,10 @@ class Recall(Body):
 
     at: datetime
     request_id: str
+    note: str | None = Field(description="What was asked, as the attend's `note` said it.")
+    query: Row | None = Field(None, description="The first query, when asked for, so that it can be explained.")
+    episodes: list[int] | None
+    is_masked: bool = Field(description="Whether it was asked with masks, which are not kept.")
     model: str
     length: int
     start: int
@@ -142,12 +146,14 @@ class Recall(Body):
     recalled: list[list[RecalledToken]] | None
 
     @classmethod
-    def of(cls, recall: records.Recall) -> Self:
+    def of(cls, recall: records.Recall, *, query: bool = False) -> Self:
         """The view of a record."""
         rows = recall.recalled
-        derived = {"at", "chunks", "recalled"}
+        derived = {"at", "chunks", "recalled", "query", "episodes"}
         return cls(
             at=when(recall.at),
+            query=recall.query.tolist() if query and recall.query is not None else None,
+            episodes=None if recall.episodes is None else list(recall.episodes),
             chunks=Chunks(index=recall.chunk_index.tolist(), weight=recall.chunk_weight.tolist()),
             recalled=None if rows is None else [[_recalled(item) for item in row] for row in rows],
             **{name: getattr(recall, name) for name in cls.model_fields.keys() - derived},
@@ -162,6 +168,33 @@ class Recalls(Body):
     """The last recalls of a session, newest first."""
 
     recalls: list[Recall]
+
+
+class Heat(Body):
+    """What recalls took since the server started, by runs of chunks: a strip of `b` of them, to be drawn."""
+
+    first: int = Field(description="The first chunk.")
+    num_chunks: int
+    num_chunks_each: int = Field(description="Chunks per run; the last one may have fewer.")
+    num_recalls: list[int] = Field(description="`[b]` how often its chunks were taken.")
+    mass: list[float] = Field(description="`[b]` the sum of the weights they got.")
+    num_resident: list[int] = Field(description="`[b]` its chunks whose contents are on the device.")
+    length: int
+
+    @classmethod
+    def of(cls, heat: records.Heat) -> Self:
+        """The view of a record."""
+        arrays = {"num_recalls", "mass", "num_resident"}
+        return cls(
+            **{name: getattr(heat, name).tolist() for name in arrays},
+            **{name: getattr(heat, name) for name in cls.model_fields.keys() - arrays},
+        )
+
+
+class Deleted(Body):
+    """How many sessions were deleted."""
+
+    deleted: int
 
 
 class Model(Body):

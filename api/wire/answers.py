@@ -23,7 +23,7 @@ from api.wire.body import THREAD_BYTES
 from api.wire.hot_bodies import Asked, Wire
 from api.wire.tensors import to_base64, to_lists
 from htm_service.errors import InvalidArgument
-from htm_service.records import AppendResult, AttendResult, Memories, Recalled, Timing, recalled_bytes
+from htm_service.records import AppendResult, AttendResult, Explanation, Memories, Recalled, Timing, recalled_bytes
 
 Reply = Literal["lists", "b64", "safetensors"]
 """How an answer is written."""
@@ -188,6 +188,15 @@ def attend_parts(result: AttendResult, asked: Asked, payloads: bool, raw: Raw) -
     if result.recalled is not None:
         params["recalled"] = [[recalled_item(item, payloads, raw) for item in row] for row in result.recalled]
     return tensors, params
+
+
+def explain_parts(found: Explanation, asked: Asked, payloads: bool, raw: Raw) -> tuple[Tensors, Params]:
+    """Tensors and params of an explanation's answer."""
+    tensors, params = attend_parts(found.attended, Asked(asked.output, chunks=False), payloads, raw)
+    ranking = found.ranking
+    tensors |= {"chunks.index": ranking.index, "chunks.logit": ranking.logit, "chunks.weight": ranking.weight}
+    counts = {"num_taken": ranking.num_taken, "num_visible": ranking.num_visible}
+    return tensors, {"model": found.model, "top_k": found.top_k, **counts, **params}
 
 
 def step_parts(

@@ -41,9 +41,13 @@ ATTEND = Table(
         "max_recalled": fields.integer,
         "rank_by": rank_by,
         "timeout_ms": fields.number,
+        "note": fields.text,
     },
     tensors={"queries": floats, "mask": bools, "chunk_mask": bools},
 )
+EXPLAIN = Table(params={**ATTEND.params, "limit": fields.integer}, tensors=ATTEND.tensors)
+RANKED = 100
+"""Chunks that an explanation lists when it does not say."""
 APPEND = Table(
     params={
         "payloads": fields.payloads,
@@ -85,6 +89,15 @@ def attend(body: HotBody, request_id: str) -> tuple[AttendRequest, Asked]:
     return _attend(body, request_id)
 
 
+def explain(body: HotBody, request_id: str) -> tuple[AttendRequest, Asked, int]:
+    """The body of an explanation: an attend's, and how many chunks to list."""
+    body.check_tensors(EXPLAIN.tensors.keys())
+    found = body.read(EXPLAIN)
+    limit: int = found.pop("limit", RANKED)
+    found.setdefault("return", set())
+    return *_asked(found, body, request_id), limit
+
+
 def append(body: HotBody, idempotency_key: str | None) -> AppendRequest:
     """The body of an append."""
     body.check_tensors(APPEND.tensors.keys())
@@ -101,7 +114,10 @@ def step(body: HotBody, request_id: str, idempotency_key: str | None) -> tuple[A
 
 
 def _attend(body: HotBody, request_id: str) -> tuple[AttendRequest, Asked]:
-    found = body.read(ATTEND)
+    return _asked(body.read(ATTEND), body, request_id)
+
+
+def _asked(found: dict[str, Any], body: HotBody, request_id: str) -> tuple[AttendRequest, Asked]:
     _require("queries", found, body)
     wanted: set[str] | None = found.pop("return", None)
     timeout_ms: float | None = found.pop("timeout_ms", None)

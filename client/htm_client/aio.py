@@ -21,13 +21,25 @@ from htm_client.options import (
     AppendConditions,
     AppendOptions,
     AttendOptions,
+    ExplainOptions,
     Payloads,
     RecallOptions,
     SessionChanges,
     SessionOptions,
 )
 from htm_client.requests import Request, Requests
-from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
+from htm_client.results import (
+    Appended,
+    Attended,
+    Chunk,
+    ChunkDetail,
+    Explained,
+    Memories,
+    Recall,
+    Recalled,
+    SessionInfo,
+    Stepped,
+)
 from htm_client.retry import RETRIES, Outcome, Retry, finish
 from htm_client.transport.adapter import WHOSE, AsyncHttpxTransport
 from htm_client.transport.asynchronous import AsyncTransport
@@ -118,6 +130,10 @@ class AsyncHTMClient:
         """Delete a session and its tokens."""
         return await self._send(self._requests.delete_session(session))
 
+    async def delete_sessions(self, *, label: Mapping[str, str] | None = None, prefix: str | None = None) -> int:
+        """Delete all sessions that have these labels and this prefix, one of which must be given; how many."""
+        return await self._send(self._requests.delete_sessions(label, prefix))
+
     # --- tokens in, answers out ---
 
     async def append(
@@ -129,6 +145,10 @@ class AsyncHTMClient:
     async def attend(self, session: str, queries: Any, **options: Unpack[AttendOptions]) -> Attended:
         """HTM attention for `queries` [Q, D] or [D]."""
         return await self._send(self._requests.attend(session, queries, options))
+
+    async def explain(self, session: str, query: Any, **options: Unpack[ExplainOptions]) -> Explained:
+        """How `query` [D] ranks the chunks it sees, and which it would take; it does not count as a recall."""
+        return await self._send(self._requests.explain(session, query, options))
 
     async def step(
         self,

@@ -21,7 +21,7 @@ from htm_client.arrays import bools, floats
 from htm_client.errors import InvalidArgument, UnreadableAnswer, from_answer
 from htm_client.json_text import dumps
 from htm_client.options import AppendConditions, AppendOptions
-from htm_client.results import Appended, Attended, ChunkDetail, Memories, Recalled, Stepped
+from htm_client.results import Appended, Attended, ChunkDetail, Explained, Memories, Recalled, Stepped
 from htm_client.results import Chunk as ChunkResult
 
 JSON = "application/json"
@@ -30,7 +30,7 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 Params = dict[str, Any]
 Tensors = dict[str, npt.NDArray[Any]]
 
-TENSORS = frozenset({"output", "embeddings", "chunks.index", "chunks.weight"})
+TENSORS = frozenset({"output", "embeddings", "chunks.index", "chunks.logit", "chunks.weight"})
 """Where answers hold tensors; in a step's answer under `attend.`. Elsewhere such an object is the caller's own data."""
 
 
@@ -101,6 +101,10 @@ class Codec:
     def attend(self, session: str, tensors: Tensors, params: Params) -> Call:
         """An attend, of `attend_parts`."""
         return self._post(session, "attend", tensors, params, None, {})
+
+    def explain(self, session: str, tensors: Tensors, params: Params) -> Call:
+        """An explanation, of `attend_parts`."""
+        return self._post(session, "explain", tensors, params, None)
 
     def step(self, session: str, attend: tuple[Tensors, Params], embeddings: Any, options: AppendOptions) -> Call:
         """A step: an attend of `attend_parts`, then an append."""
@@ -227,6 +231,20 @@ def attended(answer: Answer, prefix: str = "") -> Attended:
         timing_ms=_timing(answer.headers.get("server-timing", "")),
         batch_size=int(answer.headers.get("x-batch-size", 0)),
         request_id=answer.headers.get("x-request-id", ""),
+    )
+
+
+def explained(answer: Answer) -> Explained:
+    """The result of an explanation."""
+    params, tensors = answer.params, answer.tensors
+    rows = params.get("recalled")
+    return Explained(
+        chunk_index=tensors["chunks.index"],
+        chunk_logit=tensors["chunks.logit"],
+        chunk_weight=tensors["chunks.weight"],
+        output=tensors.get("output"),
+        recalled=None if rows is None else [Recalled.of(token) for token in rows[0]],
+        **{name: params[name] for name in ("num_taken", "num_visible", "model", "top_k", "length")},
     )
 
 

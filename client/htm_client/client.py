@@ -20,13 +20,25 @@ from htm_client.options import (
     AppendConditions,
     AppendOptions,
     AttendOptions,
+    ExplainOptions,
     Payloads,
     RecallOptions,
     SessionChanges,
     SessionOptions,
 )
 from htm_client.requests import Request, Requests
-from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
+from htm_client.results import (
+    Appended,
+    Attended,
+    Chunk,
+    ChunkDetail,
+    Explained,
+    Memories,
+    Recall,
+    Recalled,
+    SessionInfo,
+    Stepped,
+)
 from htm_client.retry import RETRIES, Outcome, Retry, finish
 from htm_client.transport.adapter import WHOSE, HttpxTransport
 from htm_client.transport.base import NoResponse
@@ -114,6 +126,10 @@ class HTMClient:
         """Delete a session and its tokens."""
         return self._send(self._requests.delete_session(session))
 
+    def delete_sessions(self, *, label: Mapping[str, str] | None = None, prefix: str | None = None) -> int:
+        """Delete all sessions that have these labels and this prefix, one of which must be given; how many."""
+        return self._send(self._requests.delete_sessions(label, prefix))
+
     # --- tokens in, answers out ---
 
     def append(
@@ -125,6 +141,10 @@ class HTMClient:
     def attend(self, session: str, queries: Any, **options: Unpack[AttendOptions]) -> Attended:
         """HTM attention for `queries` [Q, D] or [D]."""
         return self._send(self._requests.attend(session, queries, options))
+
+    def explain(self, session: str, query: Any, **options: Unpack[ExplainOptions]) -> Explained:
+        """How `query` [D] ranks the chunks it sees, and which it would take; it does not count as a recall."""
+        return self._send(self._requests.explain(session, query, options))
 
     def step(
         self,

@@ -63,6 +63,7 @@ class RecallOptions(TypedDict, total=False):
     chunk_mask: Any
     rank_by: Literal["weight", "score"]
     timeout_ms: float
+    note: str
 
 
 class AttendOptions(RecallOptions, total=False):
@@ -70,6 +71,12 @@ class AttendOptions(RecallOptions, total=False):
 
     returns: Sequence[Literal["output", "chunks", "tokens", "payloads"]]
     max_recalled: int
+
+
+class ExplainOptions(AttendOptions, total=False):
+    """The same with how many chunks to rank."""
+
+    limit: int
 
 
 def check(call: str, options: Mapping[str, Any], known: type, *named: str) -> None:

@@ -18,13 +18,25 @@ from htm_client.options import (
     AppendConditions,
     AppendOptions,
     AttendOptions,
+    ExplainOptions,
     Payloads,
     RecallOptions,
     SessionChanges,
     SessionOptions,
     check,
 )
-from htm_client.results import Appended, Attended, Chunk, ChunkDetail, Memories, Recall, Recalled, SessionInfo, Stepped
+from htm_client.results import (
+    Appended,
+    Attended,
+    Chunk,
+    ChunkDetail,
+    Explained,
+    Memories,
+    Recall,
+    Recalled,
+    SessionInfo,
+    Stepped,
+)
 
 T = TypeVar("T")
 
@@ -62,11 +74,7 @@ class Requests:
         self, label: Mapping[str, str] | None, prefix: str | None, cursor: str | None
     ) -> Request[Page[SessionInfo]]:
         """One page of the sessions. Raises InvalidArgument for a label name that the query cannot hold."""
-        for key in label or {}:
-            if ":" in key:  # `key:value` ends the name at the first colon, and would find other sessions
-                raise InvalidArgument(f"sessions cannot be found by the label {key!r}: its name has a colon")
-        labels = [f"{key}:{value}" for key, value in (label or {}).items()] or None
-        call = plain("GET", "/v1/sessions", label=labels, prefix=prefix, cursor=cursor)
+        call = plain("GET", "/v1/sessions", label=_labels(label), prefix=prefix, cursor=cursor)
         return Request(call, lambda answer: _page(answer, "sessions", SessionInfo.of))
 
     def session(self, session: str) -> Request[SessionInfo]:
@@ -82,6 +90,11 @@ class Requests:
         """Delete one."""
         return Request(plain("DELETE", session_path(session)), lambda answer: None)
 
+    def delete_sessions(self, label: Mapping[str, str] | None, prefix: str | None) -> Request[int]:
+        """Delete all of them. Raises InvalidArgument for a label name that the query cannot hold."""
+        call = plain("DELETE", "/v1/sessions", label=_labels(label), prefix=prefix)
+        return Request(call, lambda answer: int(answer.params["deleted"]))
+
     def append(
         self, session: str, embeddings: Any, payloads: Payloads | None, options: AppendConditions
     ) -> Request[Appended]:
@@ -94,6 +107,12 @@ class Requests:
         """Ask."""
         check("attend", options, AttendOptions)
         return Request(self._codec.attend(session, *attend_parts(queries, **options)), calls.attended)
+
+    def explain(self, session: str, query: Any, options: ExplainOptions) -> Request[Explained]:
+        """Ask why."""
+        check("explain", options, ExplainOptions)
+        explained: ExplainOptions = {"returns": [], **options}
+        return Request(self._codec.explain(session, *attend_parts(query, **explained)), calls.explained)
 
     def step(
         self, session: str, queries: Any, embeddings: Any, attend: AttendOptions, append: AppendOptions
@@ -162,6 +181,13 @@ class Requests:
         asked: AttendOptions = {**defaults, **options, "returns": ["payloads"], "max_recalled": n}
         call = self._codec.attend(session, *attend_parts(queries, **asked))
         return Request(call, lambda answer: [list(row) for row in calls.attended(answer).recalled or []])
+
+
+def _labels(label: Mapping[str, str] | None) -> list[str] | None:
+    for key in label or {}:
+        if ":" in key:  # `key:value` ends the name at the first colon, and would find other sessions
+            raise InvalidArgument(f"sessions cannot be found by the label {key!r}: its name has a colon")
+    return [f"{key}:{value}" for key, value in (label or {}).items()] or None
 
 
 def _session(answer: Answer) -> SessionInfo:

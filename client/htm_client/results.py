@@ -101,6 +101,25 @@ class Attended:
 
 
 @dataclass(frozen=True, slots=True)
+class Explained:
+    """How one query ranks the chunks it sees, [n]: the `num_taken` that it takes, best first, then the others.
+
+    `chunk_weight` is 0 for those not taken; `output` and `recalled` are there when asked for.
+    """
+
+    chunk_index: Ints
+    chunk_logit: Floats
+    chunk_weight: Floats
+    num_taken: int
+    num_visible: int
+    model: str
+    top_k: int
+    output: Floats | None
+    recalled: Sequence[Recalled] | None
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
 class Stepped:
     """The two answers of a step."""
 
@@ -139,6 +158,8 @@ class Recall(_FromJSON):
 
     at: str
     request_id: str
+    note: str | None = None
+    """What was asked, as the attend's `note` said it."""
     model: str
     length: int
     start: int

@@ -109,6 +109,17 @@ def test_the_life_of_a_session(client: Any) -> None:
     assert detail.payloads == payloads[3:6] and detail.chunk.sealed
     assert client.recalls("a", limit=1)[0].top_k == 1
 
+    client.attend("a", tokens[5], top_k=2, note="the fifth?")
+    assert client.recalls("a", limit=1)[0].note == "the fifth?"
+    why = client.explain("a", tokens[5], top_k=2, limit=3, returns=["payloads"], max_recalled=1)
+    assert (why.num_taken, why.num_visible, why.model, why.top_k, why.length) == (2, 4, "retrieval", 2, 12)
+    assert sorted(why.chunk_weight.tolist(), reverse=True) == why.chunk_weight.tolist() and why.chunk_weight[2] == 0
+    assert (np.diff(why.chunk_logit) <= 0).all() and len(set(why.chunk_index.tolist())) == 3 and why.output is None
+    attended = client.attend("a", tokens[5], top_k=2, returns=["chunks", "payloads"], max_recalled=1)
+    assert [list(why.chunk_index[:2])] == attended.chunk_index.tolist() and why.recalled == attended.recalled[0]
+    client.create_session("b", dim=DIM, labels={"team": "y"})
+    assert client.delete_sessions(label={"team": "y"}) == 1 and client.delete_sessions(prefix="b") == 0
+
     assert client.update_session("a", labels={}, ttl_s=60.0).ttl_s == 60
     made = client.create_session(dim=3)
     assert made.dim == 3

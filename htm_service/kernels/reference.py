@@ -36,7 +36,7 @@ class ReferenceKernel:
         first = 0
         for search in batch.view.searches:
             rows = torch.arange(search.num_queries)
-            index, _ = _select(search, batch.summary[first + rows], rows)
+            index, _ = ranked(search, batch.summary[first + rows], rows)
             chosen[first : first + search.num_queries, : search.k] = torch.where(index >= 0, index + search.first, -1)
             first += search.num_queries
         return chosen
@@ -73,7 +73,7 @@ def mean_over_heads(logits: Tensor, dim: int) -> Tensor:
 def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Attended:
     """Rows of one search: their numbers in the search and in the batch."""
     view = batch.view
-    index, logits = _select(search, batch.summary[rows], queries)
+    index, logits = ranked(search, batch.summary[rows], queries)
     taken = index >= 0
     # A row without any chunk would be 0 / 0; one that overflowed stays NaN.
     weight = logits.softmax(dim=-1).masked_fill(logits == -torch.inf, 0.0)
@@ -106,7 +106,7 @@ def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Atte
     )
 
 
-def _select(search: Search, summary: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+def ranked(search: Search, summary: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Indexes [Q, k] among the search's chunks, -1 for none, and logits; a stable sort keeps ties in order."""
     scores = summary @ search.keys.T  # [Q, m]
     overflowed = ~scores.isfinite()

@@ -19,7 +19,8 @@ from htm_service.reads.cost import merge, products_per_query, split
 from htm_service.reads.runner import Attend
 from htm_service.reads.visibility import Trimmed
 from htm_service.reads.worker import DeviceWorker
-from htm_service.records import RECALLED_BYTES, AttendRequest, AttendResult, recalled_bytes
+from htm_service.records import RECALLED_BYTES, AttendRequest, AttendResult, Event, Explanation, recalled_bytes
+from htm_service.sessions.feed import Feed
 from htm_service.sessions.session import Session
 from htm_service.sessions.validation import check_model_dim
 from htm_service.store_errors import still_there, unreadable
@@ -36,12 +37,14 @@ class Attends:
         models: ModelRegistry,
         worker: DeviceWorker,
         store: Store,
+        feed: Feed,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._models = models
         self._worker = worker
         self._store = store
+        self._feed = feed
         self._clock = clock
         self.num_attends = 0
         """Answered since the start, whatever they were cut into."""
@@ -50,34 +53,49 @@ class Attends:
 
     async def attend(self, session: Session, request: AttendRequest) -> AttendResult:
         """Answer a checked request over the session as it is now, or as it was at `stop`."""
-        name, model = self._model(session, request.model)
-        top_k = request.top_k or model.config.top_k
-        self._check_answer(session, request, top_k)
-        try:
-            result = await self._compute(session, model, request, top_k)
-            if request.payloads:
-                result = await self._with_payloads(session, result)
-        except SessionDamaged as error:
-            session.damage = error.detail
-            raise
+        name, model, top_k = self._resolve(session, request)
+        result = await self._answer(session, model, request, top_k)
         self.num_attends += 1
         self.num_queries += len(request.queries)
         session.num_attends += 1
         session.num_queries += len(request.queries)
-        session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
+        recall = session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
+        if self._feed.is_read:
+            self._feed.tell(Event("recall", session.id, recall.at, recall))
         return result
 
-    def _model(self, session: Session, named: str | None) -> tuple[str, Model]:
-        """The model that an attend names, or its session's. Raises ModelNotFound, InvalidArgument."""
-        name, dim = session.settings.model if named is None else named, session.settings.dim
+    async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:
+        """How the one query of a checked request ranks the chunks it sees, `limit` of them. It is no recall."""
+        name, model, top_k = self._resolve(session, request)
+        result = await self._answer(session, model, request, top_k, num_ranked=limit)
+        assert result.ranking is not None
+        return Explanation(result, result.ranking, name, top_k)
+
+    async def _answer(
+        self, session: Session, model: Model, request: AttendRequest, top_k: int, num_ranked: int = 0
+    ) -> AttendResult:
+        self._check_answer(session, request, top_k)
+        try:
+            result = await self._compute(session, model, request, top_k, num_ranked)
+            return await self._with_payloads(session, result) if request.payloads else result
+        except SessionDamaged as error:
+            session.damage = error.detail
+            raise
+
+    def _resolve(self, session: Session, request: AttendRequest) -> tuple[str, Model, int]:
+        """The model that a request names, or its session's, and how many chunks it takes.
+
+        Raises ModelNotFound, InvalidArgument.
+        """
+        name, dim = session.settings.model if request.model is None else request.model, session.settings.dim
         model = self._models.get(name)
-        if named is None and model.dim not in (None, dim):
+        if request.model is None and model.dim not in (None, dim):
             raise InvalidArgument(
                 f"model {name!r}, which session {session.id!r} of width {dim} was given, has width {model.dim} now: "
                 "its file was replaced. Put one of that width back, name another model, or give the session one"
             )
         check_model_dim(name, model, dim)
-        return name, model
+        return name, model, request.top_k or model.config.top_k
 
     async def attend_before(self, session: Session, request: AttendRequest, position: int) -> AttendResult:
         """Attend to the session as it was before an append at `position`. Raises LengthConflict when that is gone."""
@@ -89,7 +107,9 @@ class Attends:
                 f"this step was made when the session's length was {position}, and {error}", length=session.length
             ) from None
 
-    async def _compute(self, session: Session, model: Model, request: AttendRequest, top_k: int) -> AttendResult:
+    async def _compute(
+        self, session: Session, model: Model, request: AttendRequest, top_k: int, num_ranked: int
+    ) -> AttendResult:
         """Over what is left of the tokens as of its admission when the device comes to it.
 
         Where nothing is left of them it is admitted anew. Raises LengthConflict when its masks forbid that.
@@ -99,7 +119,7 @@ class Attends:
         is_masked = request.mask is not None or request.chunk_mask is not None
         length, was_torn = session.length, False
         while True:
-            attend = Attend(session.resident, model, request, top_k)
+            attend = Attend(session.resident, model, request, top_k, num_ranked)
             if is_masked and request.stop is None:  # masks are as long as the session is now, however long it waits
                 attend.see_as_of(length)
             cost, at_once, room = self._cost(session, attend)

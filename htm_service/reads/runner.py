@@ -22,11 +22,12 @@ from torch import Tensor
 from htm_service.attention.model import Model
 from htm_service.errors import HTMError, InvalidArgument
 from htm_service.kernels.base import Attended, Kernel, Search, View
+from htm_service.kernels.reference import ranked
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.memory.resident import Resident
 from htm_service.reads.visibility import Visibility, partial_keys, seen_in_part
-from htm_service.records import AttendRequest, AttendResult, Bools, Floats, Ints, Recalled
+from htm_service.records import AttendRequest, AttendResult, Bools, Floats, Ints, Ranking, Recalled
 
 T = TypeVar("T")
 
@@ -55,6 +56,8 @@ class Attend:
     model: Model
     request: AttendRequest
     top_k: int
+    num_ranked: int = 0
+    """Chunks that an explanation of its one query lists; 0: it is none."""
     length: int | None = None
     """How long the session was when the attend was admitted, where it must be answered as of then."""
     visibility: Visibility | None = None
@@ -135,7 +138,11 @@ class Runner:
     def _run_group(self, alike: list[list[Attend]]) -> list[AttendResult | Exception]:
         attends = [attend for together in alike for attend in together]
         attended, output = attends[0].model.answer(_stack_queries(attends), _view(alike, attends), self.kernel)
-        return _split(attends, output, attended)
+        results = _split(attends, output, attended)
+        for place, (attend, result) in enumerate(zip(attends, results, strict=True)):
+            if attend.num_ranked and isinstance(result, AttendResult):
+                results[place] = result._replace(ranking=_explain(attend, result, self.kernel))
+        return results
 
 
 def _view(alike: list[list[Attend]], attends: list[Attend]) -> View:
@@ -150,9 +157,11 @@ def _view(alike: list[list[Attend]], attends: list[Attend]) -> View:
 
 
 def _what_is_seen(attend: Attend, place: int) -> tuple[int, ...]:
-    """Equal for attends that can share a search; masks are not compared, such an attend stays alone."""
+    """Equal for attends that can share a search; masks are not compared: such an attend stays alone, as an
+    explanation does.
+    """
     visibility = attend.seen
-    if visibility.token_mask is not None or visibility.chunk_mask is not None:
+    if visibility.token_mask is not None or visibility.chunk_mask is not None or attend.num_ranked:
         return (place,)
     return id(attend.chunks), visibility.start, visibility.stop, attend.top_k
 
@@ -224,6 +233,28 @@ def _split(attends: list[Attend], output: Tensor, attended: Attended) -> list[At
         index_of, weight_of = indexes[rows, :width].copy(), weights[rows, :width].copy()
         results.append(AttendResult(outputs[rows], index_of, weight_of, recalled, attend.chunks.length))
     return results
+
+
+def _explain(attend: Attend, result: AttendResult, kernel: Kernel) -> Ranking:
+    """All chunks that one query sees, by their keys alone: those it took, as the kernel took them, then the others."""
+    search = _search([attend])
+    summary, _ = attend.model.fold(_stack_queries([attend]), kernel)
+    order, logits = ranked(replace(search, k=len(search.keys)), summary, torch.zeros(1, dtype=torch.int64))
+    index, logit = order[0].cpu().numpy(), logits[0].cpu().numpy()
+    index, logit = index[index >= 0] + search.first, logit[index >= 0]
+    taken, weight = result.chunk_index[0], result.chunk_weight[0]
+    taken, weight = taken[taken >= 0], weight[taken >= 0]
+    is_other = ~np.isin(index, taken)
+    by_index = np.argsort(index)
+    logit_of_taken = logit[by_index[np.searchsorted(index, taken, sorter=by_index)]]
+    some = slice(attend.num_ranked)
+    return Ranking(
+        index=np.concatenate([taken, index[is_other]])[some],
+        logit=np.concatenate([logit_of_taken, logit[is_other]])[some],
+        weight=np.pad(weight, (0, int(is_other.sum())))[some],
+        num_taken=len(taken),
+        num_visible=len(index),
+    )
 
 
 def _rank(attend: Attend, index: Ints, weight: Floats, shares: Floats, scores: Floats) -> list[Recalled]:

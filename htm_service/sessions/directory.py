@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
@@ -26,9 +27,10 @@ from htm_service.errors import (
     clipped,
 )
 from htm_service.memory.resident import Extent, Resident
-from htm_service.records import SessionChange, SessionInfo, SessionPage
+from htm_service.records import Change, Event, SessionChange, SessionInfo, SessionPage
 from htm_service.session_settings import SessionSettings, wrong_with
 from htm_service.sessions import validation
+from htm_service.sessions.feed import Feed
 from htm_service.sessions.recalls import RecallLog
 from htm_service.sessions.session import Session
 from storage.base import (
@@ -46,7 +48,11 @@ from storage.base import (
 EXPIRED_REMEMBERED = 10_000
 """Ids of expired sessions, the last ones, that are answered `session_expired` rather than `session_not_found`."""
 SCAN_LIMIT = 200
-"""Sessions that are looked at together for expiry."""
+"""Sessions that are looked at together for expiry, and deleted together."""
+LOOK_LIMIT = 5_000
+"""Sessions that a listing by last use looks at before others get their turn."""
+BY_USE = re.compile(r"[0-9]{1,15}|>[A-Za-z0-9._~-]{0,128}")
+"""A cursor by last use: how many of those in use came before, or `>` and the last id of the others."""
 
 
 class Directory:
@@ -58,13 +64,16 @@ class Directory:
         write: Callable[[Write, Resident | None], Awaitable[object]],
         clock: Callable[[], float],
         recalls_per_session: int,
+        feed: Feed,
     ) -> None:
         self._store = store
+        self._feed = feed
         self._write = write
         self._clock = clock
         self._recalls_per_session = recalls_per_session
         self._started_at = clock()
-        self._sessions: dict[str, Session] = {}
+        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        """Those that were used since the start, the last used last."""
         self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._expired: OrderedDict[str, None] = OrderedDict()
         self.num_expired = 0
@@ -84,6 +93,7 @@ class Directory:
         if session is None or session.is_expired(now):
             return None
         session.last_used_at = now
+        self._sessions.move_to_end(session_id)
         return session
 
     async def get(self, session_id: str) -> Session:
@@ -100,6 +110,8 @@ class Directory:
                 raise SessionExpired(f"session {session_id!r} was idle for longer than its ttl_s and is gone")
             raise SessionNotFound(f"there is no session {session_id!r}")
         session.last_used_at = now
+        if session_id in self._sessions:  # not deleted while this waited
+            self._sessions.move_to_end(session_id)
         return session
 
     async def create(self, session_id: str | None, settings: SessionSettings) -> tuple[Session, bool]:
@@ -122,7 +134,9 @@ class Directory:
                     continue
                 assert isinstance(written, SessionRow)
                 self._expired.pop(session_id, None)
-                return self._add(written), True
+                session = self._add(written)
+                self._tell(session.id, "created")
+                return session, True
 
     async def update(self, session: Session, change: SessionChange) -> None:
         """Change labels, ttl_s or model, durably."""
@@ -139,6 +153,7 @@ class Directory:
             except NoSuchSession:
                 raise SessionNotFound(f"there is no session {session.id!r}") from None
             session.settings = settings
+        self._tell(session.id, "updated")
 
     async def delete(self, session: Session) -> None:
         """Delete durably."""
@@ -155,6 +170,28 @@ class Directory:
         except Exception:
             self._sessions[session.id] = session
             raise
+        self._tell(session.id, "deleted")
+
+    async def delete_all(self, prefix: str, labels: Mapping[str, str] | None) -> AsyncIterator[list[int]]:
+        """Delete the sessions that have this prefix and these labels, a page at a time; the `sid`s of each page."""
+
+        async def delete(row: SessionRow) -> bool:
+            async with self._lock(row.id):
+                session = self._sessions.get(row.id) or self._of(row)
+                if session is None or session.sid != row.sid:  # deleted meanwhile, and maybe made anew
+                    return False
+                try:
+                    await self._delete(session)
+                except SessionNotFound:
+                    return False
+                return True
+
+        after: str | None = ""
+        while after is not None:
+            rows = await self._list(prefix=prefix, labels=labels, after=after, limit=SCAN_LIMIT)
+            is_deleted = await asyncio.gather(*map(delete, rows))  # one transaction, more or less
+            yield [row.sid for row, done in zip(rows, is_deleted, strict=True) if done]
+            after = rows[-1].id if len(rows) == SCAN_LIMIT else None
 
     async def delete_unreadable(self, session_id: str) -> int:
         """Delete durably a session whose settings cannot be read, so that it never came in here; its `sid`."""
@@ -163,6 +200,7 @@ class Directory:
             if row is None or wrong_with(row.settings) is None:  # deleted meanwhile, and maybe made anew
                 raise SessionNotFound(f"there is no session {session_id!r}")
             await self._write(DeleteSession(row.sid), None)
+            self._tell(session_id, "deleted")
             return row.sid
 
     async def list_page(
@@ -174,6 +212,47 @@ class Directory:
         now = self._clock()
         infos = [info for row in rows[:limit] if (info := self._info(row, now)) is not None]
         return SessionPage(infos, encode_cursor(rows[limit - 1].id) if len(rows) > limit else None)
+
+    async def list_by_use(
+        self, prefix: str, labels: Mapping[str, str] | None, cursor: str | None, limit: int
+    ) -> SessionPage:
+        """One page of the sessions that were used since the start, last used first; after them the others, by id."""
+        key = decode_cursor(cursor, BY_USE) or "0"
+        infos: list[SessionInfo] = []
+        if not key.startswith(">"):
+            infos, place = await self._in_use(prefix, labels or {}, int(key), limit + 1)
+            if len(infos) > limit:
+                return SessionPage(infos[:limit], encode_cursor(str(place - 1)))
+            key = ">"
+        after, now = key[1:], self._clock()
+        while True:
+            rows = await self._list(prefix=prefix, labels=labels, after=after, limit=SCAN_LIMIT)
+            for row in rows:
+                if row.id not in self._sessions and (info := self._info(row, now)) is not None:
+                    if len(infos) == limit:
+                        return SessionPage(infos, encode_cursor(f">{after}"))
+                    infos.append(info)
+                after = row.id
+            if len(rows) < SCAN_LIMIT:
+                return SessionPage(infos, None)
+
+    async def _in_use(
+        self, prefix: str, labels: Mapping[str, str], first: int, limit: int
+    ) -> tuple[list[SessionInfo], int]:
+        """Of the sessions in use at most `limit` that match, last used first, from the `first`th of all on; and how
+        many were looked at before the next one.
+        """
+        now, found, place = self._clock(), list[SessionInfo](), first
+        for session in list(reversed(self._sessions.values()))[first:]:
+            place += 1
+            if place % LOOK_LIMIT == 0:
+                await asyncio.sleep(0)
+            if session.id.startswith(prefix) and labels.items() <= session.settings.labels.items():
+                if not session.is_expired(now) and not session.resident.is_deleted:
+                    found.append(session.info())
+                if len(found) == limit:
+                    break
+        return found, place
 
     async def expire(self) -> AsyncIterator[int]:
         """Delete the sessions that are past their ttl_s, a page of sessions at a time; how many of each page."""
@@ -229,6 +308,10 @@ class Directory:
             with contextlib.suppress(SessionNotFound):
                 await self._delete(session)
                 self.num_expired += 1
+
+    def _tell(self, session_id: str, change: Change) -> None:
+        if self._feed.is_read:
+            self._feed.tell(Event("session", session_id, self._clock(), change))
 
     def _lock(self, session_id: str) -> asyncio.Lock:
         return self._locks.setdefault(session_id, asyncio.Lock())

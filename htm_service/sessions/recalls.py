@@ -1,6 +1,7 @@
 """What was recalled of one session: a bounded ring of accounts, and counters per chunk.
 
-Kept in host memory since the server started; a restart begins anew. Touched on the event loop only.
+Kept in host memory since the server started, whether the session is on the device or not; a restart begins anew. With
+a ring of none, nothing is counted either. Touched on the event loop only.
 Does not know how attention is computed.
 """
 
@@ -22,6 +23,8 @@ QUERIES_KEPT = 8
 """Queries of one attend whose rows the ring keeps."""
 TOKENS_KEPT = 16
 """Recalled tokens per query that the ring keeps."""
+QUERY_BYTES_KEPT = 16 << 10
+"""Of one query, which the ring keeps so that it can be explained later: a wider one it does not."""
 UNCOUNTED = 1_024
 """Selected chunks that are counted together."""
 TRIMMED_TOGETHER = 1_024
@@ -41,10 +44,12 @@ class RecallLog:
         self._mass = np.zeros(0, dtype=np.float64)
         self._last_at = np.zeros(0, dtype=np.float64)
 
-    def add(self, request: AttendRequest, result: AttendResult, *, model: str, top_k: int, now: float) -> None:
-        """Count one attend and keep its account."""
+    def add(self, request: AttendRequest, result: AttendResult, *, model: str, top_k: int, now: float) -> Recall:
+        """Count one attend and keep its account, which is answered."""
         index = result.chunk_index
-        if index.size:  # an empty session's would be kept for ever: they never add up to UNCOUNTED
+        if (
+            index.size and self._ring.maxlen
+        ):  # an empty session's would be kept for ever: they never add up to UNCOUNTED
             self._uncounted.append((index, result.chunk_weight, now))
             self._num_uncounted += index.size
         if self._num_uncounted >= UNCOUNTED:
@@ -52,21 +57,25 @@ class RecallLog:
         recalled = None
         if result.recalled is not None:
             recalled = [_without_payloads(row[:TOKENS_KEPT]) for row in result.recalled[:QUERIES_KEPT]]
-        self._ring.append(
-            Recall(
-                at=now,
-                request_id=request.request_id,
-                model=model,
-                length=result.length,
-                start=request.start,
-                stop=result.length if request.stop is None else request.stop,
-                top_k=top_k,
-                num_queries=len(index),
-                chunk_index=_first_rows(index),
-                chunk_weight=_first_rows(result.chunk_weight),
-                recalled=recalled,
-            )
+        recall = Recall(
+            at=now,
+            request_id=request.request_id,
+            note=request.note,
+            query=request.queries[0].copy() if request.queries[0].nbytes <= QUERY_BYTES_KEPT else None,
+            episodes=request.episodes,
+            is_masked=request.mask is not None or request.chunk_mask is not None,
+            model=model,
+            length=result.length,
+            start=request.start,
+            stop=result.length if request.stop is None else request.stop,
+            top_k=top_k,
+            num_queries=len(index),
+            chunk_index=_first_rows(index),
+            chunk_weight=_first_rows(result.chunk_weight),
+            recalled=recalled,
         )
+        self._ring.append(recall)
+        return recall
 
     def latest(self, limit: int) -> list[Recall]:
         """The last accounts, newest first."""
@@ -79,6 +88,24 @@ class RecallLog:
         if not 0 <= index < len(self._num_recalls) or self._num_recalls[index] == 0:
             return 0, 0.0, None
         return int(self._num_recalls[index]), float(self._mass[index]), float(self._last_at[index])
+
+    def heat(self, first: int, num_chunks: int, num_each: int) -> tuple[Ints, npt.NDArray[np.float64]]:
+        """How often chunks were taken and the mass they received, summed over runs of `num_each` chunks from `first`
+        on: two arrays [b].
+        """
+        self._count()
+        begin = max(first - self._first_chunk, 0)
+        some = slice(begin, max(begin, first + num_chunks - self._first_chunk))
+        ahead = max(self._first_chunk - first, 0)
+        num_runs = -(-num_chunks // num_each)
+
+        def sums(counters: npt.NDArray[ScalarT]) -> npt.NDArray[ScalarT]:
+            whole = np.zeros(num_runs * num_each, dtype=counters.dtype)
+            found = counters[some][: max(num_chunks - ahead, 0)]
+            whole[ahead : ahead + len(found)] = found
+            return whole.reshape(num_runs, num_each).sum(axis=1)  # type: ignore[no-any-return]
+
+        return sums(self._num_recalls), sums(self._mass)
 
     def trim(self, first_chunk: int) -> None:
         """Chunks before this one were trimmed; many of them at a time leave the counters."""

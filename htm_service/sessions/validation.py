@@ -135,9 +135,19 @@ def check_attend(request: AttendRequest, dim: int) -> AttendRequest:
         raise InvalidArgument(f"rank_by is {quoted(request.rank_by)}, it must be 'weight' or 'score'")
     if request.timeout_s is not None and not 0 < request.timeout_s <= 3600:
         raise InvalidArgument(f"timeout_ms is {request.timeout_s * 1e3:g}, it must be above 0 and at most 3600000")
+    if request.note is not None and len(request.note) > limits.MAX_NOTE_CHARS:
+        raise InvalidArgument(f"note has {len(request.note)} characters, the limit is {limits.MAX_NOTE_CHARS}")
     if queries is request.queries and request.tokens >= request.payloads:
         return request
     return replace(request, queries=queries, tokens=True if request.payloads else request.tokens)
+
+
+def check_explain(request: AttendRequest, limit: int, dim: int) -> AttendRequest:
+    """An explanation of `limit` chunks: as an attend of one query."""
+    request = check_attend(request, dim)
+    check_range("the number of queries", len(request.queries), 1, 1)
+    check_range("limit", limit, 1, limits.MAX_RANKED)
+    return request
 
 
 def _check_matrix(name: str, array: Floats, dim: int) -> Floats:

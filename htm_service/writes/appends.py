@@ -14,7 +14,8 @@ import orjson
 
 from htm_service.dtypes import to_bytes
 from htm_service.errors import HTMError, IdempotencyMismatch, InvalidArgument, LengthConflict, SessionNotFound
-from htm_service.records import AppendRequest, AppendResult, Timing
+from htm_service.records import AppendRequest, AppendResult, Event, Timing
+from htm_service.sessions.feed import Feed
 from htm_service.sessions.session import Session
 from htm_service.writes.committer import Committer
 from storage.base import Append, Appended, KeyReused, NoSuchSession, Refused, SessionFull, WrongLength
@@ -29,8 +30,9 @@ NO_LENGTH = -1
 class Appends:
     """See the head of this module."""
 
-    def __init__(self, committer: Committer, clock: Callable[[], float]) -> None:
+    def __init__(self, committer: Committer, feed: Feed, clock: Callable[[], float]) -> None:
         self._committer = committer
+        self._feed = feed
         self._clock = clock
 
     async def append(self, session: Session, request: AppendRequest, *, only_repeat: bool = False) -> AppendResult:
@@ -51,7 +53,10 @@ class Appends:
             session.num_appends += 1
             session.updated_at = self._clock()
         num_chunks = -(-written.length // session.settings.chunk_size)
-        return AppendResult(written.start, written.length, num_chunks, Timing(store_s=time.monotonic() - started))
+        result = AppendResult(written.start, written.length, num_chunks, Timing(store_s=time.monotonic() - started))
+        if self._feed.is_read and not written.replayed:
+            self._feed.tell(Event("append", session.id, session.updated_at, result))
+        return result
 
     async def first_append(self, session: Session, request: AppendRequest) -> AppendResult | None:
         """What an append answered when its idempotency key came first; None when it never came. Writes nothing."""

@@ -46,6 +46,7 @@ CALLS: Mapping[str, Call] = {
     "inspect_model": Call("GET", "/v1/models/retrieval"),
     "create_session": Call("POST", "/v1/sessions", 201, {"dim": 3}),
     "list_sessions": Call("GET", "/v1/sessions?limit=10"),
+    "delete_sessions": Call("DELETE", "/v1/sessions?prefix=nobody"),
     "put_session": Call("PUT", "/v1/sessions/s", 200, {"dim": 3, "chunk_size": 2}),
     "inspect_session": Call("GET", "/v1/sessions/s"),
     "update_session": Call("PATCH", "/v1/sessions/s", 200, {"labels": {"agent": "7"}}),
@@ -53,10 +54,13 @@ CALLS: Mapping[str, Call] = {
     "append": Call("POST", "/v1/sessions/s/memories", 200, APPEND),
     "read_memories": Call("GET", "/v1/sessions/s/memories"),
     "attend": Call("POST", "/v1/sessions/s/attend", 200, ATTEND),
+    "explain": Call("POST", "/v1/sessions/s/explain", 200, {"queries": [1, 0, 0], "return": ["output", "payloads"]}),
     "step": Call("POST", "/v1/sessions/s/step", 200, {"attend": ATTEND, "append": APPEND}),
     "list_chunks": Call("GET", "/v1/sessions/s/chunks?include=keys"),
     "inspect_chunk": Call("GET", "/v1/sessions/s/chunks/1?include=embeddings,key"),
-    "list_recalls": Call("GET", "/v1/sessions/s/recalls"),
+    "session_heat": Call("GET", "/v1/sessions/s/heat"),
+    "list_recalls": Call("GET", "/v1/sessions/s/recalls?include=query"),
+    "events": Call("GET", "/v1/events?seconds=0.01"),
 }
 """By operationId. `delete_session` comes last where all are sent to one server."""
 
@@ -79,6 +83,9 @@ class FailingEngine:
         return call
 
     def models(self) -> None:
+        raise self.error
+
+    def listen(self, session_id: str | None) -> None:
         raise self.error
 
     def unhealthy_reason(self) -> str | None:

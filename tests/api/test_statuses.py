@@ -62,7 +62,7 @@ def at(session_id: str, *but: str) -> dict[str, dict[str, Any]]:
     return {name: {"path": CALLS[name].path.replace("/v1/sessions/s", place)} for name in ON_SESSION if name not in but}
 
 
-NEEDS_ARGUMENTS = {*ON_SESSION, "create_session", "list_sessions"}
+NEEDS_ARGUMENTS = {*ON_SESSION, "create_session", "list_sessions", "delete_sessions", "events"}
 """Calls that can be wrong by more than a query parameter that there is not."""
 BY_CALLER = [name for name in CALLS if name not in ("livez", "readyz")]
 
@@ -81,6 +81,8 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
         **at("a%20b"),
         "create_session": {"json": {"dim": 0}},
         "list_sessions": {"path": "/v1/sessions?limit=0"},
+        "delete_sessions": {"path": "/v1/sessions"},
+        "events": {"path": "/v1/events?seconds=0"},
         **{name: {"path": CALLS[name].path + "?verbose=1"} for name in CALLS if name not in NEEDS_ARGUMENTS},
     },
     "model_not_found": {
@@ -89,6 +91,7 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
         "put_session": {"json": {"dim": 3, "model": "nothing"}},
         "update_session": {"json": {"model": "nothing"}},
         "attend": {"json": {"queries": [1, 0, 0], "model": "nothing"}},
+        "explain": {"json": {"queries": [1, 0, 0], "model": "nothing"}},
         "step": {"json": {"attend": {"queries": [1, 0, 0], "model": "nothing"}, "append": {"embeddings": [1, 0, 0]}}},
     },
     "forbidden": {name: {"headers": {"Origin": "https://example.org"}} for name in BY_CALLER},
@@ -133,7 +136,11 @@ async def test_success(client: httpx.AsyncClient, name: str, document: dict[str,
     if answer.headers["content-type"].startswith("text/plain"):
         assert name == "metrics"
         return
-    content = operation["responses"][str(answer.status_code)]["content"]["application/json"]
+    documented = operation["responses"][str(answer.status_code)]["content"]
+    if "text/event-stream" in documented:
+        assert answer.headers["content-type"].startswith("text/event-stream") and answer.text.startswith(": ")
+        return
+    content = documented["application/json"]
     name = content["schema"]["$ref"].rsplit("/", 1)[-1]
     model = getattr(views, name, None) or getattr(bodies, name)
     TypeAdapter(model).validate_json(answer.content)

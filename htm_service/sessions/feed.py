@@ -1,0 +1,86 @@
+"""What happens to sessions, told as it happens to whoever reads along; bounded for each reader, free when nobody does.
+
+A reader that does not keep up loses the oldest events and is told how many. Runs on the event loop.
+Does not know HTTP, and what the events are good for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+
+from htm_service.errors import Overloaded
+from htm_service.records import Event
+
+EVENTS_KEPT = 128
+"""Events that wait for one reader."""
+MAX_READERS = 64
+
+
+class Feed:
+    """See the head of this module."""
+
+    def __init__(self) -> None:
+        self._readers: set[Reader] = set()
+
+    @property
+    def is_read(self) -> bool:
+        """Whether anybody reads along: nobody needs to make an event otherwise."""
+        return bool(self._readers)
+
+    @property
+    def num_readers(self) -> int:
+        """How many read along."""
+        return len(self._readers)
+
+    def tell(self, event: Event) -> None:
+        """Tell all readers."""
+        for reader in self._readers:
+            reader.tell(event)
+
+    def read(self, session_id: str | None) -> Reader:
+        """A reader, to be closed, of what happens from now on to one session, or to all. Raises Overloaded."""
+        if len(self._readers) >= MAX_READERS:
+            raise Overloaded(f"{len(self._readers)} read the events, the limit is {MAX_READERS}")
+        reader = Reader(self, session_id)
+        self._readers.add(reader)
+        return reader
+
+    def drop(self, reader: Reader) -> None:
+        """Tell this one no more."""
+        self._readers.discard(reader)
+
+
+class Reader:
+    """One who reads along: what has come since it last took, of one session or of all."""
+
+    def __init__(self, feed: Feed, session_id: str | None) -> None:
+        self._feed = feed
+        self._session_id = session_id
+        self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
+        self._num_dropped = 0
+        self._has_come = asyncio.Event()
+
+    def tell(self, event: Event) -> None:
+        """Keep an event until it is taken, or until too many others have come."""
+        if self._session_id not in (None, event.session_id):
+            return
+        self._num_dropped += len(self._events) == EVENTS_KEPT
+        self._events.append(event)
+        self._has_come.set()
+
+    async def take(self, timeout_s: float) -> tuple[list[Event], int]:
+        """What has come, oldest first, and how many were dropped before it; nothing after `timeout_s` without any."""
+        try:
+            await asyncio.wait_for(self._has_come.wait(), timeout_s)
+        except TimeoutError:
+            return [], 0
+        self._has_come.clear()
+        events, num_dropped = list(self._events), self._num_dropped
+        self._events.clear()
+        self._num_dropped = 0
+        return events, num_dropped
+
+    def close(self) -> None:
+        """Read no more. Safe to call twice."""
+        self._feed.drop(self)
