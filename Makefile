@@ -5,13 +5,14 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # pip from outside installs into the environment: some distributions' Python cannot put a pip of its own there.
 PIP    := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install -q -c constraints.txt
+AXE    := 4.14.1
 PEERS  := .venv-peers
 ARGS   ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup demo serve test faults check format bench bench-breakdown bench-gpu gpu-check bench-peers bench-plots image clean
+.PHONY: help setup browser demo serve test faults check format bench bench-breakdown bench-gpu gpu-check bench-peers bench-plots image clean
 
 help:  ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s%s\n", $$1, $$2 }' Makefile
@@ -27,6 +28,14 @@ $(STAMP): pyproject.toml constraints.txt client/pyproject.toml
 	@$(PIP) torch
 	@$(PIP) -e ".[dev,demo,postgresql,otel]" -e ./client
 	@touch $@
+
+# Without root, or without Debian's packages, a Chromium that is there already is used. axe-core is a file, nothing runs it here.
+browser: $(STAMP)  ## What the tests of the page need: Chromium from Debian's packages, axe-core from npm
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null \
+		&& apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -yqq --no-install-recommends chromium >/dev/null; } \
+		|| echo "Chromium is not there and cannot be installed: the tests of the page are left out" >&2
+	@npm install --prefix $(VENV)/npm --no-save --no-audit --no-fund --ignore-scripts --silent axe-core@$(AXE) \
+		|| echo "axe-core cannot be had from npm: the tests of accessibility are left out" >&2
 
 demo: $(STAMP)  ## Start a server, let agents fill it with Python's documentation, ask it questions (ARGS="--keep")
 	@$(BIN)/python -m examples.demo $(ARGS)

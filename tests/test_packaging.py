@@ -52,7 +52,7 @@ def test_wheel_holds_the_three_packages_whole(tmp_path: Path) -> None:
     assert names == files_of(ROOT, "api") | files_of(ROOT, "htm_service") | files_of(ROOT, "storage")
     for package in ("api", "htm_service", "storage"):
         assert f"{package}/py.typed" in names
-    assert {"api/ui/ui.html", "api/ui/docs.html", "storage/migrations/env.py"} <= names
+    assert {"api/ui/ui.html", "api/ui/app.js", "api/ui/style.css", "storage/migrations/env.py"} <= names
     assert any(name.startswith("storage/migrations/versions/v0001") for name in names)
     assert "Classifier: Private :: Do Not Upload" in metadata
     assert f"Version: {__version__}\n" in metadata

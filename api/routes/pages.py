@@ -1,6 +1,6 @@
-"""The two HTML pages: /ui shows sessions from the JSON calls, /docs shows openapi.json. No other assets.
+"""The two HTML pages: /ui shows sessions from the JSON calls, /docs shows openapi.json; and the files they are made of.
 
-Does not know: what the pages show; each is a file that reads the JSON beside it.
+Does not know: what the pages show. They hold no data: that is answered by the calls, to whoever may call them.
 """
 
 from __future__ import annotations
@@ -9,34 +9,37 @@ from collections.abc import Awaitable, Callable
 from importlib.resources import files
 
 from starlette.requests import Request
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 # Payloads come from anyone: the pages only ever set text, and this forbids the rest even if one did not.
 _HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; "
-    "connect-src 'self'; img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
+    "Cross-Origin-Opener-Policy": "same-origin",
+    "Cross-Origin-Resource-Policy": "same-origin",
     "Cache-Control": "no-cache",
 }
+_MEDIA_TYPES = {".css": "text/css", ".html": "text/html", ".js": "text/javascript"}
 
 
 def routes() -> list[Route]:
     """The routes of this module."""
-    return [
-        Route("/", to_ui, methods=["GET"]),
-        Route("/ui", page("ui.html"), methods=["GET"]),
-        Route("/docs", page("docs.html"), methods=["GET"]),
-    ]
+    pages = [Route("/", to_ui, methods=["GET"])]
+    for file in sorted(files("api").joinpath("ui").iterdir(), key=lambda file: file.name):
+        name, _, suffix = file.name.rpartition(".")
+        path = {"ui.html": "/ui", "docs.html": "/docs"}.get(file.name, f"/ui/{file.name}")
+        pages.append(Route(path, shown(file.read_bytes(), _MEDIA_TYPES[f".{suffix}"]), methods=["GET"], name=name))
+    return pages
 
 
-def page(name: str) -> Callable[[Request], Awaitable[Response]]:
-    """The handler of one page, read once."""
-    content = files("api").joinpath("ui", name).read_bytes()
+def shown(content: bytes, media_type: str) -> Callable[[Request], Awaitable[Response]]:
+    """The handler of one file, read once."""
 
     async def show(request: Request) -> Response:
-        return HTMLResponse(content, headers=_HEADERS)
+        return Response(content, headers=_HEADERS, media_type=media_type)
 
     return show
 

@@ -18,6 +18,7 @@ from examples.demo.corpus import Passage
 from examples.demo.embedder import Floats
 
 CHUNK_SIZE = 32
+LABELS = {"corpus": "python-library"}
 TOP_K = 16
 PASSAGES_PER_APPEND = 16
 PASSAGES_PER_READ = 1000
@@ -41,7 +42,9 @@ class Agent:
         Raises OSError when the session is there and is not this agent's.
         """
         try:
-            info = await client.create_session(self.session, dim=self.embeddings.shape[1], chunk_size=CHUNK_SIZE)
+            info = await client.create_session(
+                self.session, dim=self.embeddings.shape[1], chunk_size=CHUNK_SIZE, labels=LABELS
+            )
         except SessionConflict as error:
             raise OSError(f"the data directory holds another session {self.session!r}: {error.detail}") from error
         if info.length > len(self.passages):
@@ -102,14 +105,14 @@ class Answers:
 
 
 async def ask(
-    client: AsyncHTMClient, asked: Sequence[tuple[str, Floats]], on_progress: Callable[[int], None]
+    client: AsyncHTMClient, asked: Sequence[tuple[str, str, Floats]], on_progress: Callable[[int], None]
 ) -> Answers:
-    """Ask each (session, query [D]) after the other, as one agent does."""
+    """Ask each (session, question, its embedding [D]) after the other, as one agent does."""
     answers = Answers()
-    for session, query in asked:
+    for session, text, query in asked:
         began = time.perf_counter()
         attended = await client.attend(
-            session, query, top_k=TOP_K, rank_by="score", returns=["payloads"], max_recalled=10
+            session, query, top_k=TOP_K, rank_by="score", returns=["payloads"], max_recalled=10, note=text
         )
         answers.latencies_ms.append((time.perf_counter() - began) * 1e3)
         answers.recalled.append((attended.recalled or [[]])[0])

@@ -102,8 +102,12 @@ async def _with_server(
         queries = model.embed([question.text for question in QUESTIONS])
         homes = [_home(agents, question) for question in QUESTIONS]
         asked = [
-            [(LIBRARY, query) for query in queries]
-            + [(agent.session, query) for query, home in zip(queries, homes, strict=True) if home is agent]
+            [(LIBRARY, question.text, query) for question, query in zip(QUESTIONS, queries, strict=True)]
+            + [
+                (agent.session, question.text, query)
+                for question, query, home in zip(QUESTIONS, queries, homes, strict=True)
+                if home is agent
+            ]
             for agent in agents
         ]
         began = time.perf_counter()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from importlib.resources import files
 from typing import Any
 
 import httpx
@@ -59,22 +60,40 @@ async def test_served(client: httpx.AsyncClient, document: dict[str, Any]) -> No
     assert (await client.get("/openapi.json")).json() == document
 
 
-@pytest.mark.parametrize("path", ["/ui", "/docs"])
-async def test_pages_are_self_contained(client: httpx.AsyncClient, path: str) -> None:
-    answer = await client.get(path)
+FILES = sorted(file.name for file in files("api").joinpath("ui").iterdir())
+
+
+@pytest.mark.parametrize("name", FILES)
+async def test_pages_are_self_contained(client: httpx.AsyncClient, name: str) -> None:
+    """Nothing from elsewhere, nothing inline; payloads come from anyone, so the pages may only set text."""
+    answer = await client.get({"ui.html": "/ui", "docs.html": "/docs"}.get(name, f"/ui/{name}"))
     assert answer.status_code == 200
-    assert answer.headers["content-type"] == "text/html; charset=utf-8"
-    assert "default-src 'none'" in answer.headers["content-security-policy"]
-    assert not re.search(r"https?://|<link[^>]+stylesheet|<script[^>]+src", answer.text)
-    # Payloads come from anyone, so the pages may only set text.
-    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", answer.text)
+    media_type = {"html": "text/html", "css": "text/css", "js": "text/javascript"}[name.rpartition(".")[2]]
+    assert answer.headers["content-type"] == f"{media_type}; charset=utf-8"
+    policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["base-uri"] == policy["form-action"] == policy["frame-ancestors"] == "'none'"
+    assert policy["script-src"] == policy["style-src"] == policy["connect-src"] == "'self'"
+    assert answer.headers["x-content-type-options"] == "nosniff" and answer.headers["cache-control"] == "no-cache"
+    text = answer.text.replace("http://www.w3.org/2000/svg", "")  # a name, not an address
+    assert not re.search(r"https?://|@import|url\(", text)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|Function\(", text)
+    if name.endswith(".html"):
+        assert not re.search(r"<style|<script(?![^>]* src=)|\sstyle=|\son\w+=", text)
+        for path in re.findall(r'(?:src|href)="(/ui/[^"]+)"', text):
+            assert (await client.get(path)).status_code == 200
+    for module in re.findall(r'from "\./([^"]+)"', text):
+        assert module in FILES
+
+
+async def test_what_is_not_a_file_of_the_page_is_not_served(client: httpx.AsyncClient) -> None:
+    for path in ("/ui/ui.html", "/ui/", "/ui/..%2fauth.py", "/ui/nothing.js"):
+        assert (await client.get(path)).status_code == 404
+    assert (await client.get("/")).headers["location"] == "/ui"
 
 
 async def test_the_page_reads_calls_that_exist(client: httpx.AsyncClient, document: dict[str, Any]) -> None:
-    text = (await client.get("/ui")).text
-    read = {"/v1/sessions", "/v1/info"} | {
-        "/v1/sessions/{session_id}" + rest for rest in re.findall(r'of\(id, "(/\w+)/?"', text)
-    }
-    assert {"/v1/sessions/{session_id}/chunks", "/v1/sessions/{session_id}/recalls"} <= read
-    assert read <= document["paths"].keys()
-    assert (await client.get("/")).headers["location"] == "/ui"
+    text = "".join([(await client.get(f"/ui/{name}")).text for name in FILES if name.endswith(".js")])
+    asked = set(re.findall(r'(?:call|send|text)\("(/[^"]+)"', text)) - {"/metrics", "/openapi.json"}
+    asked |= {"/v1/sessions/{session_id}" + rest for rest in re.findall(r'of\(id, ["`](/\w+)', text)}
+    assert {"/v1/events", "/v1/info", "/v1/sessions", "/v1/sessions/{session_id}/explain"} <= asked
+    assert asked <= document["paths"].keys()

@@ -39,7 +39,7 @@ class Held:
     embeddings: Floats
     payloads: list[dict[str, Any]]
 
-    async def create_session(self, session: str, *, dim: int, chunk_size: int) -> SimpleNamespace:
+    async def create_session(self, session: str, **settings: Any) -> SimpleNamespace:
         return await self.session(session)
 
     async def session(self, session: str) -> SimpleNamespace:

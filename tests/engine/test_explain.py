@@ -120,7 +120,7 @@ async def test_episodes_and_time_travel(engine: Engine) -> None:
 @pytest.mark.parametrize(("limit", "rows"), [(0, 1), (MAX_RANKED + 1, 1), (5, 2)])
 async def test_what_is_refused(engine: Engine, limit: int, rows: int) -> None:
     await fill(engine, "s", vectors(0, 3, DIM))
-    with pytest.raises(InvalidArgument, match="limit is|number of queries is 2"):
+    with pytest.raises(InvalidArgument, match=r"limit is|number of queries is 2"):
         await engine.explain("s", AttendRequest(queries=vectors(1, rows, DIM)), limit)
     with pytest.raises(SessionNotFound):
         await engine.explain("nobody", AttendRequest(queries=vectors(1, DIM)))
