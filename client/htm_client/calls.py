@@ -104,7 +104,7 @@ class Codec:
 
     def explain(self, session: str, tensors: Tensors, params: Params) -> Call:
         """An explanation, of `attend_parts`."""
-        return self._post(session, "explain", tensors, params, None)
+        return self._post(session, "explain", tensors, params, None, {})
 
     def step(self, session: str, attend: tuple[Tensors, Params], embeddings: Any, options: AppendOptions) -> Call:
         """A step: an attend of `attend_parts`, then an append."""
