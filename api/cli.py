@@ -212,7 +212,7 @@ def repair(
         with closing(open_for_repair(where)) as store:
             repairs = store.plan_repair(wrong_with)
             for item in repairs:
-                print(item.message if item.session_id is None else f"session {item.session_id} loses {item.message}")
+                print(f"session {item.session} loses {item.message}")
             if repairs and not yes:
                 typer.confirm("Is this to be written?", abort=True)
             store.carry_out_repair(repairs)
@@ -236,7 +236,7 @@ def report(where: Path | str) -> int:
     with closing(open_readonly(where)) as store:
         for problem in store.verify(wrong_with):
             num_problems += 1
-            place = "the store" if problem.session_id is None else f"session {problem.session_id}"
+            place = "the store" if problem.session is None else f"session {problem.session}"
             print(f"{place}: {problem.message}")
         totals = store.totals()
     print(f"{totals.num_sessions} sessions, {totals.num_tokens} tokens, {num_problems} problems")

@@ -16,7 +16,7 @@ import torch
 
 from bench import machine, scene
 from bench.figures import Figure, say
-from bench.scene import CHUNK_SIZE, DIM, HEADS, LENGTH, TOP_K, Scene
+from bench.scene import CHUNK_SIZE, DIM, HEADS, LENGTH, TOP_K, Scene, named
 from htm_service.engine import Engine
 from htm_service.records import AppendRequest, CreateRequest
 
@@ -30,9 +30,9 @@ async def attends_many(stage: Scene, quick: bool) -> Figure:
     tokens, queries = scene.make_tokens(LENGTH), torch.randn(128, DIM)
     async with scene.running_engine(stage, "memory://") as engine:
         await scene.fill(engine, "s", tokens)
-        answer = await engine.attend("s", scene.asks(queries))
+        answer = await engine.attend(named("s"), scene.asks(queries))
         scene.check(answer.output, stage.forward(queries, tokens))
-        ours = await _median(lambda: engine.attend("s", scene.asks(queries)), 5 if quick else 30)
+        ours = await _median(lambda: engine.attend(named("s"), scene.asks(queries)), 5 if quick else 30)
     naive = machine.median_of(1 if quick else 3, lambda: stage.forward(queries, tokens))
     measured = {"ours_ms": ours * 1e3, "htm_pytorch_ms": naive * 1e3}
     return Figure("S4", "in process, Q 128, beside htm-pytorch", naive / ours, 30, measured=measured)
@@ -44,9 +44,9 @@ async def attends_long(stage: Scene, quick: bool) -> Figure:
     tokens, queries = scene.make_tokens(length), torch.randn(1, DIM)
     async with scene.running_engine(stage, "memory://") as engine:
         await scene.fill(engine, "s", tokens)
-        answer = await engine.attend("s", scene.asks(queries))
+        answer = await engine.attend(named("s"), scene.asks(queries))
         scene.check(answer.output, stage.forward(queries, tokens))
-        ours = await _median(lambda: engine.attend("s", scene.asks(queries)), 50)
+        ours = await _median(lambda: engine.attend(named("s"), scene.asks(queries)), 50)
     naive = machine.median_of(5, lambda: stage.forward(queries, tokens))
     measured = {"ours_ms": ours * 1e3, "htm_pytorch_ms": naive * 1e3, "n": length}
     return Figure("S5", "in process, Q 1, n 200,000, beside htm-pytorch", naive / ours, 60, measured=measured)
@@ -60,11 +60,11 @@ async def attends_batch(stage: Scene, quick: bool) -> Figure:
         for number in range(num):
             await scene.fill(engine, f"s{number}", tokens)
         queries = torch.randn(num, 1, DIM)
-        answer = await engine.attend("s3", scene.asks(queries[3]))
+        answer = await engine.attend(named("s3"), scene.asks(queries[3]))
         scene.check(answer.output, stage.forward(queries[3], tokens))
 
         def all_at_once() -> Awaitable[Any]:
-            return asyncio.gather(*(engine.attend(f"s{at}", scene.asks(queries[at])) for at in range(num)))
+            return asyncio.gather(*(engine.attend(named(f"s{at}"), scene.asks(queries[at])) for at in range(num)))
 
         ours = await _median(all_at_once, 5 if quick else 30)
     num_keys = -(-LENGTH // CHUNK_SIZE)
@@ -83,14 +83,14 @@ async def appends(stage: Scene, quick: bool) -> Figure:
     seconds = 1.0 if quick else 5.0
     async with scene.running_engine(stage, f"sqlite:///{stage.directory / 's7.sqlite3'}") as engine:
         for number in range(NUM_WRITERS):
-            await engine.create(f"w{number}", CreateRequest(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
+            await engine.create(named(f"w{number}"), CreateRequest(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
         embeddings = np.random.default_rng(0).standard_normal((1, DIM), dtype=np.float32)
         await _write(engine, embeddings, 0.5)
         before, taken = await _num_commits(engine), machine.thread_seconds()
         ours = await _write(engine, embeddings, seconds)
         num_groups, now = await _num_commits(engine) - before, machine.thread_seconds()
         for number in range(NUM_WRITERS):
-            kept = await engine.read(f"w{number}", 0, 1, embeddings=True, payloads=False)
+            kept = await engine.read(named(f"w{number}"), 0, 1, embeddings=True, payloads=False)
             assert kept.embeddings is not None and np.array_equal(kept.embeddings, embeddings)
     group = max(1, round(ours * seconds / num_groups))
     raw = machine.raw_log_rate(stage.directory, [group] * num_groups, embeddings.nbytes)
@@ -110,13 +110,13 @@ async def restore(stage: Scene, quick: bool) -> list[Figure]:
     tokens = scene.make_tokens(length, SMALL_DIM)
     async with scene.running_engine(stage, f"sqlite:///{path}") as engine:
         await scene.fill(engine, "s", tokens, "retrieval")
-        before = await engine.attend("s", scene.asks(tokens[:1]))
-        arena = (await engine.inspect("s")).device_bytes / tokens.nbytes
+        before = await engine.attend(named("s"), scene.asks(tokens[:1]))
+        arena = (await engine.inspect(named("s"))).device_bytes / tokens.nbytes
 
     async def first_answer() -> float:
         async with scene.running_engine(stage, f"sqlite:///{path}") as engine:
             began = time.perf_counter()
-            after = await engine.attend("s", scene.asks(tokens[:1]))
+            after = await engine.attend(named("s"), scene.asks(tokens[:1]))
             took = time.perf_counter() - began
             assert np.array_equal(before.output, after.output)
             return took
@@ -143,11 +143,11 @@ async def _disk_of_single_appends(stage: Scene, length: int) -> Figure:
     tokens = scene.make_tokens(length)
     async with scene.running_engine(stage, f"sqlite:///{path}") as engine:
         for number in range(NUM_WRITERS):
-            await engine.create(f"w{number}", CreateRequest(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
+            await engine.create(named(f"w{number}"), CreateRequest(dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL))
 
         async def stream(number: int) -> None:
             for token in tokens[number::NUM_WRITERS]:
-                await engine.append(f"w{number}", AppendRequest(embeddings=token[None].numpy()))
+                await engine.append(named(f"w{number}"), AppendRequest(embeddings=token[None].numpy()))
 
         await asyncio.gather(*(stream(number) for number in range(NUM_WRITERS)))
     disk = path.stat().st_size / tokens.nbytes
@@ -163,7 +163,7 @@ async def latency(stage: Scene, quick: bool) -> Figure:
         for length in lengths:
             say(f"S11: {length:,} tokens")
             await scene.fill(engine, f"s{length}", scene.make_tokens(length, SMALL_DIM), "retrieval")
-            seconds.append(await _median(lambda at=length: engine.attend(f"s{at}", scene.asks(query)), 200))  # type: ignore[misc]
+            seconds.append(await _median(lambda at=length: engine.attend(named(f"s{at}"), scene.asks(query)), 200))  # type: ignore[misc]
     pairs = itertools.pairwise(zip(lengths, seconds, strict=True))
     growth = max((later / earlier) / (larger / smaller) for (smaller, earlier), (larger, later) in pairs)
     measured = {f"ms_at_{length}": second * 1e3 for length, second in zip(lengths, seconds, strict=True)}
@@ -181,7 +181,7 @@ async def _write(engine: Engine, embeddings: Any, seconds: float) -> float:
 
     async def writer(number: int) -> None:
         while time.perf_counter() < until:
-            await engine.append(f"w{number}", AppendRequest(embeddings=embeddings))
+            await engine.append(named(f"w{number}"), AppendRequest(embeddings=embeddings))
             counts[number] += 1
 
     began = time.perf_counter()

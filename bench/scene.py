@@ -21,6 +21,7 @@ from htm_service.attention.model_file import save_model
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest
+from storage.base import DEFAULT_NAMESPACE, SessionKey
 from storage.resolve import open_store
 
 DIM, HEADS, DIM_HEAD, TOP_K, CHUNK_SIZE, LENGTH = 512, 8, 64, 8, 32, 20_000
@@ -104,9 +105,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 async def fill(engine: Engine, session: str, tokens: Tensor, model: str = MODEL, dtype: Any = "float32") -> None:
     """Create a session and put tokens [n, D] in."""
     settings = CreateRequest(dim=tokens.shape[1], chunk_size=CHUNK_SIZE, model=model, dtype=dtype)
-    await engine.create(session, settings)
+    await engine.create(named(session), settings)
     for piece in tokens.split(PIECE):
-        await engine.append(session, AppendRequest(embeddings=piece.numpy()))
+        await engine.append(named(session), AppendRequest(embeddings=piece.numpy()))
+
+
+def named(session: str) -> SessionKey:
+    """A session's name on a server without keys."""
+    return SessionKey(DEFAULT_NAMESPACE, session)
 
 
 def asks(queries: Tensor) -> AttendRequest:

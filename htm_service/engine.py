@@ -46,6 +46,7 @@ from htm_service.records import (
     Recall,
     SessionChange,
     SessionInfo,
+    SessionKey,
     SessionPage,
 )
 from htm_service.sessions import validation
@@ -153,21 +154,21 @@ class Engine:
 
     # --- sessions ---
 
-    async def create(self, session_id: str | None, settings: CreateRequest) -> tuple[SessionInfo, bool]:
+    async def create(self, name: SessionKey, settings: CreateRequest) -> tuple[SessionInfo, bool]:
         """Create a session (True) or confirm that it exists with these settings. Raises SessionConflict."""
         self._check_open()
-        if session_id is not None:
-            validation.check_id(session_id)
+        validation.check_id(name.id)
         model_name = RETRIEVAL if settings.model is None else settings.model
         wanted = validation.resolve_settings(settings, model_name, self._models.get(model_name), self.config.dtype)
-        session, is_new = await self.directory.create(session_id, wanted)
+        session, is_new = await self.directory.create(name, wanted)
         if not is_new:
-            named = {name for name in ("labels", "ttl_s", "model") if getattr(settings, name) is not None}
+            named = {field for field in ("labels", "ttl_s", "model") if getattr(settings, field) is not None}
             compare(session, wanted, frozenset(named))
         return session.info(), is_new
 
     async def list_sessions(
         self,
+        namespace: str,
         prefix: str = "",
         labels: Mapping[str, str] | None = None,
         cursor: str | None = None,
@@ -175,21 +176,21 @@ class Engine:
         *,
         by_use: bool = False,
     ) -> SessionPage:
-        """One page of the sessions, in the order of their ids, or those used last first."""
+        """One page of a namespace's sessions, in the order of their ids, or those used last first."""
         self._check_open()
         validation.check_range("limit", limit, 1, 1000)
         validation.check_prefix(prefix)
         validation.check_labels(labels or {})
         list_page = self.directory.list_by_use if by_use else self.directory.list_page
-        return await list_page(prefix, labels, cursor, limit)
+        return await list_page(namespace, prefix, labels, cursor, limit)
 
-    async def inspect(self, session_id: str) -> SessionInfo:
+    async def inspect(self, name: SessionKey) -> SessionInfo:
         """Settings, length, bytes, residency, times and counters of one session."""
-        return (await self._session(session_id)).info()
+        return (await self._session(name)).info()
 
-    async def update(self, session_id: str, change: SessionChange) -> SessionInfo:
+    async def update(self, name: SessionKey, change: SessionChange) -> SessionInfo:
         """Change labels, `ttl_s` or model."""
-        session = await self._session(session_id)
+        session = await self._session(name)
         if change.labels is not None:
             change = replace(change, labels=validation.check_labels(change.labels))
         validation.check_ttl(change.ttl_s)
@@ -198,26 +199,26 @@ class Engine:
         await self.directory.update(session, change)
         return session.info()
 
-    async def delete(self, session_id: str) -> None:
+    async def delete(self, name: SessionKey) -> None:
         """Delete a session and its tokens, from the store and the device, though its settings may be damaged."""
         try:
-            session = await self._session(session_id)
+            session = await self._session(name)
         except SessionDamaged:
-            sid = await self.directory.delete_unreadable(session_id)
+            sid = await self.directory.delete_unreadable(name)
         else:
             await self.directory.delete(session)
             sid = session.sid
         await self.expiry.purge(sid)
 
-    async def delete_sessions(self, prefix: str = "", labels: Mapping[str, str] | None = None) -> int:
-        """Delete all sessions that have this prefix and these labels, one of which must be given; how many."""
+    async def delete_sessions(self, namespace: str, prefix: str = "", labels: Mapping[str, str] | None = None) -> int:
+        """Delete a namespace's sessions with this prefix and these labels, of which one must be given; how many."""
         self._check_open()
         validation.check_prefix(prefix)
         validation.check_labels(labels or {})
         if not prefix and not labels:
             raise InvalidArgument("neither prefix nor label is given; to delete sessions one of them is needed")
         num_deleted = 0
-        async for sids in self.directory.delete_all(prefix, labels):
+        async for sids in self.directory.delete_all(namespace, prefix, labels):
             num_deleted += len(sids)
             for sid in sids:
                 await self.expiry.purge(sid)
@@ -225,30 +226,30 @@ class Engine:
 
     # --- tokens in, answers out ---
 
-    async def append(self, session_id: str, request: AppendRequest) -> AppendResult:
+    async def append(self, name: SessionKey, request: AppendRequest) -> AppendResult:
         """Add tokens at the end: durable, then visible, then answered. All or nothing."""
         self._check_open()
-        session = self.directory.known(session_id) or await self._found_or_made(session_id, request)
+        session = self.directory.known(name) or await self._found_or_made(name, request)
         session.check_sound()
         return await self._appends.append(session, validation.check_append(request, session.settings.dim))
 
-    async def attend(self, session_id: str, request: AttendRequest) -> AttendResult:
+    async def attend(self, name: SessionKey, request: AttendRequest) -> AttendResult:
         """Answer queries with HTM attention over the session as it is now, or as it was at `stop`."""
-        session = await self._session(session_id)
+        session = await self._session(name)
         return await self._attends.attend(session, validation.check_attend(request, session.settings.dim))
 
     async def step(
-        self, session_id: str, attend: AttendRequest, append: AppendRequest
+        self, name: SessionKey, attend: AttendRequest, append: AppendRequest
     ) -> tuple[AttendResult, AppendResult]:
         """Attend to the session as it is, then append. Both are checked before either begins."""
-        session = await self._session(session_id)
+        session = await self._session(name)
         attend = validation.check_attend(attend, session.settings.dim)
         append = validation.check_append(append, session.settings.dim)
         return await self._steps.step(session, attend, append)
 
     async def read(
         self,
-        session_id: str,
+        name: SessionKey,
         start: int,
         stop: int | None,
         *,
@@ -257,7 +258,7 @@ class Engine:
     ) -> Memories:
         """Read tokens start .. stop-1 back (to the end when None)."""
         return await self._inspection.read(
-            await self._session(session_id),
+            await self._session(name),
             start,
             stop,
             embeddings=embeddings,
@@ -266,39 +267,39 @@ class Engine:
 
     # --- inspection ---
 
-    async def explain(self, session_id: str, request: AttendRequest, limit: int = 100) -> Explanation:
+    async def explain(self, name: SessionKey, request: AttendRequest, limit: int = 100) -> Explanation:
         """How one query ranks the chunks it sees, and which it takes, as an attend would; it is no recall."""
-        session = await self._session(session_id)
+        session = await self._session(name)
         return await self._attends.explain(
             session, validation.check_explain(request, limit, session.settings.dim), limit
         )
 
-    async def heat(self, session_id: str, first: int = 0, last: int | None = None, bins: int = 600) -> Heat:
+    async def heat(self, name: SessionKey, first: int = 0, last: int | None = None, bins: int = 600) -> Heat:
         """What recalls took of chunks first .. last-1, in at most `bins` runs."""
-        return await self._inspection.heat(await self._session(session_id), first, last, bins)
+        return await self._inspection.heat(await self._session(name), first, last, bins)
 
     async def chunks(
-        self, session_id: str, cursor: str | None = None, limit: int = 100, *, keys: bool = False
+        self, name: SessionKey, cursor: str | None = None, limit: int = 100, *, keys: bool = False
     ) -> ChunkPage:
         """One page of a session's chunks, in order."""
-        return await self._inspection.chunks(await self._session(session_id), cursor, limit, keys=keys)
+        return await self._inspection.chunks(await self._session(name), cursor, limit, keys=keys)
 
-    async def chunk(self, session_id: str, index: int, *, embeddings: bool = False, key: bool = False) -> ChunkDetail:
+    async def chunk(self, name: SessionKey, index: int, *, embeddings: bool = False, key: bool = False) -> ChunkDetail:
         """One chunk with its tokens' payloads. Raises ChunkNotFound."""
-        return await self._inspection.chunk(await self._session(session_id), index, embeddings=embeddings, key=key)
+        return await self._inspection.chunk(await self._session(name), index, embeddings=embeddings, key=key)
 
-    async def recalls(self, session_id: str, limit: int = 20) -> list[Recall]:
+    async def recalls(self, name: SessionKey, limit: int = 20) -> list[Recall]:
         """The accounts of the last attends, newest first."""
         validation.check_range("limit", limit, 1, 1000)
-        return (await self._session(session_id)).recalls.latest(limit)
+        return (await self._session(name)).recalls.latest(limit)
 
-    def listen(self, session_id: str | None = None) -> Reader:
-        """A reader, to be closed, of what happens from now on to one session, or to all."""
+    def listen(self, namespace: str, session_id: str | None = None) -> Reader:
+        """A reader, to be closed, of what happens from now on to one session of a namespace, or to all of them."""
         self._check_open()
-        return self.feed.read(None if session_id is None else validation.check_id(session_id))
+        return self.feed.read(namespace, None if session_id is None else validation.check_id(session_id))
 
-    async def info(self) -> EngineInfo:
-        """Version, device, dtype with their reasons, models, limits, totals."""
+    async def info(self, namespace: str | None = None) -> EngineInfo:
+        """Version, device, dtype with their reasons, models, limits, totals: all, or those of one namespace."""
         attends = self._attends
         counted = {"attends": attends.num_attends, "attended_queries": attends.num_queries}
         totals = {**counted, **self.directory.totals()}
@@ -310,6 +311,7 @@ class Engine:
             (self.device_reason, self.kernel_reason),
             self.models(),
             totals,
+            namespace,
         )
 
     def models(self) -> list[ModelInfo]:
@@ -329,18 +331,21 @@ class Engine:
         if self.is_draining:
             raise Draining("the server is stopping and takes no new work")
 
-    async def _session(self, session_id: str) -> Session:
+    async def _session(self, name: SessionKey) -> Session:
         self._check_open()
-        return self.directory.known(session_id) or await self.directory.get(validation.check_id(session_id))
+        if (session := self.directory.known(name)) is not None:
+            return session
+        validation.check_id(name.id)
+        return await self.directory.get(name)
 
-    async def _found_or_made(self, session_id: str, request: AppendRequest) -> Session:
+    async def _found_or_made(self, name: SessionKey, request: AppendRequest) -> Session:
         """The session of an append, which may make it."""
         try:
-            return await self._session(session_id)
+            return await self._session(name)
         except (SessionNotFound, SessionExpired):
             if not self.config.create_on_append:
                 raise
         dim = int(request.embeddings.shape[-1])
         validation.check_append(request, dim)  # what is refused makes no session
-        await self.create(session_id, CreateRequest(dim=dim))
-        return await self._session(session_id)
+        await self.create(name, CreateRequest(dim=dim))
+        return await self._session(name)

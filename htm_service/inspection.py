@@ -194,7 +194,7 @@ class Inspection:
                 by_position = self._store.read_payload_range(session.sid, start, stop, room)
                 texts = [by_position.get(position) for position in range(start, stop)]
             if num_missing or (payloads and stop > start):  # a payload that is not there does not say why
-                row = still_there(self._store, session.id, session.sid)
+                row = still_there(self._store, session.key, session.sid)
                 if start < row.first_position:  # trimmed meanwhile
                     start = row.first_position
                     return self._fetch(session, start, max(start, stop), embeddings, payloads)
@@ -236,16 +236,37 @@ async def engine_info(
     reasons: tuple[str, str],
     models: list[ModelInfo],
     counted: Mapping[str, int],
+    namespace: str | None,
 ) -> EngineInfo:
     """What the engine is, may take and holds; `reasons` for its device and its kernel. Raises Unhealthy.
 
-    `counted` are more totals, of what is not seen from here.
+    `counted` are more totals, of what is not seen from here. Of one namespace there are only those that say nothing of
+    the others.
     """
     try:
-        totals = await asyncio.to_thread(store.totals)
+        totals = await asyncio.to_thread(store.totals, namespace)
     except StoreError as error:
         raise Unhealthy(f"what the store holds cannot be read: {error}") from error
     cache, queue = worker.cache, worker.queue
+    held = {"sessions": totals.num_sessions, "tokens": totals.num_tokens, "stored_bytes": totals.num_bytes}
+    ours = {
+        "disk_bytes": totals.num_disk_bytes,
+        "device_bytes": cache.budget.used_bytes,
+        "device_key_bytes": cache.key_bytes,
+        "resident_sessions": cache.num_resident,
+        "loads": cache.num_loads,
+        "offloaded_sessions": cache.reclaim.num_offloaded_sessions,
+        "offloaded_pages": cache.reclaim.num_offloaded_pages,
+        "fetched_pages": cache.num_fetched_pages,
+        "appended_tokens": committer.num_appended_tokens,
+        "trimmed_tokens": committer.num_trimmed_tokens,
+        "waiting_device": queue.num_waiting,
+        "waiting_store": committer.queue.num_waiting,
+        "batches": queue.num_batches,
+        "skipped": queue.num_skipped + committer.queue.num_skipped,
+        **counted,
+        "commits": committer.queue.num_batches,
+    }
     return EngineInfo(
         version=__version__,
         device=str(cache.device),
@@ -266,25 +287,5 @@ async def engine_info(
             "max_recalled": limits.MAX_RECALLED,
             "max_answer_bytes": config.max_answer_bytes,
         },
-        totals={
-            "sessions": totals.num_sessions,
-            "tokens": totals.num_tokens,
-            "stored_bytes": totals.num_bytes,
-            "disk_bytes": totals.num_disk_bytes,
-            "device_bytes": cache.budget.used_bytes,
-            "device_key_bytes": cache.key_bytes,
-            "resident_sessions": cache.num_resident,
-            "loads": cache.num_loads,
-            "offloaded_sessions": cache.reclaim.num_offloaded_sessions,
-            "offloaded_pages": cache.reclaim.num_offloaded_pages,
-            "fetched_pages": cache.num_fetched_pages,
-            "appended_tokens": committer.num_appended_tokens,
-            "trimmed_tokens": committer.num_trimmed_tokens,
-            "waiting_device": queue.num_waiting,
-            "waiting_store": committer.queue.num_waiting,
-            "batches": queue.num_batches,
-            "skipped": queue.num_skipped + committer.queue.num_skipped,
-            **counted,
-            "commits": committer.queue.num_batches,
-        },
+        totals=held if namespace is not None else {**held, **ours},
     )

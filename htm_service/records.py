@@ -14,6 +14,9 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from storage.base import DEFAULT_NAMESPACE as DEFAULT_NAMESPACE
+from storage.base import SessionKey as SessionKey
+
 Floats = npt.NDArray[np.float32]
 Bools = npt.NDArray[np.bool_]
 Ints = npt.NDArray[np.int64]
@@ -317,7 +320,7 @@ class Event:
     """What happened to a session: a recall with its account, an append, or a change of the session itself."""
 
     kind: EventKind
-    session_id: str
+    key: SessionKey
     at: float
     what: Recall | AppendResult | Change
 

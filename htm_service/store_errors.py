@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from htm_service.errors import DiskFull, HTMError, SessionDamaged, SessionNotFound, Unhealthy
-from storage.base import SessionRow, Store, StoreDamaged, StoreError, StoreFull
+from storage.base import SessionKey, SessionRow, Store, StoreDamaged, StoreError, StoreFull
 
 
 def write_failure(error: StoreError) -> HTMError:
@@ -18,12 +18,12 @@ def unreadable(session_id: str, error: StoreError) -> HTMError:
     return Unhealthy(f"session {session_id!r} cannot be read: {error}")
 
 
-def still_there(store: Store, session_id: str, sid: int) -> SessionRow:
+def still_there(store: Store, key: SessionKey, sid: int) -> SessionRow:
     """The row of this very session, for whoever found that something of it is not in the store (a worker thread).
 
-    Raises SessionNotFound when it was deleted meanwhile, though there may be another one of its id; and StoreError.
+    Raises SessionNotFound when it was deleted meanwhile, though there may be another one of its name; and StoreError.
     """
-    row = store.get_session(session_id)
+    row = store.get_session(key)
     if row is None or row.sid != sid:
-        raise SessionNotFound(f"there is no session {session_id!r}")
+        raise SessionNotFound(f"there is no session {key.id!r}")
     return row

@@ -15,6 +15,7 @@ groups only. Stores speak bytes, numbers and the records below. They do not know
 from __future__ import annotations
 
 import sys
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class NoSuchSession(Refused):
 
 
 class SessionExists(Refused):
-    """A session with this id is there already."""
+    """A session with this key is there already."""
 
 
 class WrongLength(Refused):
@@ -96,11 +97,34 @@ def within(max_bytes: int, found: Iterable[tuple[int, bytes]]) -> dict[int, byte
 
 # --- records --------------------------------------------------------------------------------------
 
+DEFAULT_NAMESPACE = "default"
+"""Where sessions are whose server knows no other namespaces."""
+
+
+class SessionKey(NamedTuple):
+    """A session's name: its id within a namespace. Sessions are listed in the order of their keys."""
+
+    namespace: str
+    id: str
+
+    @classmethod
+    def new(cls, namespace: str) -> SessionKey:
+        """One with an id that nobody has."""
+        return cls(namespace, uuid.uuid4().hex)
+
+    def __str__(self) -> str:
+        """As logs and `verify` name it: an id holds no slash. Callers are told the id alone."""
+        return self.id if self.namespace == DEFAULT_NAMESPACE else f"{self.namespace}/{self.id}"
+
+
+FIRST_KEY = SessionKey("", "")
+"""Before the key of any session."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionRow:
-    """One session as stored. `sid` is the store's own key: never reused, so a late write of a deleted
-    session can never reach another one of the same id. Times are seconds since the epoch.
+    """One session as stored. `sid` is the store's own number for it: never reused, so a late write of a deleted
+    session can never reach another one of the same name. Times are seconds since the epoch.
     """
 
     id: str
@@ -120,6 +144,12 @@ class SessionRow:
     """Time of the last append, or of the creation."""
     first_position: int = 0
     """Where the tokens begin: those before were trimmed."""
+    namespace: str = DEFAULT_NAMESPACE
+
+    @property
+    def key(self) -> SessionKey:
+        """Its name; no other session has it."""
+        return SessionKey(self.namespace, self.id)
 
 
 class Block(NamedTuple):
@@ -219,7 +249,9 @@ WriteResult = SessionRow | Appended | Refused
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a store holds altogether. `num_disk_bytes` is what its files take, 0 for a store without."""
+    """What a store, or a namespace of it, holds. `num_disk_bytes` is what its files take, 0 for a store without, and
+    for a namespace: it has none of its own.
+    """
 
     num_sessions: int
     num_tokens: int
@@ -233,9 +265,9 @@ CheckSettings = Callable[[Mapping[str, Any]], str | None]
 
 @dataclass(frozen=True, slots=True)
 class Damage:
-    """Something `Store.verify` found: the session's id, or None for the store itself, and a sentence."""
+    """Something `Store.verify` found: the session, or None for the store itself, and a sentence."""
 
-    session_id: str | None
+    session: SessionKey | None
     message: str
 
 
@@ -299,16 +331,22 @@ class Store(ABC):
         """
 
     @abstractmethod
-    def get_session(self, session_id: str) -> SessionRow | None:
-        """The session with this id, or None."""
+    def get_session(self, key: SessionKey) -> SessionRow | None:
+        """The session of this name, or None."""
 
     @abstractmethod
     def list_sessions(
-        self, *, prefix: str = "", labels: Mapping[str, str] | None = None, after: str = "", limit: int = 100
+        self,
+        namespace: str | None = None,
+        *,
+        prefix: str = "",
+        labels: Mapping[str, str] | None = None,
+        after: SessionKey = FIRST_KEY,
+        limit: int = 100,
     ) -> list[SessionRow]:
-        """Sessions in the order of their ids (by code point), from the first id greater than `after` on.
+        """Sessions in the order of their keys (by code point), from the first greater than `after` on.
 
-        Without those whose settings cannot be read.
+        Of one namespace, then `after` is of it too, or of all. Without those whose settings cannot be read.
         Only ids that begin with `prefix`, and only sessions whose `settings["labels"]` hold all of `labels`.
         """
 
@@ -348,8 +386,8 @@ class Store(ABC):
         """The payloads at positions start .. stop-1, where there are any. Raises TooManyBytes as above."""
 
     @abstractmethod
-    def totals(self) -> Totals:
-        """What the store holds altogether."""
+    def totals(self, namespace: str | None = None) -> Totals:
+        """What the store holds altogether, or in one namespace."""
 
     @abstractmethod
     def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Damage]:

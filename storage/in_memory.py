@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 
 from storage.base import (
+    FIRST_KEY,
     IDEMPOTENCY_SECONDS,
     NO_LIMIT,
     Append,
@@ -24,6 +25,7 @@ from storage.base import (
     Refused,
     SessionExists,
     SessionFull,
+    SessionKey,
     SessionRow,
     Store,
     Summary,
@@ -73,7 +75,7 @@ class MemoryStore(Store):
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_sid: dict[int, _Session] = {}
-        self._sids: dict[str, int] = {}
+        self._sids: dict[SessionKey, int] = {}
         self._last_sid = 0
 
     def write(self, writes: Sequence[Write], *, now: float) -> list[WriteResult]:
@@ -93,20 +95,26 @@ class MemoryStore(Store):
         """Nothing at rest, nothing to erase."""
         return True
 
-    def get_session(self, session_id: str) -> SessionRow | None:
+    def get_session(self, key: SessionKey) -> SessionRow | None:
         """See `Store.get_session`."""
         with self._lock:
-            sid = self._sids.get(session_id)
+            sid = self._sids.get(key)
             return None if sid is None else self._by_sid[sid].row
 
     def list_sessions(
-        self, *, prefix: str = "", labels: Mapping[str, str] | None = None, after: str = "", limit: int = 100
+        self,
+        namespace: str | None = None,
+        *,
+        prefix: str = "",
+        labels: Mapping[str, str] | None = None,
+        after: SessionKey = FIRST_KEY,
+        limit: int = 100,
     ) -> list[SessionRow]:
         """See `Store.list_sessions`."""
         wanted = (labels or {}).items()
         with self._lock:
-            ids = sorted(id_ for id_ in self._sids if id_ > after and id_.startswith(prefix))
-            rows = (self._by_sid[self._sids[id_]].row for id_ in ids)
+            keys = sorted(key for key in self._sids if key > after and key.id.startswith(prefix))
+            rows = (self._by_sid[self._sids[key]].row for key in keys if namespace in (None, key.namespace))
             return [row for row in rows if wanted <= row.settings.get("labels", {}).items()][:limit]
 
     def read_blocks(self, sid: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
@@ -146,10 +154,10 @@ class MemoryStore(Store):
         """See `Store.read_payload_range`."""
         return within(max_bytes, self._payloads(sid, range(max(start, 0), stop)).items())
 
-    def totals(self) -> Totals:
+    def totals(self, namespace: str | None = None) -> Totals:
         """See `Store.totals`."""
         with self._lock:
-            rows = [session.row for session in self._by_sid.values()]
+            rows = [one.row for one in self._by_sid.values() if namespace in (None, one.row.namespace)]
         return Totals(
             len(rows), sum(row.length - row.first_position for row in rows), sum(row.num_bytes for row in rows), 0
         )
@@ -182,7 +190,7 @@ class MemoryStore(Store):
         if isinstance(write, UpdateSession):
             session.row = replace(session.row, settings=dict(write.settings))
         elif isinstance(write, DeleteSession):
-            del self._by_sid[write.sid], self._sids[session.row.id]
+            del self._by_sid[write.sid], self._sids[session.row.key]
         elif isinstance(write, Compact):
             ends = (summary.first + summary.num_chunks for summary in session.summaries[-1:])
             end = max(*ends, session.row.first_position // write.chunk_size, 0)
@@ -194,14 +202,14 @@ class MemoryStore(Store):
         return session.row
 
     def _create(self, row: SessionRow) -> WriteResult:
-        if row.id in self._sids:
+        if row.key in self._sids:
             return SessionExists(f"there is a session {row.id!r}")
         self._last_sid += 1
         updated_at = row.updated_at or row.created_at
         settings = dict(row.settings)
         row = replace(row, sid=self._last_sid, length=0, num_bytes=0, settings=settings, updated_at=updated_at)
         self._by_sid[row.sid] = _Session(row)
-        self._sids[row.id] = row.sid
+        self._sids[row.key] = row.sid
         return row
 
     def _append(self, session: _Session, write: Append, now: float) -> Appended | Refused:

@@ -21,6 +21,7 @@ from api.settings import Settings
 from api.wire.body import check_encoding, read_body
 from api.wire.query import check_names
 from htm_service.errors import MalformedBody, UnsupportedMediaType
+from htm_service.records import DEFAULT_NAMESPACE, SessionKey
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
     from htm_service.engine import Engine
@@ -34,6 +35,11 @@ def engine_of(request: Request) -> Engine:
     """The engine of the app."""
     engine: Engine = request.app.state.engine
     return engine
+
+
+def key_of(request: Request) -> SessionKey:
+    """The session that a request's path names."""
+    return SessionKey(DEFAULT_NAMESPACE, request.path_params["session_id"])
 
 
 def settings_of(request: Request) -> Settings:

@@ -21,6 +21,7 @@ from api.openapi import problems
 from api.routes.context import JsonRoute, engine_of
 from api.schemas.views import Recall, when
 from htm_service import records
+from htm_service.records import DEFAULT_NAMESPACE
 from htm_service.sessions.feed import Reader
 
 LOOK_EVERY_S = 1.0
@@ -65,7 +66,7 @@ async def events(
     says how many.
     """
     engine = engine_of(request)
-    reader = engine.listen(session)
+    reader = engine.listen(DEFAULT_NAMESPACE, session)
     ends_at = float("inf") if seconds is None else time.monotonic() + seconds
     return EventStream(reader, lambda: engine.is_draining or time.monotonic() >= ends_at)
 
@@ -119,7 +120,7 @@ def text_of(event: records.Event) -> bytes:
         content = {"start": what.start, "length": what.length, "num_chunks": what.num_chunks}
     else:
         content = {"change": what}
-    return _text(event.kind, {"session": event.session_id, **content, "at": when(event.at)})
+    return _text(event.kind, {"session": event.key.id, **content, "at": when(event.at)})
 
 
 def _text(name: str, content: dict[str, Any]) -> bytes:

@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from api.errors import request_id_of, shorten
-from api.routes.context import engine_of, measured_of, settings_of, watch_of
+from api.routes.context import engine_of, key_of, measured_of, settings_of, watch_of
 from api.wire import answers, hot_bodies, query
 from api.wire.body import THREAD_BYTES, read_body, wire_of
 from api.wire.fields import HotBody
@@ -53,9 +53,7 @@ async def attend(request: Request) -> Response:
     reply = answers.reply_of(request, wire)
     request_id = request_id_of(request)
     wanted, asked = await parse(request, wire, lambda body: hot_bodies.attend(body, request_id))
-    result = await watch_of(request).unless_gone(
-        request, engine_of(request).attend(request.path_params["session_id"], wanted)
-    )
+    result = await watch_of(request).unless_gone(request, engine_of(request).attend(key_of(request), wanted))
     return await answers.respond(
         reply,
         lambda raw: answers.attend_parts(result, asked, wanted.payloads, raw),
@@ -66,19 +64,18 @@ async def attend(request: Request) -> Response:
 
 async def explain(request: Request) -> Response:
     """Rank the chunks for one query."""
+    measured_of(request).call = "explain"
     query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
     request_id = request_id_of(request)
     wanted, asked, limit = await parse(request, wire, lambda body: hot_bodies.explain(body, request_id))
-    found = await watch_of(request).unless_gone(
-        request, engine_of(request).explain(request.path_params["session_id"], wanted, limit)
-    )
+    found = await watch_of(request).unless_gone(request, engine_of(request).explain(key_of(request), wanted, limit))
     return await answers.respond(
         reply,
         lambda raw: answers.explain_parts(found, asked, wanted.payloads, raw),
         answers.attend_bytes(found.attended) + found.ranking.index.nbytes,
-        answers.timing_headers(found.attended.timing),
+        answers.timing_headers(measured_of(request).worked(found.attended.timing)),
     )
 
 
@@ -90,9 +87,7 @@ async def append(request: Request) -> Response:
     reply = answers.reply_of(request, wire)
     key = idempotency_key(request)
     tokens = await parse(request, wire, lambda body: hot_bodies.append(body, key))
-    result = await watch_of(request).unless_gone(
-        request, engine_of(request).append(request.path_params["session_id"], tokens)
-    )
+    result = await watch_of(request).unless_gone(request, engine_of(request).append(key_of(request), tokens))
     params, headers = answers.append_params(result), answers.timing_headers(measured_of(request).worked(result.timing))
     return await answers.respond(reply, lambda raw: ({}, params), 0, headers)
 
@@ -105,7 +100,7 @@ async def step(request: Request) -> Response:
     reply = answers.reply_of(request, wire)
     key, request_id = idempotency_key(request), request_id_of(request)
     wanted, asked, tokens = await parse(request, wire, lambda body: hot_bodies.step(body, request_id, key))
-    work = engine_of(request).step(request.path_params["session_id"], wanted, tokens)
+    work = engine_of(request).step(key_of(request), wanted, tokens)
     attended, appended = await watch_of(request).unless_gone(request, work)
     return await answers.respond(
         reply,
@@ -123,7 +118,7 @@ async def read(request: Request) -> Response:
     start, stop = query.position(request, "start"), query.position(request, "stop")
     include = query.included(request, ("embeddings", "payloads"), default=("embeddings", "payloads"))
     found = await engine_of(request).read(
-        request.path_params["session_id"],
+        key_of(request),
         start or 0,
         stop,
         embeddings="embeddings" in include,

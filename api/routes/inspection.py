@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from api.openapi import SESSION_CODES, problems
-from api.routes.context import JsonRoute, engine_of, settings_of
+from api.routes.context import JsonRoute, engine_of, key_of, settings_of
 from api.schemas.views import Chunk, ChunkDetail, ChunkPage, Heat, Recall, Recalls, to_json
 from api.wire.answers import Params, Raw, respond_json
 from api.wire.query import included
@@ -64,7 +64,7 @@ async def chunks(
 ) -> Response:
     """List the chunks of a session, a page at a time."""
     keys = "keys" in included(request, ("keys",))
-    page = await engine_of(request).chunks(session_id, cursor, limit, keys=keys)
+    page = await engine_of(request).chunks(key_of(request), cursor, limit, keys=keys)
     return await respond_json(
         lambda raw: {"chunks": [_view(info, raw) for info in page.chunks], "cursor": page.cursor},
         settings_of(request).max_answer_bytes,
@@ -79,7 +79,9 @@ async def chunk(
 ) -> Response:
     """Inspect one chunk: the payloads of its tokens, and on request its embeddings and summary key."""
     parts = included(request, ("embeddings", "key"))
-    detail = await engine_of(request).chunk(session_id, index, embeddings="embeddings" in parts, key="key" in parts)
+    detail = await engine_of(request).chunk(
+        key_of(request), index, embeddings="embeddings" in parts, key="key" in parts
+    )
     return await respond_json(lambda raw: _detail(detail, raw), settings_of(request).max_answer_bytes)
 
 
@@ -104,7 +106,7 @@ async def heat(
     bins: Annotated[int, Query(ge=1, le=MAX_BINS, description="At most so many runs.")] = 600,
 ) -> Heat:
     """Sum up what recalls took of a session's chunks, in so many runs that they can be drawn."""
-    return Heat.of(await engine_of(request).heat(session_id, first, last, bins))
+    return Heat.of(await engine_of(request).heat(key_of(request), first, last, bins))
 
 
 async def recalls(
@@ -115,7 +117,7 @@ async def recalls(
 ) -> Response:
     """List the last recalls of a session, newest first."""
     query = "query" in included(request, ("query",))
-    found = await engine_of(request).recalls(session_id, limit)
+    found = await engine_of(request).recalls(key_of(request), limit)
     return await respond_json(
         lambda raw: {"recalls": [raw(to_json(Recall.of(recall, query=query))) for recall in found]},
         settings_of(request).max_answer_bytes,

@@ -10,11 +10,12 @@ from starlette.responses import Response
 
 from api.errors import shorten
 from api.openapi import BODY_CODES, SESSION_CODES, WRITE_CODES, problems
-from api.routes.context import JsonRoute, engine_of, settings_of
+from api.routes.context import JsonRoute, engine_of, key_of, settings_of
 from api.schemas.bodies import CreateBody, SessionChange
 from api.schemas.views import Deleted, Session, SessionPage, to_json
 from api.wire.answers import respond_json
 from htm_service.errors import InvalidArgument
+from htm_service.records import DEFAULT_NAMESPACE, SessionKey
 
 _CREATE_CODES = (
     *BODY_CODES,
@@ -97,14 +98,14 @@ def router() -> APIRouter:
 
 async def create(request: Request, settings: Settings, response: Response) -> Session:
     """Create a session with an id that the server makes."""
-    info, _ = await engine_of(request).create(None, settings.record())
+    info, _ = await engine_of(request).create(SessionKey.new(DEFAULT_NAMESPACE), settings.record())
     response.headers["Location"] = f"/v1/sessions/{info.id}"
     return Session.of(info)
 
 
 async def put(request: Request, session_id: str, settings: Settings, response: Response) -> Session:
     """Create a session (201), or confirm that it is there with the same settings (200)."""
-    info, created = await engine_of(request).create(session_id, settings.record())
+    info, created = await engine_of(request).create(key_of(request), settings.record())
     if created:
         response.status_code = 201
         response.headers["Location"] = f"/v1/sessions/{info.id}"
@@ -123,7 +124,7 @@ async def list_sessions(
 ) -> Response:
     """List sessions, a page at a time."""
     page = await engine_of(request).list_sessions(
-        prefix, parse_labels(label or []), cursor, limit, by_use=order == "last_used"
+        DEFAULT_NAMESPACE, prefix, parse_labels(label or []), cursor, limit, by_use=order == "last_used"
     )
     return await respond_json(
         lambda raw: {"sessions": [raw(to_json(Session.of(info))) for info in page.sessions], "cursor": page.cursor},
@@ -133,17 +134,17 @@ async def list_sessions(
 
 async def inspect(request: Request, session_id: str) -> Session:
     """Inspect a session: settings, length, bytes, residency, times, counters."""
-    return Session.of(await engine_of(request).inspect(session_id))
+    return Session.of(await engine_of(request).inspect(key_of(request)))
 
 
 async def change(request: Request, session_id: str, change: Change) -> Session:
     """Change labels, `ttl_s` or the model."""
-    return Session.of(await engine_of(request).update(session_id, change.record()))
+    return Session.of(await engine_of(request).update(key_of(request), change.record()))
 
 
 async def delete(request: Request, session_id: str) -> Response:
     """Delete a session; its bytes are gone from every tier."""
-    await engine_of(request).delete(session_id)
+    await engine_of(request).delete(key_of(request))
     return Response(status_code=204)
 
 
@@ -153,7 +154,8 @@ async def delete_sessions(
     label: Annotated[list[str] | None, Query(description="Those with this label, `key:value`; repeatable.")] = None,
 ) -> Deleted:
     """Delete all sessions with a label or a prefix, one of which must be given; see `DELETE` of one."""
-    return Deleted(deleted=await engine_of(request).delete_sessions(prefix, parse_labels(label or [])))
+    labels = parse_labels(label or [])
+    return Deleted(deleted=await engine_of(request).delete_sessions(DEFAULT_NAMESPACE, prefix, labels))
 
 
 def parse_labels(texts: list[str]) -> dict[str, str] | None:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from bench import over_http, scene
-from bench.scene import DIM, LENGTH, Scene
+from bench.scene import DIM, LENGTH, Scene, named
 from htm_service.engine import Engine
 
 
@@ -83,7 +83,7 @@ async def _median_ms(
     took: list[float] = []
     for _ in range(repeats + 3):
         began = time.perf_counter()
-        await asyncio.gather(*(engine.attend(session, request) for session in sessions))
+        await asyncio.gather(*(engine.attend(named(session), request) for session in sessions))
         took.append(time.perf_counter() - began)
     return float(np.median(took[3:])) * 1e3
 

@@ -17,7 +17,7 @@ from htm_client import HTMClient
 from bench import machine, over_http, scene
 from bench.figures import say
 from bench.processes import Call
-from bench.scene import CHUNK_SIZE, DIM, LENGTH, Scene
+from bench.scene import CHUNK_SIZE, DIM, LENGTH, Scene, named
 
 LENGTHS = (1_024, 3_200, 10_240, 32_000, 102_400, 320_000)
 """Whole chunks: for others htm-pytorch's answer is padded and masked, which takes it several times as long."""
@@ -55,14 +55,14 @@ async def _in_process(stage: Scene, lengths: Sequence[int], query: torch.Tensor)
         for length in lengths:
             tokens = scene.make_tokens(length)
             await scene.fill(engine, f"n{length}", tokens)
-            answer = await engine.attend(f"n{length}", scene.asks(query))
+            answer = await engine.attend(named(f"n{length}"), scene.asks(query))
             scene.check(answer.output, stage.forward(query, tokens))
         await asyncio.sleep(1)  # the threads of htm-pytorch's answer go on waiting for work for a while
         for length in lengths:
             seconds = []
             for _ in range(300):
                 began = time.perf_counter()
-                await engine.attend(f"n{length}", scene.asks(query))
+                await engine.attend(named(f"n{length}"), scene.asks(query))
                 seconds.append(time.perf_counter() - began)
             medians.append(float(np.median(seconds[100:])) * 1e3)
     return medians

@@ -84,7 +84,7 @@ class Cache:
                 self._hold(resident)
                 self._fill(resident)
             except HTMError as error:
-                logging.getLogger(__name__).warning("session %s goes cold: %s", resident.id, error)
+                logging.getLogger(__name__).warning("session %s goes cold: %s", resident.key, error)
                 self.offload(resident)
 
     def begin_load(self, resident: Resident) -> None:
@@ -108,7 +108,7 @@ class Cache:
             except HTMError as reason:
                 error = reason
             except Exception as reason:
-                logging.getLogger(__name__).exception("session %s could not be loaded", resident.id)
+                logging.getLogger(__name__).exception("session %s could not be loaded", resident.key)
                 error = Unhealthy(f"session {resident.id!r} could not be loaded: {reason!r}")
         if error is not None or resident.is_deleted:
             self.offload(resident)
@@ -175,7 +175,7 @@ class Cache:
             if not self._take_pending(resident):
                 self.offload(resident)
         except OutOfMemory:
-            logging.getLogger(__name__).warning("session %s outgrew the device budget and goes cold", resident.id)
+            logging.getLogger(__name__).warning("session %s outgrew the device budget and goes cold", resident.key)
             self.offload(resident)
         except BaseException:
             self.offload(resident)  # some of its tokens may be missing here; storage has all

@@ -141,13 +141,13 @@ class Loader:
         except StoreError as reason:
             error = unreadable(resident.id, reason)
         except Exception as reason:
-            logging.getLogger(__name__).exception("session %s could not be loaded", resident.id)
+            logging.getLogger(__name__).exception("session %s could not be loaded", resident.key)
             error = Unhealthy(f"session {resident.id!r} could not be loaded: {reason!r}")
         try:
             # Waited for: the attends that wanted the session may want chunks, before another load offloads it.
             self._hand_over(partial(self._end_load, resident, error))()
         except HTMError:
-            logging.getLogger(__name__).warning("session %s was loaded too late", resident.id)
+            logging.getLogger(__name__).warning("session %s was loaded too late", resident.key)
 
     def _end_load(self, resident: Resident, error: HTMError | None) -> None:
         """Put who waited for the session back into the queue, or tell them what went wrong (the device thread)."""
@@ -220,7 +220,7 @@ class Loader:
 
     def _first_position(self, resident: Resident) -> int:
         """Where the session begins in the store, which may be ahead of the device."""
-        row = self._store.get_session(resident.id) if resident.settings.trims else None
+        row = self._store.get_session(resident.key) if resident.settings.trims else None
         return 0 if row is None or row.sid != resident.sid else row.first_position
 
     def _hand_over(self, action: Callable[[], object]) -> Callable[[], None]:

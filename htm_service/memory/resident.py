@@ -31,7 +31,7 @@ from htm_service.dtypes import from_bytes, itemsize
 from htm_service.memory.chunks import Chunks
 from htm_service.records import Residency
 from htm_service.session_settings import SessionSettings
-from storage.base import Block
+from storage.base import Block, SessionKey
 
 MAX_PENDING_BYTES = 64 << 20
 """Of one session that wait for the device thread; with more its chunks are read from the store again."""
@@ -80,9 +80,9 @@ def joined(blocks: Sequence[Block], settings: SessionSettings) -> list[NewTokens
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """See the head of this module. `sid` is the store's key for the session; of `settings`, what cannot be changed."""
+    """See the head of this module. `sid` is the store's number for it; of `settings`, what cannot be changed."""
 
-    id: str
+    key: SessionKey
     sid: int
     settings: SessionSettings
     extent: Extent
@@ -101,6 +101,11 @@ class Resident:
         self.token_bytes = self.settings.dim * itemsize(self.settings.dtype)
         if not self.extent.length:
             self.state = "resident"  # there is nothing to load
+
+    @property
+    def id(self) -> str:
+        """What callers call it."""
+        return self.key.id
 
     @property
     def held(self) -> Chunks:

@@ -61,7 +61,7 @@ class Attends:
         session.num_queries += len(request.queries)
         recall = session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
         if self._feed.is_read:
-            self._feed.tell(Event("recall", session.id, recall.at, recall))
+            self._feed.tell(Event("recall", session.key, recall.at, recall))
         return result
 
     async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:
@@ -197,7 +197,7 @@ class Attends:
         try:
             texts = self._store.read_payloads(session.sid, positions, most)
             if len(texts) < len(positions):  # one that is not there does not say why
-                still_there(self._store, session.id, session.sid)
+                still_there(self._store, session.key, session.sid)
         except TooManyBytes as error:
             raise _too_large(f"the payloads of {len(positions)} recalled tokens have more bytes", most) from error
         except StoreError as error:

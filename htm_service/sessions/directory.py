@@ -1,4 +1,4 @@
-"""The sessions by id: found in the store on first use, created, changed, deleted, expired.
+"""The sessions by their keys: found in the store on first use, created, changed, deleted, expired.
 
 Writes go through the one writer, so the store decides who was first. Runs on the event loop.
 Does not know tokens, attention or what is on the device.
@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-import uuid
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
 from dataclasses import replace
@@ -34,10 +33,12 @@ from htm_service.sessions.feed import Feed
 from htm_service.sessions.recalls import RecallLog
 from htm_service.sessions.session import Session
 from storage.base import (
+    FIRST_KEY,
     CreateSession,
     DeleteSession,
     NoSuchSession,
     SessionExists,
+    SessionKey,
     SessionRow,
     Store,
     StoreError,
@@ -46,7 +47,7 @@ from storage.base import (
 )
 
 EXPIRED_REMEMBERED = 10_000
-"""Ids of expired sessions, the last ones, that are answered `session_expired` rather than `session_not_found`."""
+"""Keys of expired sessions, the last ones, that are answered `session_expired` rather than `session_not_found`."""
 SCAN_LIMIT = 200
 """Sessions that are looked at together for expiry, and deleted together."""
 LOOK_LIMIT = 5_000
@@ -72,10 +73,10 @@ class Directory:
         self._clock = clock
         self._recalls_per_session = recalls_per_session
         self._started_at = clock()
-        self._sessions: OrderedDict[str, Session] = OrderedDict()
+        self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
         """Those that were used since the start, the last used last."""
-        self._locks: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._expired: OrderedDict[str, None] = OrderedDict()
+        self._locks: WeakValueDictionary[SessionKey, asyncio.Lock] = WeakValueDictionary()
+        self._expired: OrderedDict[SessionKey, None] = OrderedDict()
         self.num_expired = 0
 
     def sessions(self) -> Iterable[Session]:
@@ -87,60 +88,66 @@ class Directory:
         num_damaged = sum(session.damage is not None for session in self._sessions.values())
         return {"expired_sessions": self.num_expired, "damaged_sessions": num_damaged}
 
-    def known(self, session_id: str) -> Session | None:
+    def known(self, key: SessionKey) -> Session | None:
         """The session, which counts as used now, when nothing has to be waited for; None: ask `get`."""
-        session, now = self._sessions.get(session_id), self._clock()
+        session, now = self._sessions.get(key), self._clock()
         if session is None or session.is_expired(now):
             return None
         session.last_used_at = now
-        self._sessions.move_to_end(session_id)
+        self._sessions.move_to_end(key)
         return session
 
-    async def get(self, session_id: str) -> Session:
+    async def get(self, key: SessionKey) -> Session:
         """The session, which counts as used now. Raises SessionNotFound or SessionExpired."""
-        session = self._sessions.get(session_id) or await self._find(session_id)
+        session = self._sessions.get(key) or await self._find(key)
         now = self._clock()
         if session is not None and session.is_expired(now):
             with contextlib.suppress(Unavailable):  # that it could not be deleted yet changes nothing for the caller
                 await asyncio.shield(self._expire(session))  # who asked may go: half of it would leave its pages behind
-            session = self._sessions.get(session_id)  # used meanwhile, maybe
+            session = self._sessions.get(key)  # used meanwhile, maybe
             session = None if session is not None and session.is_expired(now) else session
         if session is None:
-            if session_id in self._expired:
-                raise SessionExpired(f"session {session_id!r} was idle for longer than its ttl_s and is gone")
-            raise SessionNotFound(f"there is no session {session_id!r}")
+            if key in self._expired:
+                raise SessionExpired(f"session {key.id!r} was idle for longer than its ttl_s and is gone")
+            raise SessionNotFound(f"there is no session {key.id!r}")
         session.last_used_at = now
-        if session_id in self._sessions:  # not deleted while this waited
-            self._sessions.move_to_end(session_id)
+        if key in self._sessions:  # not deleted while this waited
+            self._sessions.move_to_end(key)
         return session
 
-    async def create(self, session_id: str | None, settings: SessionSettings) -> tuple[Session, bool]:
+    async def create(self, key: SessionKey, settings: SessionSettings) -> tuple[Session, bool]:
         """The new session, or the one that is there (False). Its settings are the caller's to compare."""
-        session_id = session_id or uuid.uuid4().hex
         now = self._clock()
         while True:
             try:
-                return await self.get(session_id), False
+                return await self.get(key), False
             except SessionExpired:  # where it could not be deleted, say why: its id is not free before
-                if (expired := self._sessions.get(session_id)) is not None:
+                if (expired := self._sessions.get(key)) is not None:
                     await self._expire(expired)
             except SessionNotFound:
                 pass
-            row = SessionRow(session_id, settings.stored(), now, max_tokens=settings.max_tokens, updated_at=now)
-            async with self._lock(session_id):
+            row = SessionRow(
+                key.id,
+                settings.stored(),
+                now,
+                max_tokens=settings.max_tokens,
+                updated_at=now,
+                namespace=key.namespace,
+            )
+            async with self._lock(key):
                 try:
                     written = await self._write(CreateSession(row), None)
                 except SessionExists:  # by a create that was faster: look again
                     continue
                 assert isinstance(written, SessionRow)
-                self._expired.pop(session_id, None)
+                self._expired.pop(key, None)
                 session = self._add(written)
-                self._tell(session.id, "created")
+                self._tell(session.key, "created")
                 return session, True
 
     async def update(self, session: Session, change: SessionChange) -> None:
         """Change labels, ttl_s or model, durably."""
-        async with self._lock(session.id):
+        async with self._lock(session.key):
             settings = session.settings
             if change.labels is not None:
                 settings = replace(settings, labels=change.labels)
@@ -153,31 +160,33 @@ class Directory:
             except NoSuchSession:
                 raise SessionNotFound(f"there is no session {session.id!r}") from None
             session.settings = settings
-        self._tell(session.id, "updated")
+        self._tell(session.key, "updated")
 
     async def delete(self, session: Session) -> None:
         """Delete durably."""
-        async with self._lock(session.id):
+        async with self._lock(session.key):
             await self._delete(session)
 
     async def _delete(self, session: Session) -> None:
         # Out of the table first: whoever asks meanwhile waits for the lock and then asks the store.
-        self._sessions.pop(session.id, None)
+        self._sessions.pop(session.key, None)
         try:
             await self._write(DeleteSession(session.sid), session.resident)
         except NoSuchSession:
             raise SessionNotFound(f"there is no session {session.id!r}") from None
         except Exception:
-            self._sessions[session.id] = session
+            self._sessions[session.key] = session
             raise
-        self._tell(session.id, "deleted")
+        self._tell(session.key, "deleted")
 
-    async def delete_all(self, prefix: str, labels: Mapping[str, str] | None) -> AsyncIterator[list[int]]:
-        """Delete the sessions that have this prefix and these labels, a page at a time; the `sid`s of each page."""
+    async def delete_all(
+        self, namespace: str, prefix: str, labels: Mapping[str, str] | None
+    ) -> AsyncIterator[list[int]]:
+        """Delete the sessions of a namespace with this prefix and these labels, page by page; the `sid`s of each."""
 
         async def delete(row: SessionRow) -> bool:
-            async with self._lock(row.id):
-                session = self._sessions.get(row.id) or self._of(row)
+            async with self._lock(row.key):
+                session = self._sessions.get(row.key) or self._of(row)
                 if session is None or session.sid != row.sid:  # deleted meanwhile, and maybe made anew
                     return False
                 try:
@@ -186,49 +195,51 @@ class Directory:
                     return False
                 return True
 
-        after: str | None = ""
+        which = {"namespace": namespace, "prefix": prefix, "labels": labels, "limit": SCAN_LIMIT}
+        after: SessionKey | None = SessionKey(namespace, "")
         while after is not None:
-            rows = await self._list(prefix=prefix, labels=labels, after=after, limit=SCAN_LIMIT)
+            rows = await self._list(**which, after=after)
             is_deleted = await asyncio.gather(*map(delete, rows))  # one transaction, more or less
             yield [row.sid for row, done in zip(rows, is_deleted, strict=True) if done]
-            after = rows[-1].id if len(rows) == SCAN_LIMIT else None
+            after = rows[-1].key if len(rows) == SCAN_LIMIT else None
 
-    async def delete_unreadable(self, session_id: str) -> int:
+    async def delete_unreadable(self, key: SessionKey) -> int:
         """Delete durably a session whose settings cannot be read, so that it never came in here; its `sid`."""
-        async with self._lock(session_id):
-            row = await self._look_up(session_id)
+        async with self._lock(key):
+            row = await self._look_up(key)
             if row is None or wrong_with(row.settings) is None:  # deleted meanwhile, and maybe made anew
-                raise SessionNotFound(f"there is no session {session_id!r}")
+                raise SessionNotFound(f"there is no session {key.id!r}")
             await self._write(DeleteSession(row.sid), None)
-            self._tell(session_id, "deleted")
+            self._tell(key, "deleted")
             return row.sid
 
     async def list_page(
-        self, prefix: str, labels: Mapping[str, str] | None, cursor: str | None, limit: int
+        self, namespace: str, prefix: str, labels: Mapping[str, str] | None, cursor: str | None, limit: int
     ) -> SessionPage:
-        """One page of the sessions in the order of their ids."""
-        after = decode_cursor(cursor, validation.ID)
-        rows = await self._list(prefix=prefix, labels=labels, after=after, limit=limit + 1)
+        """One page of a namespace's sessions in the order of their ids."""
+        after = SessionKey(namespace, decode_cursor(cursor, validation.ID))
+        rows = await self._list(namespace=namespace, prefix=prefix, labels=labels, after=after, limit=limit + 1)
         now = self._clock()
         infos = [info for row in rows[:limit] if (info := self._info(row, now)) is not None]
         return SessionPage(infos, encode_cursor(rows[limit - 1].id) if len(rows) > limit else None)
 
     async def list_by_use(
-        self, prefix: str, labels: Mapping[str, str] | None, cursor: str | None, limit: int
+        self, namespace: str, prefix: str, labels: Mapping[str, str] | None, cursor: str | None, limit: int
     ) -> SessionPage:
-        """One page of the sessions that were used since the start, last used first; after them the others, by id."""
+        """One page of a namespace's sessions: those used since the start, last used first; after them the others."""
         key = decode_cursor(cursor, BY_USE) or "0"
         infos: list[SessionInfo] = []
         if not key.startswith(">"):
-            infos, place = await self._in_use(prefix, labels or {}, int(key), limit + 1)
+            infos, place = await self._in_use(namespace, prefix, labels or {}, int(key), limit + 1)
             if len(infos) > limit:
                 return SessionPage(infos[:limit], encode_cursor(str(place - 1)))
             key = ">"
         after, now = key[1:], self._clock()
         while True:
-            rows = await self._list(prefix=prefix, labels=labels, after=after, limit=SCAN_LIMIT)
+            begin = SessionKey(namespace, after)
+            rows = await self._list(namespace=namespace, prefix=prefix, labels=labels, after=begin, limit=SCAN_LIMIT)
             for row in rows:
-                if row.id not in self._sessions and (info := self._info(row, now)) is not None:
+                if row.key not in self._sessions and (info := self._info(row, now)) is not None:
                     if len(infos) == limit:
                         return SessionPage(infos, encode_cursor(f">{after}"))
                     infos.append(info)
@@ -237,17 +248,18 @@ class Directory:
                 return SessionPage(infos, None)
 
     async def _in_use(
-        self, prefix: str, labels: Mapping[str, str], first: int, limit: int
+        self, namespace: str, prefix: str, labels: Mapping[str, str], first: int, limit: int
     ) -> tuple[list[SessionInfo], int]:
-        """Of the sessions in use at most `limit` that match, last used first, from the `first`th of all on; and how
-        many were looked at before the next one.
+        """Of a namespace's sessions in use at most `limit` that match, last used first, from the `first`th of all on;
+        and how many were looked at before the next one.
         """
         now, found, place = self._clock(), list[SessionInfo](), first
         for session in list(reversed(self._sessions.values()))[first:]:
             place += 1
             if place % LOOK_LIMIT == 0:
                 await asyncio.sleep(0)
-            if session.id.startswith(prefix) and labels.items() <= session.settings.labels.items():
+            is_named = session.key.namespace == namespace and session.id.startswith(prefix)
+            if is_named and labels.items() <= session.settings.labels.items():
                 if not session.is_expired(now) and not session.resident.is_deleted:
                     found.append(session.info())
                 if len(found) == limit:
@@ -256,7 +268,7 @@ class Directory:
 
     async def expire(self) -> AsyncIterator[int]:
         """Delete the sessions that are past their ttl_s, a page of sessions at a time; how many of each page."""
-        after: str | None = ""
+        after: SessionKey | None = FIRST_KEY
         while after is not None:
             rows = await self._list(after=after, limit=SCAN_LIMIT)
             mortal = [row for row in rows if row.settings.get("ttl_s") is not None]
@@ -264,7 +276,7 @@ class Directory:
             expired = [session for session in sessions if session.is_expired(self._clock())]
             await asyncio.gather(*map(self._expire, expired))  # one transaction, more or less
             yield len(expired)
-            after = rows[-1].id if len(rows) == SCAN_LIMIT else None
+            after = rows[-1].key if len(rows) == SCAN_LIMIT else None
 
     def _info(self, row: SessionRow, now: float) -> SessionInfo | None:
         session = self._of(row)
@@ -273,22 +285,22 @@ class Directory:
     def _of(self, row: SessionRow) -> Session | None:
         """The session of a listed row; None where its settings are damaged, as the store leaves out such rows."""
         try:
-            return self._sessions.get(row.id) or self._new(row)
+            return self._sessions.get(row.key) or self._new(row)
         except SessionDamaged:
             return None
 
-    async def _find(self, session_id: str) -> Session | None:
-        async with self._lock(session_id):
-            if session_id in self._sessions:
-                return self._sessions[session_id]
-            row = await self._look_up(session_id)
+    async def _find(self, key: SessionKey) -> Session | None:
+        async with self._lock(key):
+            if key in self._sessions:
+                return self._sessions[key]
+            row = await self._look_up(key)
             return None if row is None else self._add(row)
 
-    async def _look_up(self, session_id: str) -> SessionRow | None:
+    async def _look_up(self, key: SessionKey) -> SessionRow | None:
         try:
-            return await asyncio.to_thread(self._store.get_session, session_id)
+            return await asyncio.to_thread(self._store.get_session, key)
         except StoreError as error:
-            raise Unhealthy(f"session {session_id!r} cannot be looked up: {error}") from error
+            raise Unhealthy(f"session {key.id!r} cannot be looked up: {error}") from error
 
     async def _list(self, **which: Any) -> list[SessionRow]:
         try:
@@ -298,32 +310,32 @@ class Directory:
 
     async def _expire(self, session: Session) -> None:
         """Delete a session that is past its ttl_s, unless it was used or changed while this waited for its lock."""
-        async with self._lock(session.id):
-            session = self._sessions.get(session.id, session)
+        async with self._lock(session.key):
+            session = self._sessions.get(session.key, session)
             if session.resident.is_deleted or not session.is_expired(self._clock()):
                 return
-            self._expired[session.id] = None
+            self._expired[session.key] = None
             while len(self._expired) > EXPIRED_REMEMBERED:
                 self._expired.popitem(last=False)
             with contextlib.suppress(SessionNotFound):
                 await self._delete(session)
                 self.num_expired += 1
 
-    def _tell(self, session_id: str, change: Change) -> None:
+    def _tell(self, key: SessionKey, change: Change) -> None:
         if self._feed.is_read:
-            self._feed.tell(Event("session", session_id, self._clock(), change))
+            self._feed.tell(Event("session", key, self._clock(), change))
 
-    def _lock(self, session_id: str) -> asyncio.Lock:
-        return self._locks.setdefault(session_id, asyncio.Lock())
+    def _lock(self, key: SessionKey) -> asyncio.Lock:
+        return self._locks.setdefault(key, asyncio.Lock())
 
     def _add(self, row: SessionRow) -> Session:
-        session = self._sessions[row.id] = self._new(row)
+        session = self._sessions[row.key] = self._new(row)
         return session
 
     def _new(self, row: SessionRow) -> Session:
         settings = SessionSettings.of_row(row)
         return Session(
-            Resident(row.id, row.sid, settings, Extent(row.first_position, row.length)),
+            Resident(row.key, row.sid, settings, Extent(row.first_position, row.length)),
             settings,
             created_at=row.created_at,
             updated_at=row.updated_at,

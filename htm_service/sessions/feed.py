@@ -38,11 +38,14 @@ class Feed:
         for reader in self._readers:
             reader.tell(event)
 
-    def read(self, session_id: str | None) -> Reader:
-        """A reader, to be closed, of what happens from now on to one session, or to all. Raises Overloaded."""
+    def read(self, namespace: str, session_id: str | None) -> Reader:
+        """A reader, to be closed, of what happens from now on to one session of a namespace, or to all of them.
+
+        Raises Overloaded.
+        """
         if len(self._readers) >= MAX_READERS:
             raise Overloaded(f"{len(self._readers)} read the events, the limit is {MAX_READERS}")
-        reader = Reader(self, session_id)
+        reader = Reader(self, namespace, session_id)
         self._readers.add(reader)
         return reader
 
@@ -52,10 +55,11 @@ class Feed:
 
 
 class Reader:
-    """One who reads along: what has come since it last took, of one session or of all."""
+    """One who reads along: what has come since it last took, of one session of a namespace or of all of them."""
 
-    def __init__(self, feed: Feed, session_id: str | None) -> None:
+    def __init__(self, feed: Feed, namespace: str, session_id: str | None) -> None:
         self._feed = feed
+        self._namespace = namespace
         self._session_id = session_id
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._num_dropped = 0
@@ -63,7 +67,7 @@ class Reader:
 
     def tell(self, event: Event) -> None:
         """Keep an event until it is taken, or until too many others have come."""
-        if self._session_id not in (None, event.session_id):
+        if event.key.namespace != self._namespace or self._session_id not in (None, event.key.id):
             return
         self._num_dropped += len(self._events) == EVENTS_KEPT
         self._events.append(event)

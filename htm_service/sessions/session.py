@@ -13,6 +13,7 @@ from htm_service.memory.resident import Resident
 from htm_service.records import SessionInfo
 from htm_service.session_settings import SessionSettings
 from htm_service.sessions.recalls import RecallLog
+from storage.base import SessionKey
 
 
 @dataclass(slots=True, eq=False)
@@ -34,13 +35,18 @@ class Session:
     """Chunks whose summary keys the store has, as far as compaction knows."""
 
     @property
-    def id(self) -> str:
+    def key(self) -> SessionKey:
         """Its name."""
-        return self.resident.id
+        return self.resident.key
+
+    @property
+    def id(self) -> str:
+        """What callers call it."""
+        return self.resident.key.id
 
     @property
     def sid(self) -> int:
-        """The store's key for it."""
+        """The store's number for it."""
         return self.resident.sid
 
     @property

@@ -55,7 +55,7 @@ class Appends:
         num_chunks = -(-written.length // session.settings.chunk_size)
         result = AppendResult(written.start, written.length, num_chunks, Timing(store_s=time.monotonic() - started))
         if self._feed.is_read and not written.replayed:
-            self._feed.tell(Event("append", session.id, session.updated_at, result))
+            self._feed.tell(Event("append", session.key, session.updated_at, result))
         return result
 
     async def first_append(self, session: Session, request: AppendRequest) -> AppendResult | None:

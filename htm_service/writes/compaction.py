@@ -62,7 +62,7 @@ class Compaction:
                 try:
                     num_compacted += await self._compact(session, min(size, waiting))
                 except (SessionDamaged, OutOfMemory) as error:  # its own trouble: the others' turn is now
-                    logging.getLogger(__name__).info("session %s is compacted later: %s", session.id, error)
+                    logging.getLogger(__name__).info("session %s is compacted later: %s", session.key, error)
         return num_compacted
 
     async def _compact(self, session: Session, num_chunks: int) -> bool:

@@ -11,9 +11,22 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Engine, String, cast, select
+from sqlalchemy import Connection, Engine, String, cast, select, tuple_
 
-from storage.base import NO_LIMIT, Block, CheckSettings, Damage, SessionRow, Store, StoreError, Summary, Totals, within
+from storage.base import (
+    FIRST_KEY,
+    NO_LIMIT,
+    Block,
+    CheckSettings,
+    Damage,
+    SessionKey,
+    SessionRow,
+    Store,
+    StoreError,
+    Summary,
+    Totals,
+    within,
+)
 from storage.sql import verification
 from storage.sql.failures import translated
 from storage.sql.snapshot import Snapshot
@@ -54,19 +67,30 @@ class SqlReader(Store):
         self._upkeep = upkeep
         self._is_closed = False
 
-    def get_session(self, session_id: str) -> SessionRow | None:
+    def get_session(self, key: SessionKey) -> SessionRow | None:
         """See `Store.get_session`."""
         with self._snapshot() as snapshot:
-            return snapshot.session(session_id)
+            return snapshot.session(key)
 
     def list_sessions(
-        self, *, prefix: str = "", labels: Mapping[str, str] | None = None, after: str = "", limit: int = 100
+        self,
+        namespace: str | None = None,
+        *,
+        prefix: str = "",
+        labels: Mapping[str, str] | None = None,
+        after: SessionKey = FIRST_KEY,
+        limit: int = 100,
     ) -> list[SessionRow]:
         """See `Store.list_sessions`. SQL only leaves out what cannot have the labels: settings without their text."""
         if limit <= 0:
             return []
         wanted = (labels or {}).items()
-        query = select(sessions).where(sessions.c.id > after, sessions.c.id >= prefix).order_by(sessions.c.id)
+        columns = sessions.c.namespace, sessions.c.id
+        query = select(sessions).where(sessions.c.id >= prefix).order_by(*columns)
+        if namespace is None:
+            query = query.where(tuple_(*columns) > after)
+        else:  # as two conditions, so that the index serves both
+            query = query.where(sessions.c.namespace == namespace, sessions.c.id > after.id)
         if (end := _end_of(prefix)) is not None:
             query = query.where(sessions.c.id < end)
         for key, value in wanted:
@@ -108,10 +132,10 @@ class SqlReader(Store):
         with self._snapshot() as snapshot, contextlib.closing(snapshot.payload_range(sid, start, stop)) as found:
             return within(max_bytes, found)
 
-    def totals(self) -> Totals:
+    def totals(self, namespace: str | None = None) -> Totals:
         """See `Store.totals`."""
         with self._snapshot() as snapshot:
-            return Totals(*snapshot.sums(), self._upkeep.disk_bytes())
+            return Totals(*snapshot.sums(namespace), self._upkeep.disk_bytes() if namespace is None else 0)
 
     def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Damage]:
         """See `Store.verify`; one snapshot."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from sqlalchemy import Connection, Row, String, cast, delete, or_, select, update
 
-from storage.base import CheckSettings
+from storage.base import CheckSettings, SessionKey
 from storage.sql.deletion import leave
 from storage.sql.failures import trouble_with
 from storage.sql.tables import blocks, deleted_sessions, idempotency, payloads, sessions, summaries
@@ -21,7 +21,7 @@ from storage.sql.tables import blocks, deleted_sessions, idempotency, payloads, 
 class Repair:
     """What is to be done to one session; `length` None: it goes altogether. `message` says what is lost, and why."""
 
-    session_id: str
+    session: SessionKey
     sid: int
     length: int | None
     num_bytes: int
@@ -29,10 +29,11 @@ class Repair:
 
 
 def plan(connection: Connection, check_settings: CheckSettings) -> list[Repair]:
-    """The repairs that are needed, by the sessions' ids. Reads everything, changes nothing."""
-    columns = (sessions.c.id, sessions.c.sid, sessions.c.length, sessions.c.num_bytes, sessions.c.first_position)
+    """The repairs that are needed, in the order of the sessions' keys. Reads everything, changes nothing."""
+    key = sessions.c.namespace, sessions.c.id
+    columns = (*key, sessions.c.sid, sessions.c.length, sessions.c.num_bytes, sessions.c.first_position)
     settings = cast(sessions.c.settings, String).label("settings")
-    rows = connection.execute(select(*columns, settings).order_by(sessions.c.id)).all()
+    rows = connection.execute(select(*columns, settings).order_by(*key)).all()
     found = (_of_session(connection, row, check_settings) for row in rows)
     return [repair for repair in found if repair is not None]
 
@@ -60,9 +61,9 @@ def carry_out(connection: Connection, repairs: list[Repair]) -> None:
 
 
 def _of_session(connection: Connection, row: Row[tuple[object, ...]], check_settings: CheckSettings) -> Repair | None:
-    num_tokens = row.length - row.first_position
+    session, num_tokens = SessionKey(row.namespace, row.id), row.length - row.first_position
     if (trouble := trouble_with(row.settings, check_settings)) is not None:
-        return Repair(row.id, row.sid, None, 0, f"all of it, {num_tokens} tokens, because {trouble}")
+        return Repair(session, row.sid, None, 0, f"all of it, {num_tokens} tokens, because {trouble}")
     length, num_bytes, why = _readable(connection, row)
     if length < row.length:
         lost = f"the tokens {length} to {row.length - 1}, {row.length - length} of {num_tokens}, because {why}"
@@ -70,7 +71,7 @@ def _of_session(connection: Connection, row: Row[tuple[object, ...]], check_sett
         lost = "nothing; its record of length or bytes is put right"
     else:
         return None
-    return Repair(row.id, row.sid, length, num_bytes, lost)
+    return Repair(session, row.sid, length, num_bytes, lost)
 
 
 def _readable(connection: Connection, row: Row[tuple[object, ...]]) -> tuple[int, int, str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, and_, exists, func, or_, select
 
-from storage.base import Block, SessionRow, StoreDamaged, Summary
+from storage.base import Block, SessionKey, SessionRow, StoreDamaged, Summary
 from storage.sql.tables import blocks, payloads, sessions, summaries
 
 ROWS_AT_ONCE = 64
@@ -27,9 +27,10 @@ class Snapshot:
     def __init__(self, connection: Connection) -> None:
         self.connection = connection
 
-    def session(self, session_id: str) -> SessionRow | None:
-        """The session with this id."""
-        row = self.connection.execute(select(sessions).where(sessions.c.id == session_id)).first()
+    def session(self, key: SessionKey) -> SessionRow | None:
+        """The session of this name."""
+        of_key = sessions.c.namespace == key.namespace, sessions.c.id == key.id
+        row = self.connection.execute(select(sessions).where(*of_key)).first()
         return None if row is None else row_of(row)
 
     def sessions(self, query: Select[Any], at_once: int) -> Generator[SessionRow, None, None]:
@@ -93,10 +94,12 @@ class Snapshot:
         with self.connection.execute(query, **options) as rows:
             yield from rows
 
-    def sums(self) -> tuple[int, int, int]:
-        """How many sessions, tokens and bytes of tokens there are."""
+    def sums(self, namespace: str | None) -> tuple[int, int, int]:
+        """How many sessions, tokens and bytes of tokens there are, altogether or in one namespace."""
         num_held = sessions.c.length - sessions.c.first_position
         sums = select(func.count(), func.sum(num_held), func.sum(sessions.c.num_bytes)).select_from(sessions)
+        if namespace is not None:
+            sums = sums.where(sessions.c.namespace == namespace)
         num_sessions, num_tokens, num_bytes = self.connection.execute(sums).one()
         return num_sessions, int(num_tokens or 0), int(num_bytes or 0)
 
@@ -128,6 +131,7 @@ def row_of(row: Row[Any]) -> SessionRow:
         num_bytes=row.num_bytes,
         updated_at=row.updated_at,
         first_position=row.first_position,
+        namespace=row.namespace,
     )
 
 

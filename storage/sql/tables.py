@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, Float, Integer, LargeBinary, MetaData, String, Table
+from sqlalchemy import JSON, BigInteger, Column, Float, Integer, LargeBinary, MetaData, String, Table, UniqueConstraint
 
 metadata = MetaData()
 
@@ -10,13 +10,13 @@ metadata = MetaData()
 Sid = BigInteger().with_variant(Integer, "sqlite")
 
 # By code point, whatever the database's language is.
-Id = String().with_variant(String(collation="C"), "postgresql")
+Name = String().with_variant(String(collation="C"), "postgresql")
 
 sessions = Table(
     "sessions",
     metadata,
     Column("sid", Sid, primary_key=True, autoincrement=True),
-    Column("id", Id, nullable=False, unique=True),
+    Column("id", Name, nullable=False),
     Column("settings", JSON, nullable=False),
     Column("max_tokens", BigInteger),
     Column("length", BigInteger, nullable=False),
@@ -24,6 +24,8 @@ sessions = Table(
     Column("created_at", Float, nullable=False),
     Column("updated_at", Float, nullable=False),
     Column("first_position", BigInteger, nullable=False, server_default="0"),
+    Column("namespace", Name, nullable=False, server_default="default"),
+    UniqueConstraint("namespace", "id", name="uq_sessions_namespace_id"),
     sqlite_autoincrement=True,  # a sid is never used twice
 )
 

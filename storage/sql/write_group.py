@@ -186,9 +186,11 @@ class WriteGroup:
         return row_of(row)
 
     def _create(self, row: SessionRow) -> WriteResult:
-        if self._connection.execute(select(sessions.c.sid).where(sessions.c.id == row.id)).first() is not None:
+        of_key = sessions.c.namespace == row.namespace, sessions.c.id == row.id
+        if self._connection.execute(select(sessions.c.sid).where(*of_key)).first() is not None:
             return SessionExists(f"there is a session {row.id!r}")
         values = {
+            "namespace": row.namespace,
             "id": row.id,
             "settings": dict(row.settings),
             "max_tokens": row.max_tokens,

@@ -85,7 +85,7 @@ class FailingEngine:
     def models(self) -> None:
         raise self.error
 
-    def listen(self, session_id: str | None) -> None:
+    def listen(self, namespace: str, session_id: str | None) -> None:
         raise self.error
 
     def unhealthy_reason(self) -> str | None:

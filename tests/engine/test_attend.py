@@ -18,6 +18,7 @@ from htm_service.errors import InvalidArgument, ModelNotFound
 from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest
 from tests.engine.conftest import MakeEngine
 from tests.engine.models import Weights, write_model
+from tests.names import named
 from tests.reference import Reference, htm_reference, relative_error
 
 DIM, SIZE = 13, 5
@@ -29,9 +30,9 @@ def vectors(seed: int, *shape: int) -> Any:
 
 
 async def fill(engine: Engine, name: str, tokens: Any, **options: Any) -> None:
-    await engine.create(name, CreateRequest(**{"dim": DIM, "chunk_size": SIZE, **options}))
+    await engine.create(named(name), CreateRequest(**{"dim": DIM, "chunk_size": SIZE, **options}))
     if len(tokens):
-        await engine.append(name, AppendRequest(embeddings=tokens))
+        await engine.append(named(name), AppendRequest(embeddings=tokens))
 
 
 def check(result: AttendResult, expected: Reference, tolerance: float = 1e-5) -> None:
@@ -77,8 +78,8 @@ def test_every_kind_of_request_equals_the_definition(
             name = str(draw.choice(["a", "b", "c"]))
             requests.append(random_request(draw, len(tokens[name])))
             names.append(name)
-        results = await asyncio.gather(*(engine.attend(n, r) for n, r in zip(names, requests, strict=True)))
-        infos = {name: await engine.inspect(name) for name in tokens}
+        results = await asyncio.gather(*(engine.attend(named(n), r) for n, r in zip(names, requests, strict=True)))
+        infos = {name: await engine.inspect(named(name)) for name in tokens}
         await engine.close()
         for name, request, result in zip(names, requests, results, strict=True):
             check(result, expect(tokens[name], request, infos[name].open_chunk, models))
@@ -139,18 +140,18 @@ async def test_stored_dtypes(engine: Engine, dtype: str, tolerance: float) -> No
     stored = torch.from_numpy(tokens).to(getattr(torch, dtype)).float().numpy()
     await fill(engine, "s", tokens, dtype=dtype)
     request = AttendRequest(queries=vectors(2, 3, DIM) / np.float32(5), top_k=3)
-    check(await engine.attend("s", request), expect(stored, request, "attend", {"retrieval": (RETRIEVAL, None)}))
+    check(await engine.attend(named("s"), request), expect(stored, request, "attend", {"retrieval": (RETRIEVAL, None)}))
 
 
 async def test_recalled_tokens_are_ranked_and_their_weights_sum_to_one(engine: Engine) -> None:
     tokens = vectors(3, 23, DIM)
-    await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE))
+    await engine.create(named("s"), CreateRequest(dim=DIM, chunk_size=SIZE))
     payloads = [f'{{"i": {i}}}'.encode() if i % 2 else None for i in range(23)]
-    await engine.append("s", AppendRequest(embeddings=tokens, payloads=payloads))
+    await engine.append(named("s"), AppendRequest(embeddings=tokens, payloads=payloads))
     queries = vectors(4, 2, DIM) / np.float32(20)
     for rank_by in ("weight", "score"):
         request = AttendRequest(queries=queries, top_k=3, payloads=True, max_recalled=100, rank_by=rank_by)
-        result = await engine.attend("s", request)
+        result = await engine.attend(named("s"), request)
         expected = htm_reference(queries, tokens, RETRIEVAL, top_k=3, chunk_size=SIZE)
         assert result.recalled is not None
         for row, weights, scores in zip(result.recalled, expected.token_weight, expected.token_score, strict=True):
@@ -163,7 +164,7 @@ async def test_recalled_tokens_are_ranked_and_their_weights_sum_to_one(engine: E
                 assert token.payload == payloads[token.position]
             values = [getattr(token, rank_by) for token in row]
             assert values == sorted(values, reverse=True)
-    few = await engine.attend("s", AttendRequest(queries=queries, tokens=True, max_recalled=2))
+    few = await engine.attend(named("s"), AttendRequest(queries=queries, tokens=True, max_recalled=2))
     assert few.recalled is not None and [len(row) for row in few.recalled] == [2, 2]
 
 
@@ -171,7 +172,7 @@ async def test_chunks_of_one_token_are_searched_exactly(engine: Engine) -> None:
     """As docs/attention.md says of `retrieval`, in whatever order the tokens came."""
     tokens, queries, num = vectors(3, 300, DIM), vectors(4, 5, DIM) / np.float32(40), 20
     await fill(engine, "s", tokens, chunk_size=1)
-    result = await engine.attend("s", AttendRequest(queries=queries, top_k=num, payloads=True, max_recalled=num))
+    result = await engine.attend(named("s"), AttendRequest(queries=queries, top_k=num, payloads=True, max_recalled=num))
     assert result.recalled is not None
     for row, products in zip(result.recalled, queries @ tokens.T, strict=True):
         assert [token.position for token in row] == np.argsort(-products)[:num].tolist()
@@ -183,10 +184,10 @@ async def test_an_episode_is_seen_in_the_chunks_of_its_session(engine: Engine) -
     await fill(engine, "s", tokens[:0])
     for episode in (1, 2):
         part = tokens[9 * episode - 9 : 9 * episode]
-        await engine.append("s", AppendRequest(embeddings=part, episode=episode))
+        await engine.append(named("s"), AppendRequest(embeddings=part, episode=episode))
     await fill(engine, "alone", tokens[9:])
-    chosen = await engine.attend("s", AttendRequest(queries=query, episodes=[2]))
-    alone = await engine.attend("alone", AttendRequest(queries=query))
+    chosen = await engine.attend(named("s"), AttendRequest(queries=query, episodes=[2]))
+    alone = await engine.attend(named("alone"), AttendRequest(queries=query))
     expected = htm_reference(query, tokens[9:], RETRIEVAL, chunk_size=SIZE)
     check(alone, expected)
     assert relative_error(chosen.output, expected.output) > 1e-2
@@ -200,13 +201,13 @@ async def test_time_travel_gives_exactly_the_answer_of_then(engine: Engine) -> N
     request = AttendRequest(queries=vectors(6, 2, DIM), top_k=2)
     then = []
     for token in tokens:
-        await engine.append("s", AppendRequest(embeddings=token))
-        then.append(await engine.attend("s", request))
+        await engine.append(named("s"), AppendRequest(embeddings=token))
+        then.append(await engine.attend(named("s"), request))
     await fill(engine, "at-once", tokens)
     for name in ("s", "at-once"):
         for stop, answer in enumerate(then, start=1):
             travelled = AttendRequest(queries=request.queries, top_k=2, stop=stop)
-            now = await engine.attend(name, travelled)
+            now = await engine.attend(named(name), travelled)
             np.testing.assert_array_equal(now.output, answer.output)
             np.testing.assert_array_equal(now.chunk_index, answer.chunk_index)
             assert now.length == 17
@@ -217,7 +218,7 @@ async def test_what_else_is_in_the_batch_does_not_widen_an_answer(engine: Engine
     await fill(engine, "s", vectors(8, 47, DIM))
     queries = vectors(9, 3, DIM)
     requests = [AttendRequest(queries=queries, stop=stop) for stop in (47, 4, 0, 47, 9)]
-    results = await asyncio.gather(*(engine.attend("s", request) for request in requests * 20))
+    results = await asyncio.gather(*(engine.attend(named("s"), request) for request in requests * 20))
     assert engine.worker.queue.num_batches < len(results)
     assert [result.chunk_index.shape[1] for result in results] == [8, 1, 0, 8, 2] * 20
 
@@ -225,7 +226,7 @@ async def test_what_else_is_in_the_batch_does_not_widen_an_answer(engine: Engine
 async def test_ties_go_to_the_lower_chunk(engine: Engine) -> None:
     """A query of zeros has the same logit, exactly 0, for every chunk."""
     await fill(engine, "s", vectors(7, 6 * SIZE, DIM))
-    result = await engine.attend("s", AttendRequest(queries=np.zeros((2, DIM), np.float32), top_k=4))
+    result = await engine.attend(named("s"), AttendRequest(queries=np.zeros((2, DIM), np.float32), top_k=4))
     np.testing.assert_array_equal(result.chunk_index, [[0, 1, 2, 3]] * 2)
 
 
@@ -234,16 +235,16 @@ async def test_episodes(engine: Engine) -> None:
     await fill(engine, "s", tokens[:0])
     for place, episode in enumerate([1, 1, 2, None, 1]):
         part = tokens[place * 4 : place * 4 + 4]
-        await engine.append("s", AppendRequest(embeddings=part, episode=episode))
+        await engine.append(named("s"), AppendRequest(embeddings=part, episode=episode))
     request = AttendRequest(queries=vectors(10, 1, DIM), top_k=9, episodes=[1])
     visible = np.repeat([True, True, False, False, True], 4)
     expected = htm_reference(request.queries, tokens, RETRIEVAL, top_k=9, chunk_size=SIZE, visible=visible)
-    check(await engine.attend("s", request), expected)
+    check(await engine.attend(named("s"), request), expected)
 
 
 async def test_an_empty_session_answers_zero(engine: Engine) -> None:
     await fill(engine, "s", vectors(0, 0, DIM))
-    result = await engine.attend("s", AttendRequest(queries=vectors(1, 2, DIM), payloads=True))
+    result = await engine.attend(named("s"), AttendRequest(queries=vectors(1, 2, DIM), payloads=True))
     assert not result.output.any() and result.output.shape == (2, DIM)
     assert result.chunk_index.shape == (2, 0) and result.recalled == [[], []] and result.length == 0
 
@@ -271,13 +272,13 @@ async def test_an_empty_session_answers_zero(engine: Engine) -> None:
 async def test_bad_requests_name_value_and_limit(engine: Engine, fields: dict[str, Any], message: str) -> None:
     await fill(engine, "s", vectors(11, 23, DIM))
     with pytest.raises(InvalidArgument, match=message):
-        await engine.attend("s", AttendRequest(**{"queries": vectors(0, 3, DIM), **fields}))
+        await engine.attend(named("s"), AttendRequest(**{"queries": vectors(0, 3, DIM), **fields}))
 
 
 async def test_an_unknown_model_names_those_that_are_there(engine: Engine) -> None:
     await fill(engine, "s", vectors(11, 3, DIM))
     with pytest.raises(ModelNotFound, match=r"nope.*retrieval"):
-        await engine.attend("s", AttendRequest(queries=vectors(0, 1, DIM), model="nope"))
+        await engine.attend(named("s"), AttendRequest(queries=vectors(0, 1, DIM), model="nope"))
 
 
 async def test_a_model_of_another_width_is_refused(make_engine: MakeEngine, tmp_path: Path) -> None:
@@ -285,4 +286,4 @@ async def test_a_model_of_another_width_is_refused(make_engine: MakeEngine, tmp_
     engine = await make_engine(models_dir=tmp_path)
     await fill(engine, "s", vectors(11, 3, DIM))
     with pytest.raises(InvalidArgument, match="'wide' has width 17, the session has 13"):
-        await engine.attend("s", AttendRequest(queries=vectors(0, 1, DIM), model="wide"))
+        await engine.attend(named("s"), AttendRequest(queries=vectors(0, 1, DIM), model="wide"))

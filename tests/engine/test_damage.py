@@ -14,12 +14,13 @@ from htm_service.engine import Engine
 from htm_service.errors import SessionDamaged, SessionNotFound, Unhealthy
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest
 from htm_service.session_settings import wrong_with
-from storage.base import StoreDamaged, StoreError
+from storage.base import DEFAULT_NAMESPACE, StoreDamaged, StoreError
 from storage.in_memory import MemoryStore
 from storage.resolve import open_for_repair, open_store
 from storage.sql.store import SqlStore
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, fill, vectors
+from tests.names import named
 
 QUERY = AttendRequest(queries=vectors(1, 1, DIM), payloads=True)
 
@@ -30,7 +31,7 @@ async def test_a_damaged_session_fails_alone(make_engine: MakeEngine, monkeypatc
     await fill(first, "bad", vectors(1, 9, DIM))
     await fill(first, "good", vectors(2, 9, DIM))
     engine = await make_engine(store)  # both are cold here
-    bad = store.get_session("bad")
+    bad = store.get_session(named("bad"))
     assert bad is not None
     read_blocks = store.read_blocks
 
@@ -42,19 +43,19 @@ async def test_a_damaged_session_fails_alone(make_engine: MakeEngine, monkeypatc
     monkeypatch.setattr(store, "read_blocks", damaged)
     for _ in range(2):
         with pytest.raises(SessionDamaged, match=r"'bad' is damaged at position 0"):
-            await engine.attend("bad", QUERY)
+            await engine.attend(named("bad"), QUERY)
     with pytest.raises(SessionDamaged, match="'bad' is damaged at position 0"):
-        await engine.read("bad", 0, None, embeddings=True, payloads=False)
+        await engine.read(named("bad"), 0, None, embeddings=True, payloads=False)
     with pytest.raises(SessionDamaged, match="takes no more appends"):
-        await engine.append("bad", AppendRequest(embeddings=vectors(3, 1, DIM)))
+        await engine.append(named("bad"), AppendRequest(embeddings=vectors(3, 1, DIM)))
     with pytest.raises(SessionDamaged, match="takes no more appends"):
-        await engine.step("bad", QUERY, AppendRequest(embeddings=vectors(3, 1, DIM)))
-    infos = {info.id: info.damage for info in (await engine.list_sessions()).sessions}
+        await engine.step(named("bad"), QUERY, AppendRequest(embeddings=vectors(3, 1, DIM)))
+    infos = {info.id: info.damage for info in (await engine.list_sessions(DEFAULT_NAMESPACE)).sessions}
     assert infos == {"bad": "session 'bad' is damaged at position 0", "good": None}
     assert (await engine.info()).totals["damaged_sessions"] == 1
-    await engine.append("good", AppendRequest(embeddings=vectors(3, 1, DIM)))
-    assert (await engine.attend("good", QUERY)).length == 10
-    await engine.delete("bad")
+    await engine.append(named("good"), AppendRequest(embeddings=vectors(3, 1, DIM)))
+    assert (await engine.attend(named("good"), QUERY)).length == 10
+    await engine.delete(named("bad"))
     assert engine.unhealthy_reason() is None
 
 
@@ -69,10 +70,10 @@ async def test_errors_of_the_store_are_the_domains(make_engine: MakeEngine, monk
 
     monkeypatch.setattr(store, method, fail)
     calls: dict[str, Callable[[], Awaitable[Any]]] = {
-        "get_session": lambda: engine.inspect("other"),
-        "list_sessions": lambda: engine.list_sessions(),
-        "read_payloads": lambda: engine.attend("s", QUERY),
-        "read_payload_range": lambda: engine.chunk("s", 0),
+        "get_session": lambda: engine.inspect(named("other")),
+        "list_sessions": lambda: engine.list_sessions(DEFAULT_NAMESPACE),
+        "read_payloads": lambda: engine.attend(named("s"), QUERY),
+        "read_payload_range": lambda: engine.chunk(named("s"), 0),
         "totals": engine.info,
     }
     with pytest.raises(Unhealthy, match="the database is locked"):
@@ -84,18 +85,18 @@ async def test_gaps_and_missing_tokens_are_found_when_loading(make_engine: MakeE
     first = await make_engine(store)
     await fill(first, "s", vectors(1, 9, DIM))
     engine = await make_engine(store)
-    row = store.get_session("s")
+    row = store.get_session(named("s"))
     assert row is not None
     (block,) = store.read_blocks(row.sid)
     monkeypatch.setattr(store, "read_blocks", lambda *args: iter(()))
     with pytest.raises(Unhealthy, match="0 of 9 tokens are stored"):
-        await engine.attend("s", QUERY)
+        await engine.attend(named("s"), QUERY)
     gap = block._replace(start=3, episode=1)
     monkeypatch.setattr(store, "read_blocks", lambda *args: iter((block, gap)))
     with pytest.raises(Unhealthy, match="tokens from 3 on do not follow 9"):
-        await engine.attend("s", QUERY)
+        await engine.attend(named("s"), QUERY)
     monkeypatch.undo()
-    assert (await engine.attend("s", QUERY)).length == 9
+    assert (await engine.attend(named("s"), QUERY)).length == 9
 
 
 @pytest.mark.parametrize("lost", [0, 2])
@@ -106,8 +107,8 @@ async def test_a_lost_row_is_its_sessions_trouble(
     first = await make_engine(open_store(sqlite_url))
     for name in ("bad", "good"):
         await fill(first, name, vectors(1, 2, DIM))
-        await first.append(name, AppendRequest(embeddings=vectors(2, 1, DIM)))
-        await first.append(name, AppendRequest(embeddings=vectors(3, 1, DIM)))
+        await first.append(named(name), AppendRequest(embeddings=vectors(2, 1, DIM)))
+        await first.append(named(name), AppendRequest(embeddings=vectors(3, 1, DIM)))
     path = Path(sqlite_url.removeprefix("sqlite:///"))
     left = tmp_path / "left"
     left.mkdir()
@@ -118,8 +119,8 @@ async def test_a_lost_row_is_its_sessions_trouble(
         connection.execute(f"DELETE FROM blocks WHERE sid = {bad} AND start = ?", [lost])
     engine = await make_engine(open_store(f"sqlite:///{left / path.name}"))
     with pytest.raises(SessionDamaged, match="'bad' is damaged at position"):
-        await engine.attend("bad", QUERY)
-    assert (await engine.attend("good", QUERY)).length == 4
+        await engine.attend(named("bad"), QUERY)
+    assert (await engine.attend(named("good"), QUERY)).length == 4
 
 
 SETTINGS = [
@@ -151,10 +152,10 @@ async def test_damaged_settings_are_one_sessions_trouble(make_engine: MakeEngine
     """They once made every list, and with it the expiry of sessions, fail."""
     _, engine = await with_damage(make_engine, sqlite_url, damage)
     with pytest.raises(SessionDamaged, match="'bad' is damaged: its settings cannot be read"):
-        await engine.attend("bad", QUERY)
-    assert [info.id for info in (await engine.list_sessions()).sessions] == ["good"]
+        await engine.attend(named("bad"), QUERY)
+    assert [info.id for info in (await engine.list_sessions(DEFAULT_NAMESPACE)).sessions] == ["good"]
     await engine.expiry.expire()
-    assert (await engine.attend("good", QUERY)).length == 9
+    assert (await engine.attend(named("good"), QUERY)).length == 9
 
 
 @pytest.mark.parametrize("damage", [damage for damage, _ in SETTINGS])
@@ -163,20 +164,20 @@ async def test_a_session_of_damaged_settings_can_be_deleted(
 ) -> None:
     """Bug: its deletion was answered 409 too, so nothing but `repair` could end it."""
     store, engine = await with_damage(make_engine, sqlite_url, damage)
-    await asyncio.gather(engine.delete("bad"), engine.attend("good", QUERY))
-    for call in (engine.delete("bad"), engine.inspect("bad")):
+    await asyncio.gather(engine.delete(named("bad")), engine.attend(named("good"), QUERY))
+    for call in (engine.delete(named("bad")), engine.inspect(named("bad"))):
         with pytest.raises(SessionNotFound):
             await call
     totals = store.totals()
     assert (totals.num_sessions, totals.num_tokens) == (1, 9)
     assert list(store.verify(wrong_with)) == []
-    await engine.create("bad", CreateRequest(dim=DIM))
-    assert (await engine.inspect("bad")).length == 0
+    await engine.create(named("bad"), CreateRequest(dim=DIM))
+    assert (await engine.inspect(named("bad"))).length == 0
 
 
 async def test_one_of_two_deletions_of_damaged_settings_finds_nothing(make_engine: MakeEngine, sqlite_url: str) -> None:
     _, engine = await with_damage(make_engine, sqlite_url, SETTINGS[0][0])
-    outcomes = await asyncio.gather(engine.delete("bad"), engine.delete("bad"), return_exceptions=True)
+    outcomes = await asyncio.gather(engine.delete(named("bad")), engine.delete(named("bad")), return_exceptions=True)
     assert [type(outcome) for outcome in outcomes] == [type(None), SessionNotFound]
 
 
@@ -190,7 +191,7 @@ async def test_damaged_settings_are_found_and_repaired(
     served.close()
     with contextlib.closing(open_for_repair(sqlite_url)) as store:
         (problem,) = store.verify(wrong_with)
-        assert (problem.session_id, problem.message) == ("bad", f"its settings cannot be read: {why}")
+        assert (problem.session, problem.message) == (named("bad"), f"its settings cannot be read: {why}")
         (repair,) = store.plan_repair(wrong_with)
         assert repair.message == f"all of it, 9 tokens, because its settings cannot be read: {why}"
         store.carry_out_repair([repair])

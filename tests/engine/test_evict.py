@@ -25,6 +25,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.inside import go_cold, publish, session_of
 from tests.engine.models import Weights
 from tests.engine.test_attend import DIM, RETRIEVAL, SIZE, check, expect, models, random_request, vectors
+from tests.names import named
 
 __all__ = ["models"]  # a fixture
 
@@ -42,7 +43,7 @@ def first_of(length: int, max_tokens: int = MAX_TOKENS) -> int:
 
 async def create(engine: Engine, name: str = "s", max_tokens: int = MAX_TOKENS) -> None:
     settings = CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=max_tokens, on_full="evict_oldest")
-    await engine.create(name, settings)
+    await engine.create(named(name), settings)
 
 
 def of_the_rest(tokens: Any, request: AttendRequest, first: int, of: Models = ONLY_RETRIEVAL) -> Any:
@@ -65,7 +66,7 @@ async def test_every_answer_is_that_of_the_remaining_tokens(
         stop = length + int(draw.choice([1, 2, SIZE, int(draw.integers(1, MAX_APPEND + 1))]))
         payloads = [b'{"at": %d}' % position for position in range(length, stop)]
         request = AppendRequest(embeddings=tokens[length:stop], payloads=payloads, episode=stop // 40)
-        assert (await engine.append("s", request)).start == length
+        assert (await engine.append(named("s"), request)).start == length
         length, first = stop, first_of(stop)
         event = draw.random()
         if event < 0.2:
@@ -75,36 +76,36 @@ async def test_every_answer_is_that_of_the_remaining_tokens(
             engine = await make_engine(store, models_dir=tmp_path)
         elif event < 0.4:
             await go_cold(engine)
-        info = await engine.inspect("s")
+        info = await engine.inspect(named("s"))
         assert (info.first_position, info.length, info.num_chunks) == (first, length, -(-length // SIZE))
         assert info.stored_bytes == (length - first) * DIM * 4
         for ask in (random_request(draw, length), replace(random_request(draw, length), stop=None, mask=None)):
             if ask.stop is not None and ask.stop < first:
                 with pytest.raises(InvalidArgument, match=f"stop is {ask.stop}, the session's tokens before {first}"):
-                    await engine.attend("s", ask)
+                    await engine.attend(named("s"), ask)
                 continue
             if ask.stop is None and ask.chunk_mask is not None:
                 ask = replace(ask, chunk_mask=None)
-            check(await engine.attend("s", ask), of_the_rest(tokens[:length], ask, first, models))
-        memories = await engine.read("s", 0, None, embeddings=True, payloads=True)
+            check(await engine.attend(named("s"), ask), of_the_rest(tokens[:length], ask, first, models))
+        memories = await engine.read(named("s"), 0, None, embeddings=True, payloads=True)
         assert (memories.start, memories.stop) == (first, length)
         np.testing.assert_array_equal(memories.embeddings, tokens[first:length])
         assert memories.payloads == [b'{"at": %d}' % position for position in range(first, length)]
-        chunks = (await engine.chunks("s", limit=3, keys=True)).chunks
+        chunks = (await engine.chunks(named("s"), limit=3, keys=True)).chunks
         assert [chunk.index for chunk in chunks] == [*range(first // SIZE, -(-length // SIZE))][:3]
         assert chunks[0].key is not None
         np.testing.assert_allclose(chunks[0].key, tokens[first : first + SIZE][: length - first].mean(0), atol=1e-5)
         assert list(store.verify()) == []
     episodes = replace(QUERY, episodes=[length // 40])
     visible = (np.arange(length) >= first) & np.array([run_of(p, store) == length // 40 for p in range(length)])
-    check(await engine.attend("s", episodes), of_the_rest(tokens[:length], replace(QUERY, mask=visible), first))
+    check(await engine.attend(named("s"), episodes), of_the_rest(tokens[:length], replace(QUERY, mask=visible), first))
     await engine.close()
     store.close()
 
 
 def run_of(position: int, store: Store) -> int | None:
     """The episode of a token, as the store has it."""
-    row = store.get_session("s")
+    row = store.get_session(named("s"))
     assert row is not None
     found = next(iter(store.read_blocks(row.sid, position, position + 1)), None)
     return None if found is None else found.episode
@@ -120,17 +121,17 @@ async def test_attends_and_appends_at_once_beyond_the_budget(make_engine: MakeEn
 
     async def grow(name: str) -> None:
         for start in range(0, len(tokens[name]), 3):
-            await engine.append(name, AppendRequest(embeddings=tokens[name][start : start + 3]))
+            await engine.append(named(name), AppendRequest(embeddings=tokens[name][start : start + 3]))
 
     async def ask(name: str) -> None:
-        while (await engine.inspect(name)).length < len(tokens[name]):
-            result = await engine.attend(name, QUERY)
+        while (await engine.inspect(named(name))).length < len(tokens[name]):
+            result = await engine.attend(named(name), QUERY)
             if result.length:
                 first = first_of(result.length, max_tokens)
                 check(result, of_the_rest(tokens[name][: result.length], QUERY, first))
 
     async def seal() -> None:
-        while any([(await engine.inspect(name)).length < len(rows) for name, rows in tokens.items()]):
+        while any([(await engine.inspect(named(name))).length < len(rows) for name, rows in tokens.items()]):
             await engine.compaction.finish()
             await asyncio.sleep(0.001)  # a loop that never rests keeps the interpreter's lock from the threads
 
@@ -152,9 +153,9 @@ async def test_nothing_grows_with_what_was_trimmed(make_engine: MakeEngine, sqli
     for start in range(0, 3_000, 30):
         embeddings = vectors(start, 30, DIM)
         for row in embeddings.reshape(5, 6, DIM):
-            await engine.append("s", AppendRequest(embeddings=row, payloads=[b"{}"] * 6))
-        await engine.attend("s", QUERY)
-        sizes.append((await engine.inspect("s")).device_bytes)
+            await engine.append(named("s"), AppendRequest(embeddings=row, payloads=[b"{}"] * 6))
+        await engine.attend(named("s"), QUERY)
+        sizes.append((await engine.inspect(named("s"))).device_bytes)
     assert max(sizes[50:]) <= max(sizes[:50]) <= 16 * (SIZE + 1) * DIM * 4
     session = session_of(engine, "s")
     assert len(list(store.read_blocks(session.sid))) <= 2 + MAX_TOKENS // 6
@@ -170,10 +171,10 @@ async def test_what_is_trimmed_while_a_fetch_is_on_its_way(make_engine: MakeEngi
     await create(engine)
     tokens = vectors(2, 60, DIM)
     for start in range(0, 27, 3):
-        await engine.append("s", AppendRequest(embeddings=tokens[start : start + 3]))
+        await engine.append(named("s"), AppendRequest(embeddings=tokens[start : start + 3]))
     await engine.compaction.finish()
     session = await go_cold(engine)
-    await engine.chunks("s")  # its keys are here now, its contents are not
+    await engine.chunks(named("s"))  # its keys are here now, its contents are not
     mask = np.arange(27) % 2 == 0
     loader, fetched = engine.worker.loader, list[Fetch]()
 
@@ -188,7 +189,9 @@ async def test_what_is_trimmed_while_a_fetch_is_on_its_way(make_engine: MakeEngi
         load(fetch)
 
     load, loader.fetch = loader.fetch, ahead  # type: ignore[method-assign]
-    whole, masked = await asyncio.gather(engine.attend("s", QUERY), engine.attend("s", replace(QUERY, mask=mask)))
+    whole, masked = await asyncio.gather(
+        engine.attend(named("s"), QUERY), engine.attend(named("s"), replace(QUERY, mask=mask))
+    )
     check(whole, of_the_rest(tokens[:38], QUERY, 10))
     check(masked, of_the_rest(tokens[:27], replace(QUERY, mask=mask), 10))
     assert len(fetched) >= 4
@@ -201,7 +204,7 @@ async def test_what_is_trimmed_before_a_load_is_not_missed(make_engine: MakeEngi
     engine = await make_engine(store)
     await create(engine)
     tokens = vectors(3, 90, DIM)
-    await engine.append("s", AppendRequest(embeddings=tokens[:27], episode=4))
+    await engine.append(named("s"), AppendRequest(embeddings=tokens[:27], episode=4))
     if keys == "of then":
         await engine.compaction.finish()
     session = await go_cold(engine)
@@ -214,14 +217,14 @@ async def test_what_is_trimmed_before_a_load_is_not_missed(make_engine: MakeEngi
         store.write([Compact(session.sid, Summary(12, 5, means.tobytes()), SIZE)], now=1.0)
     else:
         store.read_summaries = lambda sid: summaries  # type: ignore[method-assign]  # as if read before all that
-    result = await engine.attend("s", QUERY)
+    result = await engine.attend(named("s"), QUERY)
     check(result, of_the_rest(tokens[:87], QUERY, 60))
     for start, first in ((27, 20), (47, 40), (67, 60)):
         new = Block(start, 20, tokens[start : start + 20].tobytes(), 5)
         publish(engine, session.resident, new, first)
-    check(await engine.attend("s", QUERY), of_the_rest(tokens[:87], QUERY, 60))
-    check(await engine.attend("s", replace(QUERY, episodes=[5])), of_the_rest(tokens[:87], QUERY, 60))
-    assert (await engine.inspect("s")).first_position == 60
+    check(await engine.attend(named("s"), QUERY), of_the_rest(tokens[:87], QUERY, 60))
+    check(await engine.attend(named("s"), replace(QUERY, episodes=[5])), of_the_rest(tokens[:87], QUERY, 60))
+    assert (await engine.inspect(named("s"))).first_position == 60
 
 
 async def test_a_gap_that_is_no_trim_is_damage(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,14 +232,14 @@ async def test_a_gap_that_is_no_trim_is_damage(make_engine: MakeEngine, monkeypa
     engine = await make_engine(store)
     await create(engine)
     for start in range(0, 30, 3):
-        await engine.append("s", AppendRequest(embeddings=vectors(start, 3, DIM)))
+        await engine.append(named("s"), AppendRequest(embeddings=vectors(start, 3, DIM)))
     session = await go_cold(engine)
     blocks = list(store.read_blocks(session.sid))
     monkeypatch.setattr(store, "read_blocks", lambda *args: iter(blocks[3:]))
     with pytest.raises(Unhealthy, match="stored tokens begin at 10"):
-        await engine.attend("s", QUERY)
+        await engine.attend(named("s"), QUERY)
     with pytest.raises(Unhealthy, match="21 of the tokens 0 to 30 could be read"):
-        await engine.read("s", 0, None, embeddings=True, payloads=False)
+        await engine.read(named("s"), 0, None, embeddings=True, payloads=False)
 
 
 async def test_a_read_that_a_trim_overtakes_gives_the_rest(
@@ -247,7 +250,7 @@ async def test_a_read_that_a_trim_overtakes_gives_the_rest(
     await create(engine)
     tokens = vectors(5, 60, DIM)
     for start in range(0, 30, 3):
-        await engine.append("s", AppendRequest(embeddings=tokens[start : start + 3]))
+        await engine.append(named("s"), AppendRequest(embeddings=tokens[start : start + 3]))
     session = session_of(engine, "s")
     read_blocks = store.read_blocks
 
@@ -257,12 +260,12 @@ async def test_a_read_that_a_trim_overtakes_gives_the_rest(
         return read_blocks(*args)
 
     monkeypatch.setattr(store, "read_blocks", late)
-    memories = await engine.read("s", 0, 28, embeddings=True, payloads=True)
+    memories = await engine.read(named("s"), 0, 28, embeddings=True, payloads=True)
     assert (memories.start, memories.stop) == (25, 28)
     np.testing.assert_array_equal(memories.embeddings, tokens[25:28])
     store.write([Append(session.sid, 5, tokens[55:60].tobytes(), trim_chunk=SIZE)], now=1.0)
     with pytest.raises(ChunkNotFound, match="chunk 4 of session 's' is being trimmed"):
-        await engine.chunk("s", 4, embeddings=True)
+        await engine.chunk(named("s"), 4, embeddings=True)
 
 
 @pytest.mark.parametrize("embeddings", [True, False])
@@ -274,7 +277,7 @@ async def test_payloads_that_a_trim_overtakes_are_not_said_to_be_none(
     engine = await make_engine(store)
     await create(engine)
     tokens, payloads = vectors(5, 60, DIM), [b'{"at": %d}' % position for position in range(60)]
-    await engine.append("s", AppendRequest(embeddings=tokens[:27], payloads=payloads[:27]))
+    await engine.append(named("s"), AppendRequest(embeddings=tokens[:27], payloads=payloads[:27]))
     session = session_of(engine, "s")
     read_payload_range, ends = store.read_payload_range, [27, 45]
 
@@ -287,16 +290,16 @@ async def test_payloads_that_a_trim_overtakes_are_not_said_to_be_none(
         return read_payload_range(*args)
 
     monkeypatch.setattr(store, "read_payload_range", late)
-    first = await engine.read("s", 0, 27, embeddings=embeddings, payloads=True)
+    first = await engine.read(named("s"), 0, 27, embeddings=embeddings, payloads=True)
     assert (first.start, first.stop, first.payloads) == (15, 27, payloads[15:27])
     if embeddings:
         np.testing.assert_array_equal(first.embeddings, tokens[15:27])
     ends[:] = [45, 60]
-    second = await engine.read("s", 0, 27, embeddings=embeddings, payloads=True)
+    second = await engine.read(named("s"), 0, 27, embeddings=embeddings, payloads=True)
     assert (second.start, second.stop, second.payloads) == (30, 30, [])
     store.write([DeleteSession(session.sid)], now=1.0)
     with pytest.raises(SessionNotFound):
-        await engine.read("s", 0, 27, embeddings=embeddings, payloads=True)
+        await engine.read(named("s"), 0, 27, embeddings=embeddings, payloads=True)
 
 
 @pytest.mark.parametrize("num_left", [12, 0])
@@ -307,7 +310,7 @@ async def test_an_attend_that_is_overtaken_by_trims(
     engine = await make_engine(max_batch_products=1)
     await create(engine)
     tokens = vectors(2, 90, DIM)
-    await engine.append("s", AppendRequest(embeddings=tokens[:27]))
+    await engine.append(named("s"), AppendRequest(embeddings=tokens[:27]))
     entered, let_go = threading.Event(), threading.Event()
 
     def hold() -> None:
@@ -323,7 +326,7 @@ async def test_an_attend_that_is_overtaken_by_trims(
         replace(QUERY, chunk_mask=np.ones(6, np.bool_)),
         replace(QUERY, stop=27),
     ]
-    attends = [asyncio.ensure_future(engine.attend("s", request)) for request in requests]
+    attends = [asyncio.ensure_future(engine.attend(named("s"), request)) for request in requests]
     await asyncio.sleep(0)
     new = tokens[27 : 42 if num_left else 57]
     session, store, length = session_of(engine, "s"), engine.store, 27
@@ -355,13 +358,13 @@ async def test_a_repeated_step_whose_tokens_were_trimmed_says_so(make_engine: Ma
     engine = await make_engine()
     await create(engine)
     tokens = vectors(2, 90, DIM)
-    await engine.append("s", AppendRequest(embeddings=tokens[:9]))
+    await engine.append(named("s"), AppendRequest(embeddings=tokens[:9]))
     append = AppendRequest(embeddings=tokens[9:12], idempotency_key="k")
-    await engine.step("s", QUERY, append)
+    await engine.step(named("s"), QUERY, append)
     for start in range(12, 62, 10):
-        await engine.append("s", AppendRequest(embeddings=tokens[start : start + 10]))
+        await engine.append(named("s"), AppendRequest(embeddings=tokens[start : start + 10]))
     with pytest.raises(LengthConflict, match=r"made when the session's length was 9, and .* trimmed") as refused:
-        await engine.step("s", QUERY, append)
+        await engine.step(named("s"), QUERY, append)
     assert refused.value.extra["length"] == 62
 
 
@@ -373,19 +376,19 @@ async def test_what_an_session_that_trims_refuses(make_engine: MakeEngine) -> No
         (CreateRequest(dim=DIM, on_full="forget"), "on_full is 'forget'"),  # type: ignore[arg-type]
     ):
         with pytest.raises(InvalidArgument, match=message):
-            await engine.create("s", settings)
+            await engine.create(named("s"), settings)
     await create(engine)
     tokens = vectors(4, 90, DIM)
     with pytest.raises(InvalidArgument, match=f"append of 32 tokens .* max_tokens 31, so {MAX_APPEND} tokens"):
-        await engine.append("s", AppendRequest(embeddings=tokens[:32]))
+        await engine.append(named("s"), AppendRequest(embeddings=tokens[:32]))
     for start in range(0, 81, 27):
-        appended = await engine.append("s", AppendRequest(embeddings=tokens[start : start + 27]))
+        appended = await engine.append(named("s"), AppendRequest(embeddings=tokens[start : start + 27]))
         assert (appended.start, appended.length) == (start, start + 27)
-    check(await engine.attend("s", QUERY), of_the_rest(tokens[:81], QUERY, 50))
+    check(await engine.attend(named("s"), QUERY), of_the_rest(tokens[:81], QUERY, 50))
     with pytest.raises(ChunkNotFound, match="chunk 9 of session 's' was trimmed, its chunks begin with 10"):
-        await engine.chunk("s", 9)
-    assert (await engine.chunk("s", 10)).chunk.start == 50
-    assert (await engine.read("s", 0, 20, embeddings=True, payloads=True)).payloads == []
+        await engine.chunk(named("s"), 9)
+    assert (await engine.chunk(named("s"), 10)).chunk.start == 50
+    assert (await engine.read(named("s"), 0, 20, embeddings=True, payloads=True)).payloads == []
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -21,6 +21,7 @@ from storage.resolve import open_store
 from tests.engine.inside import session_of
 from tests.engine.test_attend import DIM, fill, vectors
 from tests.engine.test_sessions import QUERY, right
+from tests.names import named
 
 TOKENS = vectors(1, 9, DIM)
 
@@ -76,20 +77,20 @@ async def test_expired_sessions_leave_device_caches_and_disk(engine: Engine, clo
     assert {session.id for session in engine.directory.sessions()} == {"kept", "used"}
     assert num_rows(tmp_path / "htm.sqlite3", "blocks") == 2
     for name in ("kept", "used"):
-        assert right(TOKENS, await engine.attend(name, QUERY))
+        assert right(TOKENS, await engine.attend(named(name), QUERY))
     with pytest.raises(SessionExpired, match="'s000' was idle"):
-        await engine.inspect("s000")
+        await engine.inspect(named("s000"))
     await fill(engine, "s000", TOKENS[:3])
-    assert right(TOKENS[:3], await engine.attend("s000", QUERY))
+    assert right(TOKENS[:3], await engine.attend(named("s000"), QUERY))
 
 
 async def test_a_large_session_goes_by_steps_that_appends_come_between(
     engine: Engine, store: Store, clock: Clock, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     width = 16_384  # one token is a block
-    await engine.create("large", CreateRequest(dim=width, ttl_s=60))
+    await engine.create(named("large"), CreateRequest(dim=width, ttl_s=60))
     for _ in range(4):
-        await engine.append("large", AppendRequest(embeddings=vectors(2, 61, width)))
+        await engine.append(named("large"), AppendRequest(embeddings=vectors(2, 61, width)))
     await fill(engine, "other", TOKENS[:0])
     clock.now += 61
     order: list[str] = []
@@ -97,7 +98,7 @@ async def test_a_large_session_goes_by_steps_that_appends_come_between(
         monkeypatch.setattr(store, name, _recorded(order, name, getattr(store, name)))
     expiring = asyncio.create_task(engine.expiry.expire())
     while not expiring.done():
-        await engine.append("other", AppendRequest(embeddings=TOKENS))
+        await engine.append(named("other"), AppendRequest(embeddings=TOKENS))
     await expiring
     first, last = order.index("purge"), len(order) - order[::-1].index("purge")
     assert order[first:last].count("purge") >= 3 and "write" in order[first:last]
@@ -114,10 +115,12 @@ def _recorded(order: list[str], name: str, call: Any) -> Any:
 
 
 async def test_a_deleted_session_is_off_the_disk_when_that_is_answered(engine: Engine, tmp_path: Path) -> None:
-    await engine.create("s", CreateRequest(dim=DIM))
+    await engine.create(named("s"), CreateRequest(dim=DIM))
     for number in range(131):
-        await engine.append("s", AppendRequest(embeddings=TOKENS, payloads=[b"{}"] * 9, idempotency_key=str(number)))
-    await engine.delete("s")
+        await engine.append(
+            named("s"), AppendRequest(embeddings=TOKENS, payloads=[b"{}"] * 9, idempotency_key=str(number))
+        )
+    await engine.delete(named("s"))
     assert [num_rows(tmp_path / "htm.sqlite3", name) for name in ("blocks", "payloads", "idempotency")] == [0, 0, 0]
 
 
@@ -132,7 +135,7 @@ async def test_the_last_expired_ids_are_remembered_and_no_more(
     await engine.expiry.expire()
     for name, error in zip("abcde", [SessionNotFound] * 2 + [SessionExpired] * 3, strict=True):
         with pytest.raises(error):
-            await engine.inspect(name)
+            await engine.inspect(named(name))
 
 
 async def test_a_session_that_is_used_while_the_expiry_waits_for_it_stays(
@@ -148,7 +151,7 @@ async def test_a_session_that_is_used_while_the_expiry_waits_for_it_stays(
         return write(writes, now=now)
 
     monkeypatch.setattr(store, "write", wait)
-    changing = asyncio.create_task(engine.update("s", SessionChange(labels={"a": "b"})))
+    changing = asyncio.create_task(engine.update(named("s"), SessionChange(labels={"a": "b"})))
     await asyncio.to_thread(is_writing.wait)
     clock.now += 61
     expiring = asyncio.create_task(engine.expiry.expire())
@@ -156,7 +159,7 @@ async def test_a_session_that_is_used_while_the_expiry_waits_for_it_stays(
     session_of(engine, "s").last_used_at = clock.now
     let_go.set()
     await asyncio.gather(changing, expiring)
-    assert right(TOKENS, await engine.attend("s", QUERY))
+    assert right(TOKENS, await engine.attend(named("s"), QUERY))
 
 
 async def test_what_cannot_be_deleted_has_expired_all_the_same(
@@ -174,14 +177,14 @@ async def test_what_cannot_be_deleted_has_expired_all_the_same(
 
     monkeypatch.setattr(store, "write", full)
     with pytest.raises(SessionExpired):
-        await engine.attend("s", QUERY)
+        await engine.attend(named("s"), QUERY)
     with pytest.raises(DiskFull):
         await engine.expiry.expire()
     with pytest.raises(DiskFull):
-        await engine.create("s", CreateRequest(dim=DIM))
+        await engine.create(named("s"), CreateRequest(dim=DIM))
     monkeypatch.undo()
     await engine.expiry.expire()
-    assert store.get_session("s") is None
+    assert store.get_session(named("s")) is None
 
 
 @pytest.mark.parametrize(("error", "expected"), [(StoreFull("full"), DiskFull), (StoreError("locked"), Unhealthy)])
@@ -194,7 +197,7 @@ async def test_a_failing_purge_is_told_and_begun_again(
     await fill(engine, "s", TOKENS)
     monkeypatch.setattr(store, "purge", fail)
     with pytest.raises(expected, match=str(error)):
-        await engine.delete("s")
+        await engine.delete(named("s"))
     with pytest.raises(expected):
         await engine.expiry.expire()
     monkeypatch.undo()
@@ -211,11 +214,11 @@ async def test_upkeep_that_fails_does_not_have_its_group_written_again(engine: E
     async def submit() -> object:
         return await engine.committer.upkeep(fail)
 
-    append = engine.append("s", AppendRequest(embeddings=TOKENS))
+    append = engine.append(named("s"), AppendRequest(embeddings=TOKENS))
     appended, failure = await asyncio.gather(append, submit(), return_exceptions=True)
     assert isinstance(appended, AppendResult) and appended.length == 2 * len(TOKENS)
     assert isinstance(failure, RuntimeError)
-    assert (await engine.inspect("s")).length == 2 * len(TOKENS)
+    assert (await engine.inspect(named("s"))).length == 2 * len(TOKENS)
 
 
 async def test_an_expiry_that_fails_is_not_the_last(
@@ -255,7 +258,7 @@ async def test_who_goes_while_a_session_expires_leaves_nothing_behind(
         return write(writes, now=now)
 
     monkeypatch.setattr(store, "write", wait)
-    other = asyncio.create_task(engine.create("other", CreateRequest(dim=DIM)))
+    other = asyncio.create_task(engine.create(named("other"), CreateRequest(dim=DIM)))
     await asyncio.to_thread(is_writing.wait)
     submit = batcher.submit
 
@@ -264,12 +267,12 @@ async def test_who_goes_while_a_session_expires_leaves_nothing_behind(
         return submit(*work, **how)
 
     monkeypatch.setattr(batcher, "submit", wait_too)
-    asked = asyncio.create_task(engine.attend("s", QUERY))
+    asked = asyncio.create_task(engine.attend(named("s"), QUERY))
     await is_waiting.wait()
     asked.cancel()
     await asyncio.wait([asked])
     let_go.set()
     await other
     with pytest.raises(SessionExpired):
-        await engine.attend("s", QUERY)
+        await engine.attend(named("s"), QUERY)
     assert (await engine.info()).totals["device_bytes"] == 0

@@ -20,6 +20,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.inside import go_cold, session_of
 from tests.engine.models import Weights
 from tests.engine.test_attend import DIM, SIZE, expect, fill, models, random_request, vectors
+from tests.names import named
 
 assert callable(models), "a fixture"
 
@@ -49,9 +50,9 @@ def test_it_explains_what_an_attend_takes(
             )
             for request in asked
         ]
-        both = [(engine.explain("s", one, MAX_RANKED), engine.attend("s", one)) for one in requests]
+        both = [(engine.explain(named("s"), one, MAX_RANKED), engine.attend(named("s"), one)) for one in requests]
         found = await asyncio.gather(*(asyncio.gather(*pair) for pair in both))
-        info = await engine.inspect("s")
+        info = await engine.inspect(named("s"))
         await engine.close()
         assert info.num_attends == len(requests), "an explanation is no recall"
         for request, (explained, attended) in zip(requests, found, strict=True):
@@ -88,7 +89,7 @@ def check(explained: Explanation, attended: AttendResult) -> None:
 async def test_of_many_chunks_the_first_are_listed_and_all_are_counted(engine: Engine) -> None:
     await fill(engine, "s", vectors(0, 11 * SIZE, DIM))
     request = AttendRequest(queries=vectors(1, DIM), top_k=3)
-    whole, short = await engine.explain("s", request), await engine.explain("s", request, 2)
+    whole, short = await engine.explain(named("s"), request), await engine.explain(named("s"), request, 2)
     assert (whole.ranking.num_taken, whole.ranking.num_visible, whole.top_k, whole.model) == (3, 11, 3, "retrieval")
     assert (short.ranking.num_taken, short.ranking.num_visible) == (3, 11)
     np.testing.assert_array_equal(short.ranking.index, whole.ranking.index[:2])
@@ -100,20 +101,20 @@ async def test_only_the_chunks_it_takes_are_fetched(make_engine: MakeEngine) -> 
     engine = await make_engine(memory_budget_bytes=40 * page)
     await fill(engine, "s", np.empty((0, DIM), np.float32))
     for piece in np.split(vectors(2, 90 * SIZE, DIM), 9):
-        await engine.append("s", AppendRequest(piece))
+        await engine.append(named("s"), AppendRequest(piece))
     await go_cold(engine)
-    found = await engine.explain("s", AttendRequest(queries=vectors(3, DIM), top_k=3))
+    found = await engine.explain(named("s"), AttendRequest(queries=vectors(3, DIM), top_k=3))
     assert found.ranking.num_visible == 90
     assert (await engine.info()).totals["fetched_pages"] <= 3
 
 
 async def test_episodes_and_time_travel(engine: Engine) -> None:
-    await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE))
+    await engine.create(named("s"), CreateRequest(dim=DIM, chunk_size=SIZE))
     for episode in (1, 2):
-        await engine.append("s", AppendRequest(vectors(episode, 3 * SIZE, DIM), episode=episode))
+        await engine.append(named("s"), AppendRequest(vectors(episode, 3 * SIZE, DIM), episode=episode))
     query = vectors(5, DIM)
-    first = await engine.explain("s", AttendRequest(queries=query, episodes=[1]))
-    then = await engine.explain("s", AttendRequest(queries=query, stop=3 * SIZE))
+    first = await engine.explain(named("s"), AttendRequest(queries=query, episodes=[1]))
+    then = await engine.explain(named("s"), AttendRequest(queries=query, stop=3 * SIZE))
     assert sorted(first.ranking.index.tolist()) == sorted(then.ranking.index.tolist()) == [0, 1, 2]
 
 
@@ -121,9 +122,9 @@ async def test_episodes_and_time_travel(engine: Engine) -> None:
 async def test_what_is_refused(engine: Engine, limit: int, rows: int) -> None:
     await fill(engine, "s", vectors(0, 3, DIM))
     with pytest.raises(InvalidArgument, match=r"limit is|number of queries is 2"):
-        await engine.explain("s", AttendRequest(queries=vectors(1, rows, DIM)), limit)
+        await engine.explain(named("s"), AttendRequest(queries=vectors(1, rows, DIM)), limit)
     with pytest.raises(SessionNotFound):
-        await engine.explain("nobody", AttendRequest(queries=vectors(1, DIM)))
+        await engine.explain(named("nobody"), AttendRequest(queries=vectors(1, DIM)))
 
 
 async def test_a_recall_keeps_what_was_asked_and_can_be_explained_later(engine: Engine) -> None:
@@ -131,43 +132,43 @@ async def test_a_recall_keeps_what_was_asked_and_can_be_explained_later(engine: 
     await fill(engine, "s", vectors(0, 7 * SIZE, DIM))
     queries = vectors(1, 2, DIM)
     asked = AttendRequest(queries=queries, top_k=2, note="where is the key?", tokens=True, episodes=None)
-    attended = await engine.attend("s", asked)
-    await engine.append("s", AppendRequest(vectors(9, 4 * SIZE, DIM)))
+    attended = await engine.attend(named("s"), asked)
+    await engine.append(named("s"), AppendRequest(vectors(9, 4 * SIZE, DIM)))
     await go_cold(engine)
-    (recall,) = await engine.recalls("s")
+    (recall,) = await engine.recalls(named("s"))
     assert recall.note == "where is the key?" and not recall.is_masked
     assert recall.query is not None and recall.query.base is None
     again = AttendRequest(queries=recall.query, model=recall.model, top_k=recall.top_k, stop=recall.stop)
-    explained = await engine.explain("s", again)
+    explained = await engine.explain(named("s"), again)
     np.testing.assert_array_equal(explained.ranking.index[:2], attended.chunk_index[0])
-    assert (await engine.chunk("s", int(attended.chunk_index[0, 0]))).chunk.num_recalls > 0
+    assert (await engine.chunk(named("s"), int(attended.chunk_index[0, 0]))).chunk.num_recalls > 0
 
 
 async def test_a_note_has_a_limit(engine: Engine) -> None:
     await fill(engine, "s", vectors(0, 3, DIM))
-    await engine.attend("s", AttendRequest(queries=vectors(1, DIM), note="n" * MAX_NOTE_CHARS))
+    await engine.attend(named("s"), AttendRequest(queries=vectors(1, DIM), note="n" * MAX_NOTE_CHARS))
     with pytest.raises(InvalidArgument, match=f"note has {MAX_NOTE_CHARS + 1} characters, the limit is"):
-        await engine.attend("s", AttendRequest(queries=vectors(1, DIM), note="n" * (MAX_NOTE_CHARS + 1)))
-    assert len(await engine.recalls("s")) == 1
+        await engine.attend(named("s"), AttendRequest(queries=vectors(1, DIM), note="n" * (MAX_NOTE_CHARS + 1)))
+    assert len(await engine.recalls(named("s"))) == 1
 
 
 async def test_accounts_can_be_switched_off(make_engine: MakeEngine) -> None:
     engine = await make_engine(recalls_per_session=0)
     await fill(engine, "s", vectors(0, 3 * SIZE, DIM))
     for _ in range(3):
-        await engine.attend("s", AttendRequest(queries=vectors(1, DIM), note="?"))
-    assert await engine.recalls("s") == []
-    assert (await engine.chunk("s", 0)).chunk.num_recalls == 0
-    assert (await engine.heat("s")).mass.sum() == 0 and (await engine.inspect("s")).num_attends == 3
+        await engine.attend(named("s"), AttendRequest(queries=vectors(1, DIM), note="?"))
+    assert await engine.recalls(named("s")) == []
+    assert (await engine.chunk(named("s"), 0)).chunk.num_recalls == 0
+    assert (await engine.heat(named("s"))).mass.sum() == 0 and (await engine.inspect(named("s"))).num_attends == 3
 
 
 async def test_heat_sums_up_what_the_chunks_say(engine: Engine) -> None:
     await fill(engine, "s", vectors(0, 13 * SIZE + 2, DIM))
     for seed in range(9):
-        await engine.attend("s", AttendRequest(queries=vectors(seed, 2, DIM), top_k=3))
-    chunks = (await engine.chunks("s")).chunks
+        await engine.attend(named("s"), AttendRequest(queries=vectors(seed, 2, DIM), top_k=3))
+    chunks = (await engine.chunks(named("s"))).chunks
     for first, last, bins in ((0, None, 600), (0, None, 4), (2, 11, 3), (5, 5, 3)):
-        heat = await engine.heat("s", first, last, bins)
+        heat = await engine.heat(named("s"), first, last, bins)
         some = chunks[first : 14 if last is None else last]
         each = heat.num_chunks_each
         assert len(heat.mass) <= bins and heat.num_chunks == len(some)
@@ -176,18 +177,19 @@ async def test_heat_sums_up_what_the_chunks_say(engine: Engine) -> None:
             assert heat.mass[place] == pytest.approx(sum(chunk.mass for chunk in run))
             assert heat.num_resident[place] == sum(chunk.tier == "resident" for chunk in run)
     session = await go_cold(engine)
-    assert not (await engine.heat("s")).num_resident.any()
+    assert not (await engine.heat(named("s"))).num_resident.any()
     assert session.resident.state == "cold", "to look at it does not load it"
     for wrong in ({"bins": 0}, {"first": 3, "last": 2}, {"last": 15}):
         with pytest.raises(InvalidArgument):
-            await engine.heat("s", **wrong)
+            await engine.heat(named("s"), **wrong)
 
 
 async def test_heat_of_a_session_that_was_trimmed(engine: Engine) -> None:
-    await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=4 * SIZE, on_full="evict_oldest"))
+    settings = CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=4 * SIZE, on_full="evict_oldest")
+    await engine.create(named("s"), settings)
     for seed in range(9):
-        await engine.append("s", AppendRequest(vectors(seed, SIZE, DIM)))
-        await engine.attend("s", AttendRequest(queries=vectors(seed, DIM), top_k=2))
+        await engine.append(named("s"), AppendRequest(vectors(seed, SIZE, DIM)))
+        await engine.attend(named("s"), AttendRequest(queries=vectors(seed, DIM), top_k=2))
     assert session_of(engine, "s").first_chunk == 5
-    heat = await engine.heat("s")
+    heat = await engine.heat(named("s"))
     assert heat.num_chunks == 9 and heat.mass[5:].sum() > 0 and heat.num_resident.tolist() == [0] * 5 + [1] * 4

@@ -17,6 +17,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.inside import go_cold
 from tests.engine.models import write_model
 from tests.engine.test_attend import DIM, SIZE, fill, vectors
+from tests.names import named
 from tests.reference import htm_reference, relative_error
 
 ZERO = AttendRequest(queries=np.zeros((1, 2), np.float32), tokens=True)
@@ -37,16 +38,16 @@ async def test_the_mean_of_large_tokens_is_answered(
         store = open_store(sqlite_url)
         engine = await make_engine(store)
         if not restart:
-            await engine.create("s", CreateRequest(dim=2, chunk_size=2, dtype=dtype))  # type: ignore[arg-type]
+            await engine.create(named("s"), CreateRequest(dim=2, chunk_size=2, dtype=dtype))  # type: ignore[arg-type]
             for some in np.split(tokens, 6) if one_by_one else [tokens]:
-                await engine.append("s", AppendRequest(embeddings=some))
+                await engine.append(named("s"), AppendRequest(embeddings=some))
         for request in (ZERO, AttendRequest(queries=ZERO.queries, start=1, stop=6)):  # chunks seen whole, and in part
-            result = await engine.attend("s", request)
+            result = await engine.attend(named("s"), request)
             start = request.start
             chunks = [stored[max(first, start) : first + 2].mean(axis=0) for first in (0, 2, 4)]
             np.testing.assert_allclose(result.output[0], np.mean(chunks, axis=0), rtol=1e-5, atol=1e-5 * number)
             answers.append(result)
-        page = await engine.chunks("s", keys=True)
+        page = await engine.chunks(named("s"), keys=True)
         assert all(info.key is not None and np.isfinite(info.key).all() for info in page.chunks)
         assert [info.key_norm for info in page.chunks] == pytest.approx(
             [np.linalg.norm(stored[first : first + 2].mean(axis=0)) for first in (0, 2, 4)], rel=1e-5
@@ -60,9 +61,9 @@ async def test_the_mean_of_large_tokens_is_answered(
 
 async def test_the_norm_of_a_large_key_is_a_number(engine: Engine) -> None:
     """Its squares were summed in float32."""
-    await engine.create("s", CreateRequest(dim=2))
-    await engine.append("s", AppendRequest(embeddings=np.array([[1e38, 1e38]], np.float32)))
-    (info,) = (await engine.chunks("s")).chunks
+    await engine.create(named("s"), CreateRequest(dim=2))
+    await engine.append(named("s"), AppendRequest(embeddings=np.array([[1e38, 1e38]], np.float32)))
+    (info,) = (await engine.chunks(named("s"))).chunks
     assert info.key_norm == pytest.approx(2**0.5 * 1e38)
 
 
@@ -70,14 +71,14 @@ async def test_infinite_keys_of_an_older_version_are_computed_again(make_engine:
     """Compaction had kept them."""
     store = MemoryStore()
     engine = await make_engine(store)
-    await engine.create("s", CreateRequest(dim=2, chunk_size=2))
-    await engine.append("s", AppendRequest(embeddings=np.full((6, 2), 3e38, np.float32)))
-    row = store.get_session("s")
+    await engine.create(named("s"), CreateRequest(dim=2, chunk_size=2))
+    await engine.append(named("s"), AppendRequest(embeddings=np.full((6, 2), 3e38, np.float32)))
+    row = store.get_session(named("s"))
     assert row is not None
     kept = np.array([[3e38, 3e38], [np.inf, np.inf], [np.inf, np.inf]], np.float32)
     store.write([Compact(row.sid, Summary(0, 3, kept.tobytes()), 2)], now=1.0)
     await go_cold(engine)
-    np.testing.assert_allclose((await engine.attend("s", ZERO)).output, [[3e38, 3e38]], rtol=1e-6)
+    np.testing.assert_allclose((await engine.attend(named("s"), ZERO)).output, [[3e38, 3e38]], rtol=1e-6)
 
 
 async def test_who_overflows_is_told_alone(engine: Engine) -> None:
@@ -87,11 +88,11 @@ async def test_who_overflows_is_told_alone(engine: Engine) -> None:
     await fill(engine, "large", tokens)
     await fill(engine, "s", vectors(2, 2 * SIZE, DIM))
     ordinary = AttendRequest(queries=vectors(3, 2, DIM))
-    expected = await engine.attend("s", ordinary)
+    expected = await engine.attend(named("s"), ordinary)
     hides = AttendRequest(queries=ordinary.queries, chunk_mask=np.array([True, False, True]))
     huge = AttendRequest(queries=np.full((1, DIM), 3e38, np.float32))
     asked = [("s", ordinary), ("large", hides), ("s", huge), ("large", ordinary), ("large", huge)]
-    results = await asyncio.gather(*(engine.attend(*one) for one in asked), return_exceptions=True)
+    results = await asyncio.gather(*(engine.attend(named(one), wish) for one, wish in asked), return_exceptions=True)
     answered = [result for result in results if not isinstance(result, BaseException)]
     assert len(answered) == 2 and engine.worker.queue.num_batches == 2
     np.testing.assert_allclose(answered[0].output, expected.output, rtol=1e-6)
@@ -107,7 +108,7 @@ async def test_an_overflow_within_a_chunk_names_the_chunk(engine: Engine) -> Non
     query = np.zeros((1, DIM), np.float32)
     query[0, 0] = 1e20
     with pytest.raises(InvalidArgument, match=r"a query of up to 1e\+20 meets tokens of the chunks \[0\]"):
-        await engine.attend("s", AttendRequest(queries=query))
+        await engine.attend(named("s"), AttendRequest(queries=query))
 
 
 async def test_a_block_norms_large_queries(make_engine: MakeEngine, tmp_path: Path) -> None:
@@ -118,4 +119,7 @@ async def test_a_block_norms_large_queries(make_engine: MakeEngine, tmp_path: Pa
     queries *= np.array([[1e20], [1e38]], np.float32) / np.abs(queries).max()
     await fill(engine, "s", tokens, model="block")
     expected = htm_reference(queries, tokens, config, weights, chunk_size=SIZE)
-    assert relative_error((await engine.attend("s", AttendRequest(queries=queries))).output, expected.output) <= 1e-5
+    assert (
+        relative_error((await engine.attend(named("s"), AttendRequest(queries=queries))).output, expected.output)
+        <= 1e-5
+    )

@@ -14,19 +14,23 @@ from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.inside import go_cold
 from tests.engine.test_attend import DIM, SIZE, vectors
+from tests.names import named
 
 ATTEND = AttendRequest(queries=vectors(1, 1, DIM), payloads=True)
 APPEND = AppendRequest(embeddings=vectors(2, 1, DIM))
 CALLS: dict[str, tuple[str, Callable[[Engine], Awaitable[Any]]]] = {
-    "attend": ("read_payloads", lambda engine: engine.attend("s", ATTEND)),
-    "step": ("read_payloads", lambda engine: engine.step("s", ATTEND, APPEND)),
-    "read": ("read_payload_range", lambda engine: engine.read("s", 0, None, embeddings=True, payloads=True)),
-    "payloads": ("read_payload_range", lambda engine: engine.read("s", 0, None, embeddings=False, payloads=True)),
-    "embeddings": ("read_blocks", lambda engine: engine.read("s", 0, None, embeddings=True, payloads=False)),
-    "chunk": ("read_payload_range", lambda engine: engine.chunk("s", 0)),
-    "load": ("read_blocks", lambda engine: engine.attend("s", AttendRequest(queries=ATTEND.queries))),
-    "load chunks": ("read_blocks", lambda engine: engine.chunks("s")),
-    "load keys": ("read_summaries", lambda engine: engine.chunks("s")),
+    "attend": ("read_payloads", lambda engine: engine.attend(named("s"), ATTEND)),
+    "step": ("read_payloads", lambda engine: engine.step(named("s"), ATTEND, APPEND)),
+    "read": ("read_payload_range", lambda engine: engine.read(named("s"), 0, None, embeddings=True, payloads=True)),
+    "payloads": (
+        "read_payload_range",
+        lambda engine: engine.read(named("s"), 0, None, embeddings=False, payloads=True),
+    ),
+    "embeddings": ("read_blocks", lambda engine: engine.read(named("s"), 0, None, embeddings=True, payloads=False)),
+    "chunk": ("read_payload_range", lambda engine: engine.chunk(named("s"), 0)),
+    "load": ("read_blocks", lambda engine: engine.attend(named("s"), AttendRequest(queries=ATTEND.queries))),
+    "load chunks": ("read_blocks", lambda engine: engine.chunks(named("s"))),
+    "load keys": ("read_summaries", lambda engine: engine.chunks(named("s"))),
 }
 """What reads twice, and its second read."""
 
@@ -39,18 +43,18 @@ async def test_what_a_deletion_overtakes_is_not_found(
     """An attend answered 200 with payloads of null, which is promised for trimmed tokens only."""
     store = open_store(sqlite_url)
     engine = await make_engine(store)
-    await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE))
-    await engine.append("s", AppendRequest(vectors(0, 9, DIM), payloads=[b'{"i": 1}'] * 9))
+    await engine.create(named("s"), CreateRequest(dim=DIM, chunk_size=SIZE))
+    await engine.append(named("s"), AppendRequest(vectors(0, 9, DIM), payloads=[b'{"i": 1}'] * 9))
     if call.startswith("load"):
         await go_cold(engine)
     method, ask = CALLS[call]
     read, loop, caller = getattr(store, method), asyncio.get_running_loop(), threading.current_thread()
 
     async def overtake() -> None:
-        await engine.delete("s")
+        await engine.delete(named("s"))
         if anew:
-            await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE))
-            await engine.append("s", AppendRequest(vectors(0, 2, DIM)))
+            await engine.create(named("s"), CreateRequest(dim=DIM, chunk_size=SIZE))
+            await engine.append(named("s"), AppendRequest(vectors(0, 2, DIM)))
 
     def late(*args: Any) -> Any:
         monkeypatch.undo()
@@ -62,13 +66,13 @@ async def test_what_a_deletion_overtakes_is_not_found(
     with pytest.raises(SessionNotFound, match="there is no session 's'"):
         await ask(engine)
     if anew:
-        assert (await engine.inspect("s")).length == 2
+        assert (await engine.inspect(named("s"))).length == 2
     assert engine.unhealthy_reason() is None
 
 
 async def test_payloads_that_there_never_were_are_none(make_engine: MakeEngine) -> None:
     engine = await make_engine()
-    await engine.create("s", CreateRequest(dim=DIM))
-    await engine.append("s", AppendRequest(vectors(0, 2, DIM), payloads=[None, b'{"i": 1}']))
-    (row,) = (await engine.attend("s", ATTEND)).recalled or ()
+    await engine.create(named("s"), CreateRequest(dim=DIM))
+    await engine.append(named("s"), AppendRequest(vectors(0, 2, DIM), payloads=[None, b'{"i": 1}']))
+    (row,) = (await engine.attend(named("s"), ATTEND)).recalled or ()
     assert {token.position: token.payload for token in row} == {0: None, 1: b'{"i": 1}'}

@@ -14,6 +14,7 @@ from storage.base import Block
 from storage.in_memory import MemoryStore
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, fill, vectors
+from tests.names import named
 
 QUERY = AttendRequest(queries=vectors(1, 1, DIM))
 
@@ -26,7 +27,7 @@ async def test_a_dead_loader_fails_everyone(make_engine: MakeEngine) -> None:
     engine = await make_engine(store)
     engine.worker.loader.fetch(None)  # type: ignore[arg-type]
     with pytest.raises(Unhealthy, match="the loader thread died"):
-        await engine.attend("s", QUERY)
+        await engine.attend(named("s"), QUERY)
     assert "loader thread died" in (engine.unhealthy_reason() or "")
 
 
@@ -39,19 +40,19 @@ async def test_a_dead_store_thread_fails_those_who_read_too(make_engine: MakeEng
 
     engine.committer.queue.post(die)
     with pytest.raises(Unhealthy, match="no such disk"):
-        await engine.append("s", AppendRequest(embeddings=vectors(1, 1, DIM)))
+        await engine.append(named("s"), AppendRequest(embeddings=vectors(1, 1, DIM)))
     for _ in range(500):
         if engine.worker.queue.unhealthy_reason is not None:
             break
         await asyncio.sleep(0.01)
     with pytest.raises(Unhealthy, match=r"the store thread died: .*no such disk"):
-        await engine.attend("s", QUERY)
+        await engine.attend(named("s"), QUERY)
 
 
 async def test_a_stuck_thread_is_found(make_engine: MakeEngine) -> None:
     engine = await make_engine(stuck_s=0.2)
     await fill(engine, "s", vectors(1, 9, DIM))
-    assert (await engine.attend("s", QUERY)).length == 9
+    assert (await engine.attend(named("s"), QUERY)).length == 9
     release = threading.Event()
 
     def hang() -> None:
@@ -59,9 +60,9 @@ async def test_a_stuck_thread_is_found(make_engine: MakeEngine) -> None:
 
     engine.worker.queue.post(hang)
     with pytest.raises(Unhealthy, match=r"the device thread is stuck: it has been at one thing for 0\.\d s"):
-        await engine.attend("s", QUERY)
+        await engine.attend(named("s"), QUERY)
     with pytest.raises(Unhealthy, match="device thread is stuck"):
-        await engine.append("s", AppendRequest(embeddings=vectors(1, 1, DIM)))
+        await engine.append(named("s"), AppendRequest(embeddings=vectors(1, 1, DIM)))
     release.set()
 
 
@@ -80,7 +81,7 @@ async def test_a_loader_that_does_not_stop_is_told(
         return iter(())
 
     monkeypatch.setattr(store, "read_blocks", hang)
-    attend = asyncio.create_task(engine.attend("s", QUERY))
+    attend = asyncio.create_task(engine.attend(named("s"), QUERY))
     await asyncio.to_thread(reading.wait, 20)
     await engine.close(0.1)
     with pytest.raises(Draining):
@@ -94,11 +95,11 @@ async def test_an_engine_that_never_started_closes() -> None:
     engine = Engine(EngineConfig(device="cpu"), MemoryStore())
     await engine.close()
     with pytest.raises(Draining):
-        await engine.recalls("s")
+        await engine.recalls(named("s"))
 
 
 async def test_a_thread_without_work_is_not_stuck(make_engine: MakeEngine) -> None:
     engine = await make_engine(stuck_s=0.2)
     await fill(engine, "s", vectors(1, 9, DIM))
     await asyncio.sleep(0.6)
-    assert (await engine.attend("s", QUERY)).length == 9
+    assert (await engine.attend(named("s"), QUERY)).length == 9

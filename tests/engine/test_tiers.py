@@ -27,6 +27,7 @@ from tests.engine.conftest import MakeEngine
 from tests.engine.inside import on_device_thread, session_of
 from tests.engine.models import Weights
 from tests.engine.test_attend import DIM, RETRIEVAL, check, expect, fill, models, random_request, vectors
+from tests.names import named
 
 __all__ = ["models"]  # a fixture
 
@@ -69,7 +70,7 @@ async def test_a_session_ten_times_larger_than_the_budget_answers_exactly(
         for _ in range(6):
             names = [str(draw.choice(["large", "small"])) for _ in range(7)]
             requests = [random_request(draw, len(tokens[name]), SIZE) for name in names]
-            results = await asyncio.gather(*(engine.attend(n, r) for n, r in zip(names, requests, strict=True)))
+            results = await asyncio.gather(*(engine.attend(named(n), r) for n, r in zip(names, requests, strict=True)))
             for name, request, result in zip(names, requests, results, strict=True):
                 check(result, expect(tokens[name], request, "attend", models, SIZE))
                 assert result.length == len(tokens[name])
@@ -89,12 +90,12 @@ async def test_attends_and_appends_at_once_beyond_the_budget(make_engine: MakeEn
 
     async def grow(name: str) -> None:
         for start in range(begin, len(tokens[name]), 5):
-            await engine.append(name, AppendRequest(embeddings=tokens[name][start : start + 5]))
+            await engine.append(named(name), AppendRequest(embeddings=tokens[name][start : start + 5]))
 
     async def read(name: str, seed: int) -> None:
         for number in range(12):
             request = asks(seed + number, num_queries=2)
-            result = await engine.attend(name, request)
+            result = await engine.attend(named(name), request)
             check(result, expect(tokens[name][: result.length], request, "attend", ONLY_RETRIEVAL, SIZE))
 
     await asyncio.gather(
@@ -103,7 +104,7 @@ async def test_attends_and_appends_at_once_beyond_the_budget(make_engine: MakeEn
     assert await bytes_on_device(engine) <= BUDGET
     request = asks(999)
     for name, rows in tokens.items():
-        check(await engine.attend(name, request), expect(rows, request, "attend", ONLY_RETRIEVAL, SIZE))
+        check(await engine.attend(named(name), request), expect(rows, request, "attend", ONLY_RETRIEVAL, SIZE))
 
 
 async def test_a_mask_over_more_chunks_than_fit_is_answered_exactly(make_engine: MakeEngine) -> None:
@@ -113,9 +114,9 @@ async def test_a_mask_over_more_chunks_than_fit_is_answered_exactly(make_engine:
     await fill(engine, "s", tokens, chunk_size=SIZE)
     mask = np.random.default_rng(4).random(len(tokens)) < 0.5
     request = asks(5, num_queries=2, mask=mask)
-    pending = asyncio.create_task(engine.attend("s", request))
+    pending = asyncio.create_task(engine.attend(named("s"), request))
     await asyncio.sleep(0)
-    await engine.append("s", AppendRequest(embeddings=vectors(6, 2 * SIZE, DIM)))
+    await engine.append(named("s"), AppendRequest(embeddings=vectors(6, 2 * SIZE, DIM)))
     result = await pending
     assert result.length == len(tokens)
     check(result, expect(tokens, request, "attend", ONLY_RETRIEVAL, SIZE))
@@ -126,14 +127,14 @@ async def test_what_is_recalled_often_stays(make_engine: MakeEngine) -> None:
     tokens = vectors(7, 60 * SIZE, DIM)
     await fill(engine, "s", tokens, chunk_size=SIZE)
     often = asks(8)
-    expected = await engine.attend("s", often)
+    expected = await engine.attend(named("s"), often)
     for seed in range(30):
-        await engine.attend("s", asks(100 + seed, top_k=2))
+        await engine.attend(named("s"), asks(100 + seed, top_k=2))
         before = (await engine.info()).totals["fetched_pages"]
-        result = await engine.attend("s", often)
+        result = await engine.attend(named("s"), often)
         np.testing.assert_array_equal(result.output, expected.output)
         assert (await engine.info()).totals["fetched_pages"] == before
-    chunks = (await engine.chunks("s")).chunks
+    chunks = (await engine.chunks(named("s"))).chunks
     assert {chunks[int(index)].tier for index in expected.chunk_index[0]} == {"resident"}
     assert "cold" in {chunk.tier for chunk in chunks}
 
@@ -152,18 +153,18 @@ async def test_a_shape_without_address_space_is_out_of_memory_and_nobody_elses_t
         patched.setattr(mmap, "mmap", fail)
         await fill(engine, "s", tokens)
         with pytest.raises(OutOfMemory, match="of address space cannot be reserved: Cannot allocate memory"):
-            await engine.attend("s", asks(2))
-    check(await engine.attend("s", asks(2)), expect(tokens, asks(2), "attend", ONLY_RETRIEVAL, 5))
+            await engine.attend(named("s"), asks(2))
+    check(await engine.attend(named("s"), asks(2)), expect(tokens, asks(2), "attend", ONLY_RETRIEVAL, 5))
 
 
 async def test_shapes_that_nobody_uses_keep_no_address_space(make_engine: MakeEngine) -> None:
     """Each kept as much of it as the whole budget, for ever: some thousand shapes, and the device thread died."""
     engine = await make_engine()
     for dim in range(1, 9):
-        await engine.create("s", CreateRequest(dim=dim))
-        await engine.append("s", AppendRequest(embeddings=vectors(1, 3, dim)))
-        await engine.attend("s", AttendRequest(queries=vectors(2, 1, dim)))
-        await engine.delete("s")
+        await engine.create(named("s"), CreateRequest(dim=dim))
+        await engine.append(named("s"), AppendRequest(embeddings=vectors(1, 3, dim)))
+        await engine.attend(named("s"), AttendRequest(queries=vectors(2, 1, dim)))
+        await engine.delete(named("s"))
     assert engine.worker.cache.num_arenas == 1
 
 
@@ -178,7 +179,7 @@ async def test_what_nobody_reads_is_bounded_by_the_budget_too(make_engine: MakeE
     assert 0 < sum(resident.chunks is not None for resident in residents) <= 20
     assert await bytes_on_device(engine) <= BUDGET
     for number in (0, 59):
-        answer = await engine.attend(f"s{number}", asks(1))
+        answer = await engine.attend(named(f"s{number}"), asks(1))
         check(answer, expect(vectors(number, 3, DIM), asks(1), "attend", ONLY_RETRIEVAL, SIZE))
 
 
@@ -188,7 +189,7 @@ async def test_what_was_thrown_away_is_missed_at_once(make_engine: MakeEngine, m
     engine = await make_engine()
     tokens = vectors(1, 7, DIM)
     await fill(engine, "s", tokens[:3], chunk_size=SIZE)
-    await engine.attend("s", asks(1))
+    await engine.attend(named("s"), asks(1))
     one = session_of(engine, "s").resident
     seen: list[tuple[bool, int]] = []
 
@@ -208,9 +209,9 @@ async def test_what_was_thrown_away_is_missed_at_once(make_engine: MakeEngine, m
 
     one.pending = Cleared(one.pending)
     for token in tokens[3:]:
-        await engine.append("s", AppendRequest(embeddings=token))
+        await engine.append(named("s"), AppendRequest(embeddings=token))
     assert seen and not any(is_here for is_here, length in seen if length > 3)
-    check(await engine.attend("s", asks(2)), expect(tokens, asks(2), "attend", ONLY_RETRIEVAL, SIZE))
+    check(await engine.attend(named("s"), asks(2)), expect(tokens, asks(2), "attend", ONLY_RETRIEVAL, SIZE))
 
 
 async def test_a_load_that_fails_on_the_device_is_told_and_tried_again(
@@ -229,8 +230,8 @@ async def test_a_load_that_fails_on_the_device_is_told_and_tried_again(
 
     monkeypatch.setattr(Chunks, "append", fail)
     with pytest.raises(Unhealthy, match="out of memory"):
-        await engine.attend("s", asks(1))
-    check(await engine.attend("s", asks(1)), expect(vectors(1, 9, DIM), asks(1), "attend", ONLY_RETRIEVAL, SIZE))
+        await engine.attend(named("s"), asks(1))
+    check(await engine.attend(named("s"), asks(1)), expect(vectors(1, 9, DIM), asks(1), "attend", ONLY_RETRIEVAL, SIZE))
 
 
 async def test_a_session_that_cannot_be_compacted_keeps_no_other_from_it(
@@ -256,9 +257,9 @@ async def test_more_chunks_at_once_than_fit_are_refused(make_engine: MakeEngine)
     engine = await make_engine(memory_budget_bytes=BUDGET)
     await fill(engine, "s", vectors(9, 60 * SIZE, DIM), chunk_size=SIZE)
     with pytest.raises(OutOfMemory, match=r"takes \d+ chunks at once that are not on the device, .* room for 10"):
-        await engine.attend("s", asks(1, top_k=40))
+        await engine.attend(named("s"), asks(1, top_k=40))
     check(
-        await engine.attend("s", asks(2, top_k=5, num_queries=9)),
+        await engine.attend(named("s"), asks(2, top_k=5, num_queries=9)),
         expect(vectors(9, 60 * SIZE, DIM), asks(2, top_k=5, num_queries=9), "attend", ONLY_RETRIEVAL, SIZE),
     )
 
@@ -271,20 +272,20 @@ async def test_a_restart_reads_keys_and_no_more_contents_than_it_takes(
     tokens = vectors(10, 70 * SIZE + 5, DIM)
     for start in range(0, len(tokens), 61):
         await engine_append(engine, tokens, start, start + 61)
-    before = await engine.attend("s", asks(3, num_queries=2))
+    before = await engine.attend(named("s"), asks(3, num_queries=2))
     await engine.close()
     reopened = await make_engine(store)
-    after = await reopened.attend("s", asks(3, num_queries=2))
+    after = await reopened.attend(named("s"), asks(3, num_queries=2))
     np.testing.assert_array_equal(after.output, before.output)
     np.testing.assert_array_equal(after.chunk_index, before.chunk_index)
     assert (await reopened.info()).totals["fetched_pages"] <= 6
-    assert (await reopened.inspect("s")).device_bytes < tokens.nbytes / 2
-    await reopened.append("s", AppendRequest(embeddings=tokens[:40]))  # the open chunk goes on where it was
+    assert (await reopened.inspect(named("s"))).device_bytes < tokens.nbytes / 2
+    await reopened.append(named("s"), AppendRequest(embeddings=tokens[:40]))  # the open chunk goes on where it was
     whole, request = np.concatenate([tokens, tokens[:40]]), asks(4, episodes=[0, 1])
-    check(await reopened.attend("s", asks(5)), expect(whole, asks(5), "attend", ONLY_RETRIEVAL, SIZE))
+    check(await reopened.attend(named("s"), asks(5)), expect(whole, asks(5), "attend", ONLY_RETRIEVAL, SIZE))
     visible = np.zeros(len(whole), np.bool_)
     visible[: len(tokens)] = np.arange(len(tokens)) // 61 % 3 < 2
-    got = await reopened.attend("s", request)
+    got = await reopened.attend(named("s"), request)
     masked = asks(4, mask=visible)
     check(got, expect(whole, masked, "attend", ONLY_RETRIEVAL, SIZE))
 
@@ -293,7 +294,7 @@ async def engine_append(engine: Engine, tokens: Any, start: int, stop: int) -> N
     """With an episode that changes from append to append."""
     if start == 0:
         await fill(engine, "s", tokens[:0], chunk_size=SIZE)
-    await engine.append("s", AppendRequest(embeddings=tokens[start:stop], episode=start // 61 % 3))
+    await engine.append(named("s"), AppendRequest(embeddings=tokens[start:stop], episode=start // 61 % 3))
 
 
 async def test_small_blocks_are_joined_while_the_session_is_in_use(
@@ -307,15 +308,15 @@ async def test_small_blocks_are_joined_while_the_session_is_in_use(
     tokens = vectors(11, 5 * SIZE, DIM)
     await fill(engine, "s", tokens[:0], chunk_size=SIZE)
     for token in tokens:
-        await engine.append("s", AppendRequest(embeddings=token))
-    row = store.get_session("s")
+        await engine.append(named("s"), AppendRequest(embeddings=token))
+    row = store.get_session(named("s"))
     assert row is not None
     for _ in range(500):
         if sum(summary.num_chunks for summary in store.read_summaries(row.sid)) == 4:
             break
         await asyncio.sleep(0.01)
     kept = b"".join(summary.data for summary in store.read_summaries(row.sid))
-    chunks = (await engine.chunks("s", keys=True)).chunks
+    chunks = (await engine.chunks(named("s"), keys=True)).chunks
     keys = np.stack([chunk.key for chunk in chunks[:4] if chunk.key is not None])
     np.testing.assert_array_equal(np.frombuffer(kept, np.float32).reshape(4, DIM), keys)
 
@@ -335,9 +336,9 @@ async def test_compaction_that_fails_is_told_and_keeps_nobody_from_stopping(
     monkeypatch.setattr(engine.compaction, "compact_once", fail)
     await failed.wait()
     await fill(engine, "s", vectors(1, 9, DIM))
-    await engine.append("s", AppendRequest(embeddings=vectors(2, 3, DIM)))
+    await engine.append(named("s"), AppendRequest(embeddings=vectors(2, 3, DIM)))
     await engine.close()
-    row = store.get_session("s")
+    row = store.get_session(named("s"))
     assert row is not None and row.length == 12
     assert "compaction failed and goes on later" in caplog.text and "no such portion" in caplog.text
 
@@ -369,7 +370,7 @@ async def test_a_session_that_is_deleted_while_its_chunks_are_read_is_not_found(
 
     monkeypatch.setattr(worker.loader, "fetch", fetch_late)
     with pytest.raises(SessionNotFound, match="there is no session 'fetched'"):
-        await engine.attend("fetched", asks(2))
+        await engine.attend(named("fetched"), asks(2))
     read_blocks = store.read_blocks
 
     def read_late(*args: Any) -> Any:
@@ -378,7 +379,7 @@ async def test_a_session_that_is_deleted_while_its_chunks_are_read_is_not_found(
 
     monkeypatch.setattr(store, "read_blocks", read_late)
     with pytest.raises(SessionNotFound, match="there is no session 'read'"):
-        await engine.read("read", 0, None, embeddings=True, payloads=True)
+        await engine.read(named("read"), 0, None, embeddings=True, payloads=True)
 
 
 async def test_keys_that_do_not_begin_with_the_session_are_computed_again(
@@ -394,7 +395,7 @@ async def test_keys_that_do_not_begin_with_the_session_are_computed_again(
     read_summaries = store.read_summaries
     monkeypatch.setattr(store, "read_summaries", lambda sid: iter([*read_summaries(sid)][1:]))
     engine = await make_engine(store)
-    check(await engine.attend("s", asks(1)), expect(tokens, asks(1), "attend", ONLY_RETRIEVAL, SIZE))
+    check(await engine.attend(named("s"), asks(1)), expect(tokens, asks(1), "attend", ONLY_RETRIEVAL, SIZE))
 
 
 async def test_a_damaged_chunk_fails_those_who_take_it_and_nobody_else(
@@ -406,7 +407,7 @@ async def test_a_damaged_chunk_fails_those_who_take_it_and_nobody_else(
         await fill(first, name, vectors(seed, 9 * SIZE, DIM), chunk_size=SIZE)
     await first.close()
     engine = await make_engine(store)
-    bad = store.get_session("bad")
+    bad = store.get_session(named("bad"))
     read_ranges = store.read_ranges
 
     def damaged(ranges: Any) -> Any:
@@ -420,12 +421,12 @@ async def test_a_damaged_chunk_fails_those_who_take_it_and_nobody_else(
 
     monkeypatch.setattr(store, "read_ranges", damaged)
     wrong, right = await asyncio.gather(
-        engine.attend("bad", asks(1)), engine.attend("good", asks(1)), return_exceptions=True
+        engine.attend(named("bad"), asks(1)), engine.attend(named("good"), asks(1)), return_exceptions=True
     )
     assert isinstance(wrong, SessionDamaged) and "'bad' is damaged at position 0" in str(wrong)
     assert not isinstance(right, BaseException)
     check(right, expect(vectors(1, 9 * SIZE, DIM), asks(1), "attend", ONLY_RETRIEVAL, SIZE))
     monkeypatch.setattr(store, "read_ranges", lambda ranges: iter([(0, Block(0, 1, bytes(DIM * 4)))]))
     with pytest.raises(Unhealthy, match=r"of its tokens .* are there"):
-        await engine.attend("bad", asks(1))
+        await engine.attend(named("bad"), asks(1))
     assert engine.unhealthy_reason() is None

@@ -11,6 +11,7 @@ from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, SIZE, vectors
 from tests.engine.test_sessions import QUERY, right
+from tests.names import named
 
 KEPT = Path(__file__).parent / "data" / "v0001.sqlite3"
 """Written before schema 0002 by eight appends of `vectors(1, 23, 13)`, three tokens each. Never made again."""
@@ -25,17 +26,17 @@ async def test_a_database_of_the_first_version_is_served(make_engine: MakeEngine
         store = open_store(f"sqlite:///{tmp_path}/htm.sqlite3")
         engine = await make_engine(store)
         length = 23 + 3 * restart
-        info = await engine.inspect("kept")
+        info = await engine.inspect(named("kept"))
         assert (info.length, info.first_position, info.labels, info.on_full) == (length, 0, {"kept": "yes"}, "reject")
-        again, is_new = await engine.create("kept", CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=100))
+        again, is_new = await engine.create(named("kept"), CreateRequest(dim=DIM, chunk_size=SIZE, max_tokens=100))
         assert not is_new and again.id == "kept"
-        assert right(tokens[:length], await engine.attend("kept", QUERY))
-        memories = await engine.read("kept", 0, 23, embeddings=True, payloads=True)
+        assert right(tokens[:length], await engine.attend(named("kept"), QUERY))
+        memories = await engine.read(named("kept"), 0, 23, embeddings=True, payloads=True)
         np.testing.assert_array_equal(memories.embeddings, tokens[:23])
         assert memories.payloads == [b'{"at": %d}' % position for position in range(23)]
         if not restart:
             added = AppendRequest(embeddings=tokens[23:26], idempotency_key="new")
-            assert (await engine.append("kept", added)).start == 23
+            assert (await engine.append(named("kept"), added)).start == 23
         assert list(store.verify()) == []
         await engine.close()
         store.close()

@@ -17,6 +17,7 @@ from storage.resolve import DATABASE_NAME, open_store
 from tests.faults.disk import build_shim, cut_power, read_log
 from tests.faults.report import Tally
 from tests.faults.scale import Scale
+from tests.names import named
 from tests.served.server import ROOT
 
 STATES_PER_CUT = 2
@@ -59,7 +60,7 @@ def test_r1_power_lost_while_the_database_is_made(tally: Tally, scale: Scale, tm
         tally.faults += 1
         try:
             with contextlib.closing(open_store(f"sqlite:///{directory / DATABASE_NAME}")) as store:
-                is_wrong = bool(list(store.verify())) or (at > created_at and store.get_session("a") is None)
+                is_wrong = bool(list(store.verify())) or (at > created_at and store.get_session(named("a")) is None)
                 tally.losses += is_wrong
         except StoreError:
             tally.losses += 1

@@ -24,6 +24,7 @@ from tests.faults.disk import Operation, build_shim, cut_power, read_log
 from tests.faults.journal import Journal
 from tests.faults.report import Tally
 from tests.faults.scale import Scale
+from tests.names import named
 from tests.served.server import Server
 
 NUM_WRITERS, NUM_ROWS = 6, 40_000
@@ -109,7 +110,7 @@ def losses_of(journal: Journal, store: Store, at: float) -> int:
     """Of one session; 1 for more than there may be, or for a torn append."""
     times, lengths = [when for when, _ in journal.history], [0, *(length for _, length in journal.history)]
     acknowledged = lengths[bisect_left(times, at)]
-    row = store.get_session(journal.session)
+    row = store.get_session(named(journal.session))
     length = 0 if row is None else row.length
     data = b"" if row is None else b"".join(block.data for block in store.read_blocks(row.sid))
     stored = np.frombuffer(data, np.float32).reshape(-1, journal.rows.shape[1])

@@ -27,6 +27,7 @@ from htm_service.records import AppendRequest, AttendRequest, CreateRequest
 from storage.resolve import open_store
 from tests.engine.models import write_model
 from tests.kernels.interpreter import INTERPRETED
+from tests.names import named
 from tests.reference import htm_reference, relative_error
 
 DIM, SIZE, HEADS = 13, 5, 3
@@ -216,10 +217,10 @@ async def test_an_engine_serves_with_it(device: str, tmp_path: Path, monkeypatch
     engine = Engine(EngineConfig(device=device, models_dir=tmp_path), store := open_store("memory://"))
     await engine.start()
     try:
-        await engine.create("s", CreateRequest(dim=DIM, chunk_size=SIZE, model="trained"))
-        await engine.append("s", AppendRequest(embeddings=tokens))
+        await engine.create(named("s"), CreateRequest(dim=DIM, chunk_size=SIZE, model="trained"))
+        await engine.append(named("s"), AppendRequest(embeddings=tokens))
         requests = [AttendRequest(queries=queries, **options) for options, _ in asked]
-        results = await asyncio.gather(*(engine.attend("s", request) for request in requests))
+        results = await asyncio.gather(*(engine.attend(named("s"), request) for request in requests))
         info = await engine.info()
     finally:
         await engine.close()

@@ -7,20 +7,22 @@ import pytest
 from htm_service.errors import Overloaded
 from htm_service.records import AppendResult, Event
 from htm_service.sessions.feed import EVENTS_KEPT, MAX_READERS, Feed
+from storage.base import DEFAULT_NAMESPACE
+from tests.names import named
 
 
 def event(session_id: str = "a", start: int = 0) -> Event:
-    return Event("append", session_id, 5.0, AppendResult(start, start + 1, 1))
+    return Event("append", named(session_id), 5.0, AppendResult(start, start + 1, 1))
 
 
 async def test_a_reader_gets_what_happens_to_its_session() -> None:
     feed = Feed()
     assert not feed.is_read
-    of_all, of_one = feed.read(None), feed.read("b")
+    of_all, of_one = feed.read(DEFAULT_NAMESPACE, None), feed.read(DEFAULT_NAMESPACE, "b")
     for name in ("a", "b"):
         feed.tell(event(name))
-    assert [one.session_id for one in (await of_all.take(0.1))[0]] == ["a", "b"]
-    assert [one.session_id for one in (await of_one.take(0.1))[0]] == ["b"]
+    assert [one.key.id for one in (await of_all.take(0.1))[0]] == ["a", "b"]
+    assert [one.key.id for one in (await of_one.take(0.1))[0]] == ["b"]
     assert await of_all.take(0.01) == ([], 0)
     of_all.close()
     of_one.close()
@@ -30,7 +32,7 @@ async def test_a_reader_gets_what_happens_to_its_session() -> None:
 
 async def test_a_reader_that_does_not_read_keeps_the_last_ones_and_is_told_how_many_are_lost() -> None:
     feed = Feed()
-    slow = feed.read(None)
+    slow = feed.read(DEFAULT_NAMESPACE, None)
     tracemalloc.start()
     for start in range(20 * EVENTS_KEPT):
         feed.tell(event(start=start))
@@ -46,8 +48,8 @@ async def test_a_reader_that_does_not_read_keeps_the_last_ones_and_is_told_how_m
 
 def test_readers_have_a_limit() -> None:
     feed = Feed()
-    readers = [feed.read(None) for _ in range(MAX_READERS)]
+    readers = [feed.read(DEFAULT_NAMESPACE, None) for _ in range(MAX_READERS)]
     with pytest.raises(Overloaded, match=f"{MAX_READERS} read the events, the limit is {MAX_READERS}"):
-        feed.read(None)
+        feed.read(DEFAULT_NAMESPACE, None)
     readers[0].close()
-    assert feed.read(None) is not None and feed.num_readers == MAX_READERS
+    assert feed.read(DEFAULT_NAMESPACE, None) is not None and feed.num_readers == MAX_READERS

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from storage.base import (
+    FIRST_KEY,
     IDEMPOTENCY_SECONDS,
     Append,
     Appended,
@@ -22,6 +23,7 @@ from storage.base import (
     NoSuchSession,
     SessionExists,
     SessionFull,
+    SessionKey,
     SessionRow,
     Store,
     Summary,
@@ -30,6 +32,7 @@ from storage.base import (
     WriteResult,
     WrongLength,
 )
+from tests.names import named
 
 NOW = 1_000_000.0
 TOKEN_BYTES = 7
@@ -79,14 +82,14 @@ class StoreContract:
         created = create(store, "a", settings=settings, max_tokens=13)
         assert created.sid > 0
         assert created == replace(created, settings=settings, max_tokens=13, length=0, num_bytes=0, updated_at=NOW)
-        assert store.get_session("a") == created
-        assert store.get_session("A") is None
+        assert store.get_session(named("a")) == created
+        assert store.get_session(named("A")) is None
 
     def test_an_id_is_taken_once(self, store: Store) -> None:
         created = create(store)
         (outcome,) = write(store, CreateSession(SessionRow("a", {"dim": 11}, NOW)))
         assert isinstance(outcome, SessionExists)
-        assert store.get_session("a") == created
+        assert store.get_session(named("a")) == created
 
     def test_a_sid_is_never_used_again(self, store: Store) -> None:
         first = create(store)
@@ -102,14 +105,14 @@ class StoreContract:
         (updated,) = write(store, UpdateSession(created.sid, {"labels": {"k": "v"}}), now=NOW + 9)
         num_bytes = 2 * TOKEN_BYTES
         expected = replace(created, settings={"labels": {"k": "v"}}, length=2, num_bytes=num_bytes, updated_at=NOW + 5)
-        assert updated == expected == store.get_session("a")
+        assert updated == expected == store.get_session(named("a"))
 
     def test_a_deleted_session_leaves_nothing(self, store: Store) -> None:
         created = create(store)
         append(store, created.sid, 2, payloads=[b"{}", b"{}"], idempotency_key="k", digest=b"d")
-        deleted = store.get_session("a")
+        deleted = store.get_session(named("a"))
         assert write(store, DeleteSession(created.sid)) == [deleted]
-        assert store.get_session("a") is None
+        assert store.get_session(named("a")) is None
         assert list(store.read_blocks(created.sid)) == []
         assert store.read_payload_range(created.sid, 0, 10) == {}
         assert store.totals().num_sessions == store.totals().num_tokens == store.totals().num_bytes == 0
@@ -183,11 +186,42 @@ class StoreContract:
         everything = [f"s{number:02}" for number in range(23)]
         write(store, *(CreateSession(SessionRow(id_, {}, NOW)) for id_ in everything))
         found: list[str] = []
-        while page := store.list_sessions(prefix="s", after=found[-1] if found else "", limit=5):
+        while page := store.list_sessions(prefix="s", after=named(found[-1]) if found else FIRST_KEY, limit=5):
             assert len(page) <= 5
             found += ids(page)
         assert found == everything
         assert store.list_sessions(limit=0) == []
+
+    def test_an_id_is_free_in_another_namespace(self, store: Store) -> None:
+        ours, theirs = create(store, "a"), create(store, "a", namespace="theirs")
+        assert ours.key == SessionKey("default", "a") and theirs.key == SessionKey("theirs", "a")
+        (outcome,) = write(store, CreateSession(SessionRow("a", {}, NOW, namespace="theirs")))
+        assert isinstance(outcome, SessionExists)
+        append(store, ours.sid, 3, 1)
+        append(store, theirs.sid, 2, 2)
+        assert read(store, ours.sid) == token(1) * 3 and read(store, theirs.sid) == token(2) * 2
+        write(store, DeleteSession(ours.sid))
+        assert store.get_session(ours.key) is None and store.get_session(theirs.key) is not None
+        assert store.get_session(SessionKey("other", "a")) is None
+
+    def test_sessions_are_listed_and_counted_by_namespace(self, store: Store) -> None:
+        for namespace in ("default", "C", "a", "z"):
+            for id_ in ("b", "a", "c"):
+                row = create(store, id_, namespace=namespace, settings={"labels": {"of": namespace}})
+                append(store, row.sid, 5)
+        assert [row.key for row in store.list_sessions(after=SessionKey("a", "b"), limit=3)] == [
+            ("a", "c"),
+            ("default", "a"),
+            ("default", "b"),
+        ]
+        assert {row.namespace for row in store.list_sessions("a")} == {"a"}
+        assert ids(store.list_sessions("a", after=SessionKey("a", "a"), limit=1)) == ["b"]
+        assert [row.key for row in store.list_sessions("z", prefix="c")] == [("z", "c")]
+        assert store.list_sessions("z", labels={"of": "a"}) == [] == store.list_sessions("nobody")
+        totals = store.totals("z")
+        assert (totals.num_sessions, totals.num_tokens) == (3, 15)
+        assert (totals.num_bytes, totals.num_disk_bytes) == (15 * TOKEN_BYTES, 0)
+        assert store.totals("nobody").num_sessions == 0 and store.totals().num_tokens == 60
 
     def test_labels_must_all_be_there(self, store: Store) -> None:
         odd = 'it\'s "odd" %_*\\ \0 /ключ'
@@ -195,7 +229,7 @@ class StoreContract:
         create(store, "two", settings={"labels": {"kind": "x"}})
         create(store, "none", settings={})
         assert ids(store.list_sessions(labels={"kind": "x"})) == ["one", "two"]
-        assert ids(store.list_sessions(labels={"kind": "x"}, limit=1, after="one")) == ["two"]
+        assert ids(store.list_sessions(labels={"kind": "x"}, limit=1, after=named("one"))) == ["two"]
         assert ids(store.list_sessions(labels={odd: odd, "kind": "x"})) == ["one"]
         assert ids(store.list_sessions(labels={"kind": "X"})) == []
         assert ids(store.list_sessions(labels={})) == ["none", "one", "two"]
@@ -207,7 +241,7 @@ class StoreContract:
         assert append(store, sid, 2, 1) == Appended(0, 2)
         assert append(store, sid, 1, 2, now=NOW + 3) == Appended(2, 3)
         assert read(store, sid) == token(1) * 2 + token(2)
-        row = store.get_session("a")
+        row = store.get_session(named("a"))
         assert row is not None and (row.length, row.num_bytes, row.updated_at) == (3, 3 * TOKEN_BYTES, NOW + 3)
 
     def test_if_length_must_be_the_length(self, store: Store) -> None:
@@ -260,7 +294,7 @@ class StoreContract:
         assert second == Appended(1, 2)
         assert isinstance(deleted, SessionRow) and (deleted.length, deleted.settings) == (2, {"n": 1})
         assert isinstance(late, NoSuchSession) and isinstance(exists, SessionExists)
-        assert isinstance(created, SessionRow) and created == store.get_session("a")
+        assert isinstance(created, SessionRow) and created == store.get_session(named("a"))
         assert read(store, created.sid) == b"" and store.totals().num_bytes == 0
 
     def test_a_large_group_is_one_group(self, store: Store) -> None:
@@ -447,7 +481,7 @@ class StoreContract:
         for number in range(41):
             append(store, created.sid, 1, value=number, episode=number // 17, payloads=[b"{}"])
         before = read(store, created.sid)
-        row = store.get_session("a")
+        row = store.get_session(named("a"))
         assert write(store, Compact(created.sid, Summary(0, 3, b"three"), 5)) == [row]
         assert write(store, Compact(created.sid, Summary(3, 4, b"more"), 5)) == [row]
         assert list(store.read_summaries(created.sid)) == [Summary(0, 3, b"three"), Summary(3, 4, b"more")]
@@ -478,7 +512,7 @@ class StoreContract:
             answer = append(store, sid, 4, start, payloads=[b"%d" % n for n in range(start, start + 4)], trim_chunk=5)
             first = max(0, -(-(start + 4 - 13) // 5) * 5)
             assert answer == Appended(start, start + 4, first_position=first)
-            row = store.get_session("a")
+            row = store.get_session(named("a"))
             assert row is not None and (row.first_position, row.length) == (first, start + 4)
             blocks = list(store.read_blocks(sid))
             assert blocks[0].start == first, "a block of which a part was trimmed is cut"
@@ -498,7 +532,7 @@ class StoreContract:
             assert isinstance(append(store, sid, num_tokens, trim_chunk=chunk_size), SessionFull)
         assert append(store, sid, 9, trim_chunk=5) == Appended(13, 22, first_position=10)
         assert isinstance(append(store, sid, 9, trim_chunk=5, if_length=21), WrongLength)
-        row = store.get_session("a")
+        row = store.get_session(named("a"))
         assert row is not None and (row.first_position, row.length) == (10, 22)
 
     def test_one_group_may_trim_what_it_brought(self, store: Store) -> None:
@@ -526,6 +560,6 @@ class StoreContract:
         (refused,) = write(store, Compact(sid, Summary(5, 3, b"x"), 2))
         assert isinstance(refused, WrongLength) and refused.length == 10
         (row,) = write(store, Compact(sid, Summary(10, 3, b"x"), 2))
-        assert row == store.get_session("a")
+        assert row == store.get_session(named("a"))
         assert list(store.read_summaries(sid)) == [Summary(10, 3, b"x")]
         assert list(store.verify()) == []

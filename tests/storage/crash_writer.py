@@ -11,6 +11,7 @@ from itertools import count
 
 from storage.base import Append, Appended, CreateSession, SessionRow
 from storage.resolve import open_store
+from tests.names import named
 
 IDS = ("a", "b", "c", "d", "e")
 TOKEN_BYTES = 40_009
@@ -21,7 +22,7 @@ def main() -> None:
     """Write until the end."""
     store = open_store(sys.argv[1], lease_s=0.5)
     store.write([CreateSession(SessionRow(id_, {}, 1.0)) for id_ in IDS], now=1.0)
-    rows = [row for row in (store.get_session(id_) for id_ in IDS) if row is not None]
+    rows = [row for row in (store.get_session(named(id_)) for id_ in IDS) if row is not None]
     first = rows[0].length
     for number in count(first):
         data = number.to_bytes(4, "big") + bytes(TOKEN_BYTES - 4)

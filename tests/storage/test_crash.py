@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from storage.resolve import open_readonly, open_store
+from tests.names import named
 from tests.storage.crash_writer import IDS, TOKEN_BYTES
 
 ROOT = Path(__file__).parents[2]
@@ -30,7 +31,7 @@ def test_what_was_reported_done_survives_kill_9(database: str, path: Path, reque
                 assert readonly.totals().num_tokens >= num_reported * len(IDS)
         store = open_store(url)
         try:
-            rows = [store.get_session(id_) for id_ in IDS]
+            rows = [store.get_session(named(id_)) for id_ in IDS]
             lengths = {row.length for row in rows if row is not None}
             assert len(lengths) == 1, "a group was torn"
             length = lengths.pop()

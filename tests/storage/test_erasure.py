@@ -15,6 +15,7 @@ import pytest
 from storage.base import Append, Compact, DeleteSession, SessionRow, Store, Summary
 from storage.databases.sqlite import REWRITTEN_BYTES
 from storage.resolve import back_up, open_store
+from tests.names import named
 from tests.storage.contract import create, write
 
 TEXT, CHUNK, NUM_SESSIONS = 200, 8, 7
@@ -103,7 +104,7 @@ def test_what_was_trimmed_is_in_no_file(path: Path, sqlite_store: Store) -> None
     fill(sqlite_store, rows, 1_500)
     assert sqlite_store.erase()
     for name in rows:
-        row = sqlite_store.get_session(name)
+        row = sqlite_store.get_session(named(name))
         assert row is not None and row.first_position > 0
         assert found(path.parent, name, 0, row.first_position) == []
         assert {kind for _, kind in found(path.parent, name, row.first_position)} == {"text", "embedding", "summary"}

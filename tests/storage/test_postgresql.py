@@ -39,6 +39,7 @@ from storage.databases import postgresql
 from storage.resolve import open_for_repair, open_readonly, open_store
 from storage.sql.failures import is_damage
 from storage.sql.tables import metadata
+from tests.names import named
 from tests.storage.contract import StoreContract, append, create, ids, read, token, write
 from tests.storage.test_state_machine import SETTINGS, StoreMachine
 
@@ -377,7 +378,7 @@ def test_a_connection_that_is_lost_while_idle_is_not_noticed(postgresql_url: str
         assert append(postgresql_store, sid, 1, number) == Appended(number, number + 1)
         for _ in range(4):
             assert read(postgresql_store, sid) == b"".join(map(token, range(number + 1)))
-        assert postgresql_store.get_session("a") is not None
+        assert postgresql_store.get_session(named("a")) is not None
 
 
 def test_a_connection_that_is_lost_at_work_is_an_error_once(postgresql_url: str, postgresql_store: Store) -> None:
@@ -392,7 +393,7 @@ def test_a_connection_that_is_lost_at_work_is_an_error_once(postgresql_url: str,
         with pytest.raises(StoreError, match="terminating connection"):
             write(postgresql_store, UpdateSession(sid, {}))
         with pytest.raises(StoreError, match="terminating connection"):
-            postgresql_store.get_session("a")
+            postgresql_store.get_session(named("a"))
     assert append(postgresql_store, sid, 1, 2) == Appended(0, 1)
     assert read(postgresql_store, sid) == token(2)
 
@@ -405,7 +406,7 @@ def test_a_connection_that_the_network_ends_while_idle_is_not_noticed(
         url = postgresql_url.replace(f":{postgresql_port}/", f":{relay.port}/")
         with contextlib.closing(open_store(url, lease_s=1_000.0)) as store:
             sid = create(store).sid
-            assert store.get_session("a") is not None
+            assert store.get_session(named("a")) is not None
             for number, how in enumerate(("reset", "end")):
                 relay.cut(is_reset=how == "reset")
                 assert append(store, sid, 1, number) == Appended(number, number + 1)
@@ -517,8 +518,8 @@ def test_values_the_database_cannot_express_are_an_error(postgresql_store: Store
     sid = create(postgresql_store).sid
     for call in (
         lambda: append(postgresql_store, sid, 1, episode=2**63),
-        lambda: postgresql_store.get_session("\ud800"),
-        lambda: postgresql_store.get_session("\0"),
+        lambda: postgresql_store.get_session(named("\ud800")),
+        lambda: postgresql_store.get_session(named("\0")),
     ):
         with pytest.raises(StoreError):
             call()
@@ -548,7 +549,7 @@ def test_damage_is_found(postgresql_url: str, postgresql_store: Store) -> None:
         list(postgresql_store.read_blocks(sid))
     assert list(postgresql_store.read_blocks(sid, 4)) == [Block(4, 2, token(2) * 2)]
     assert postgresql_store.list_sessions() == []
-    row = postgresql_store.get_session("a")
+    row = postgresql_store.get_session(named("a"))
     assert row is not None and row.settings == {}
 
 
@@ -565,7 +566,7 @@ def test_damage_is_repaired(postgresql_url: str) -> None:
         connection.execute(f"UPDATE sessions SET settings = '1' WHERE sid = {sids[1]}")
     with contextlib.closing(open_for_repair(postgresql_url)) as store:
         repairs = store.plan_repair()
-        assert [(repair.session_id, repair.length) for repair in repairs] == [("a", 2), ("b", None)]
+        assert [(str(repair.session), repair.length) for repair in repairs] == [("a", 2), ("b", None)]
         store.carry_out_repair(repairs)
         assert list(store.verify()) == []
         assert ids(store.list_sessions()) == ["a"] and read(store, sids[0]) == token(1) * 2

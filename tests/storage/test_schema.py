@@ -16,7 +16,7 @@ from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
 from sqlalchemy import create_engine
 
-from storage.base import Append, Appended, Block, SessionFull, SessionRow, StoreUnavailable
+from storage.base import Append, Appended, Block, CreateSession, SessionFull, SessionRow, StoreUnavailable
 from storage.resolve import open_readonly, open_store
 from storage.sql.tables import metadata
 
@@ -28,6 +28,7 @@ KEPT = {
     "0004": "796c5dfc62a0cfe39fb7976d200632abef85c54b66daa7da383e11ec8d2f24df",
     "0005": "3e113cb7b4a42fbc097b1552198581aba17f2f808ae9a6502ff2dd3650731043",
     "0006": "7c869c95024a223c1258ae54996cc84e4b5fc4458d4a250640dad1acc62afec5",
+    "0007": "61696c0c4baec04d3c91b1de6e93a33cf783c2341b32261c8c8a08eb1c8fff82",
 }
 """Schema versions and the SHA-256 of a database that was made by each, once, with `golden.py`. They stand for the
 databases people have, so they are never made again; a new schema version gets a file of its own. The last append of
@@ -85,6 +86,15 @@ def test_an_upgraded_database_is_as_a_new_one(kept_copy: Path, tmp_path: Path) -
     open_store(f"sqlite:///{kept_copy}").close()
     open_store(f"sqlite:///{tmp_path}/new.sqlite3").close()
     assert definitions(kept_copy) == definitions(tmp_path / "new.sqlite3")
+
+
+def test_no_sid_is_used_again_after_an_upgrade(kept_copy: Path) -> None:
+    """SQLite cannot change what is unique in a table: sessions are moved into another one, which knows the last sid."""
+    with contextlib.closing(sqlite3.connect(kept_copy)) as connection, connection:
+        assert connection.execute("UPDATE sqlite_sequence SET seq = 41 WHERE name = 'sessions'").rowcount == 1
+    with contextlib.closing(open_store(f"sqlite:///{kept_copy}")) as store:
+        (row,) = store.write([CreateSession(SessionRow("b", {}, 1.0))], now=1.0)
+        assert isinstance(row, SessionRow) and row.sid == 42
 
 
 def test_a_kept_database_is_left_alone_until_it_is_opened_for_writing(kept: Path, kept_copy: Path) -> None:

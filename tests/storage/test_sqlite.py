@@ -33,6 +33,7 @@ from storage.databases.sqlite import PAGE_BYTES, VACUUM_PAGES
 from storage.resolve import open_readonly, open_store
 from storage.sql.rows import BLOCK_BYTES
 from storage.sql.store import KEPT_FREE_BYTES
+from tests.names import named
 from tests.storage.contract import NOW, StoreContract, append, create, ids, read, token, write
 
 
@@ -74,7 +75,7 @@ def test_the_pragmas_are_what_the_documentation_says(path: Path) -> None:
     event.listen(Engine, "connect", keep)
     try:
         create(store)
-        store.get_session("a")
+        store.get_session(named("a"))
         names = (
             *("synchronous", "secure_delete", "journal_mode", "page_size", "auto_vacuum", "query_only"),
             *("busy_timeout", "journal_size_limit"),
@@ -96,7 +97,7 @@ def test_the_data_directory_is_private_and_closing_leaves_one_database_file(path
     store = open_store(f"sqlite:///{path}")
     append(store, create(store).sid, 1)
     assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
-    assert store.get_session("a") is not None
+    assert store.get_session(named("a")) is not None
     store.close()
     assert {file.name for file in path.parent.iterdir()} == {path.name, f"{path.name}.lock"}
 
@@ -182,7 +183,7 @@ def test_a_closed_store_refuses(path: Path) -> None:
     with pytest.raises(StoreError, match="closed"):
         append(store, sid, 1)
     with pytest.raises(StoreError, match="closed"):
-        store.get_session("a")
+        store.get_session(named("a"))
 
 
 # --- one server per directory ---
@@ -264,7 +265,7 @@ def test_a_newer_database_is_refused(path: Path) -> None:
     open_store(f"sqlite:///{path}").close()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    refused_unchanged(path, "has schema version 9999, this release knows up to 0007: it is newer")
+    refused_unchanged(path, "has schema version 9999, this release knows up to 0008: it is newer")
 
 
 def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
@@ -370,7 +371,7 @@ def test_a_database_locked_by_another_process_is_an_error(path: Path) -> None:
             other.execute("BEGIN IMMEDIATE")
             with pytest.raises(StoreError, match="locked"):
                 append(store, sid, 1)
-            assert store.get_session("a") is not None
+            assert store.get_session(named("a")) is not None
         assert append(store, sid, 1) == Appended(0, 1)
         store.close()
 
@@ -380,7 +381,7 @@ def test_values_the_database_cannot_express_are_an_error(sqlite_store: Store) ->
     with pytest.raises(StoreError, match="cannot be stored"):
         append(sqlite_store, sid, 1, episode=2**63)
     with pytest.raises(StoreError, match="cannot be stored"):
-        sqlite_store.get_session("\ud800")
+        sqlite_store.get_session(named("\ud800"))
     assert append(sqlite_store, sid, 1, episode=2**63 - 1) == Appended(0, 1)
 
 
@@ -405,12 +406,12 @@ def test_a_session_of_damaged_settings_is_in_no_list_and_can_be_deleted(path: Pa
     create(sqlite_store, "b")
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE sessions SET settings = '{' WHERE id = 'a'")
-    row = sqlite_store.get_session("a")
+    row = sqlite_store.get_session(named("a"))
     assert row is not None and (row.sid, row.settings) == (sid, {})
     assert ids(sqlite_store.list_sessions()) == ["b"]
-    assert sqlite_store.get_session("b") is not None
+    assert sqlite_store.get_session(named("b")) is not None
     (deleted,) = write(sqlite_store, DeleteSession(sid))
-    assert deleted == row and sqlite_store.get_session("a") is None
+    assert deleted == row and sqlite_store.get_session(named("a")) is None
 
 
 def test_sealing_joins_what_came_in_small_pieces(path: Path) -> None:

@@ -40,6 +40,7 @@ from storage.base import (
 from storage.resolve import open_store
 from storage.sql import prepared
 
+NAMESPACES = ("default", "b")
 IDS = ("a", "a%", "b", "ключ", "\U0001f600")
 TOKEN = b"token!!"
 SIZE = 3
@@ -63,9 +64,10 @@ class Session:
 sids = st.integers(1, 3)
 """Few, so that most writes find a session, and often one that has been written before."""
 creates = st.builds(
-    lambda id_, max_tokens, label: CreateSession(
-        SessionRow(id_, {"labels": {"l": label}}, 5.0, max_tokens=max_tokens, updated_at=5.0)
+    lambda namespace, id_, max_tokens, label: CreateSession(
+        SessionRow(id_, {"labels": {"l": label}}, 5.0, max_tokens=max_tokens, updated_at=5.0, namespace=namespace)
     ),
+    st.sampled_from(NAMESPACES),
     st.sampled_from(IDS),
     st.none() | st.integers(0, 13),
     st.sampled_from("xy"),
@@ -153,8 +155,14 @@ class StoreMachine(RuleBasedStateMachine):
 
     @invariant()
     def the_store_is_as_the_model(self) -> None:
-        rows = sorted((session.row for session in self.model.values()), key=lambda row: row.id)
+        rows = sorted((session.row for session in self.model.values()), key=lambda row: row.key)
         assert [known(row) for row in self.store.list_sessions()] == rows
+        for namespace in NAMESPACES:
+            inside = [row for row in rows if row.namespace == namespace]
+            assert [known(row) for row in self.store.list_sessions(namespace)] == inside
+            totals = self.store.totals(namespace)
+            assert (totals.num_sessions, totals.num_disk_bytes) == (len(inside), 0)
+            assert totals.num_tokens == sum(row.length - row.first_position for row in inside)
         for label in "xy":
             wanted = [row for row in rows if row.settings["labels"].get("l") == label]
             assert [known(row) for row in self.store.list_sessions(labels={"l": label})] == wanted
@@ -170,7 +178,7 @@ class StoreMachine(RuleBasedStateMachine):
             assert held == session.tokens[first * len(TOKEN) :]
             assert start in (None, session.row.length)
             assert self.store.read_payload_range(sid, 0, 10**6) == session.payloads
-            row = self.store.get_session(session.row.id)
+            row = self.store.get_session(session.row.key)
             assert row is not None and row.num_bytes == sum(len(block.data) for block in self.store.read_blocks(sid))
         assert self.store.totals().num_bytes == num_bytes
 
@@ -182,7 +190,7 @@ class StoreMachine(RuleBasedStateMachine):
 
     def apply(self, write: Write) -> WriteResult:
         if isinstance(write, CreateSession):
-            if any(session.row.id == write.row.id for session in self.model.values()):
+            if any(session.row.key == write.row.key for session in self.model.values()):
                 return SessionExists()
             self.last_sid += 1
             row = replace(write.row, sid=self.last_sid)

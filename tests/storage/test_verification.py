@@ -10,6 +10,7 @@ import pytest
 
 from storage.base import Damage
 from storage.resolve import open_readonly, open_store
+from tests.names import named
 from tests.storage.contract import append, create
 
 
@@ -40,7 +41,11 @@ def test_each_kind_of_damage_is_found(path: Path, damage: str, session_id: str |
         assert connection.execute(damage).rowcount == 1
     with contextlib.closing(open_readonly(path)) as store:
         problems = list(store.verify())
-    here = [problem.message for problem in problems if problem.session_id == session_id]
+    here = [
+        problem.message
+        for problem in problems
+        if problem.session == (None if session_id is None else named(session_id))
+    ]
     assert len(here) == len(messages), problems
     for message, expected in zip(here, messages, strict=True):
         assert expected in message
@@ -57,7 +62,7 @@ def test_a_damaged_file_is_reported_not_raised(path: Path) -> None:
     path.write_bytes(content)
     with contextlib.closing(open_readonly(path)) as store:
         problems = list(store.verify())
-    assert any(problem.session_id is None and "file is damaged" in problem.message for problem in problems)
+    assert any(problem.session is None and "file is damaged" in problem.message for problem in problems)
 
 
 def test_an_untouched_database_has_no_problems(path: Path) -> None:
