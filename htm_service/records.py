@@ -181,7 +181,8 @@ def recalled_bytes(rows: Sequence[Sequence[Recalled]] | None) -> int:
     return sum(RECALLED_BYTES + len(token.payload or b"") for row in rows or () for token in row)
 
 
-class Ranking(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Ranking:
     """How one query ranks the chunks it sees: those it takes, best first, then the others, best first.
 
     `index` [n] chunks, `logit` [n] of their summary keys, `weight` [n], 0 for those not taken. `num_taken` and
@@ -285,8 +286,7 @@ class Heat:
     length: int
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Recall:
+class Recall(NamedTuple):
     """The account of one attend, kept in the session's bounded ring: what was asked and what it took, with weights.
 
     `chunk_index` and `chunk_weight` [Q', K] for the first Q' queries; `recalled` for the same ones when the

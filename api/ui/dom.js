@@ -61,8 +61,12 @@ export function renewTimes() {
 
 export const failure = (error) => el("p", { class: "bad", role: "alert" }, error.message);
 
-/** Say something to who listens rather than looks. */
-export function say(text) {
+const PAUSE_MS = 4000;
+let saidAt = 0;
+/** Say something to who listens rather than looks; what comes by itself may be left out when much comes. */
+export function say(text, { often = false } = {}) {
+  if (often && Date.now() - saidAt < PAUSE_MS) return;
+  saidAt = Date.now();
   $("said").textContent = text;
 }
 

@@ -4,6 +4,7 @@ import { call, of } from "./api.js";
 import { $, ask, brief, bytes, clock, counted, el, failure, number, percent, say, span, timeOf, when } from "./dom.js";
 import { live } from "./live.js";
 import { plot } from "./plot.js";
+import { deleteAll } from "./sessions.js";
 import { strip } from "./strip.js";
 import { payloadNode, titleOf, tryIt, why } from "./why.js";
 
@@ -136,7 +137,7 @@ export function sessionView(id) {
       drawing.show(index);
       const rows = payloads.map((payload, place) => {
         const position = chunk.start + place, weight = weights.get(position);
-        return el("tr", {}, el("td", { class: "num" }, number(position)), el("td", {}, payloadNode(payload)),
+        return el("tr", { class: weight === undefined ? null : "taken" }, el("td", { class: "num" }, number(position)), el("td", {}, payloadNode(payload)),
           el("td", { class: "num" }, weight === undefined ? "" : percent(weight)),
           el("td", { class: "num" }, el("button", { type: "button", class: "link", onclick: () => tried?.pick(position), "aria-label": `Try the token at position ${position} as a query` }, "Try")));
       });
@@ -148,8 +149,9 @@ export function sessionView(id) {
         el("span", {}, `taken ${number(chunk.num_recalls)} ×`), el("span", {}, `attention ${number(chunk.mass, 2)}`), chunk.last_recalled_at && el("span", {}, "last ", timeOf(chunk.last_recalled_at))),
       el("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": `Tokens of chunk ${index}` }, el("table", {}, el("caption", { class: "unseen" }, `Tokens of chunk ${index}`), el("thead", {}, el("tr", {}, ["Position", "Payload", "Weight", ""].map((name, at) =>
         at === 3 ? el("td") : el("th", { scope: "col", class: at === 1 ? null : "num" }, name)))), el("tbody", {}, rows))));
-      tokens.scrollIntoView({ block: "nearest" });
       $("tokens-title").focus({ preventScroll: true });
+      const first = tokens.querySelector("tr.taken");
+      (first ?? tokens).scrollIntoView({ block: first ? "center" : "start" });
     } catch (error) {
       tokens.hidden = false;
       tokens.replaceChildren(failure(error));
@@ -166,9 +168,9 @@ export function sessionView(id) {
     const label = form.elements.what?.value;
     try {
       isGone = true;
-      if (label) say(`${counted((await call("/v1/sessions", { method: "DELETE", query: { label } })).deleted, "session")} deleted`);
+      if (label) isGone = await deleteAll({ label });
       else await call(of(id), { method: "DELETE" });
-      location.hash = "#/";
+      if (isGone) location.hash = "#/";
     } catch (error) {
       isGone = false;
       trouble.replaceChildren(failure(error));
@@ -186,7 +188,7 @@ export function sessionView(id) {
       while (list.children.length > KEPT) list.lastChild.remove();
       counted_();
       remember(Date.parse(detail.at), detail.length);
-      say(`New recall: ${titleOf(detail)}`);
+      say(`New recall: ${titleOf(detail)}`, { often: true });
       if (!shown && detail.chunks.index.length) choose(detail, false);
       renew();
     },

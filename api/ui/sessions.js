@@ -21,6 +21,19 @@ const COLUMNS = [
   ["expires", "Expires", endsIn, "mid"],
 ];
 
+/** Delete all sessions of a label, once it was written again; whether that was done. */
+export async function deleteAll({ label, prefix = "" }) {
+  const form = await ask(`Delete all sessions with the label ${label}?`, [
+    el("p", {}, `All their tokens, payloads and recalls go, for good${prefix ? `; only of ids that begin with ${prefix}` : ""}.`),
+    el("label", { class: "field" }, "Write the label once more", el("input", { name: "again", autocomplete: "off", required: true }))],
+  "Delete them", { danger: true });
+  if (!form) return false;
+  if (form.elements.again.value.trim() !== label) throw new Error("that is another label; nothing was deleted");
+  const { deleted } = await call("/v1/sessions", { method: "DELETE", query: { label, prefix } });
+  say(`${counted(deleted, "session")} deleted`);
+  return true;
+}
+
 /** The view; `stop` it when it is left. */
 export function sessionsView() {
   let query = { prefix: "", label: "" }, order = "last_used", sort = null;
@@ -37,7 +50,7 @@ export function sessionsView() {
   const back = el("button", { type: "button", onclick: () => turn(-1) }, "Previous");
   const next = el("button", { type: "button", onclick: () => turn(1) }, "Next");
   const where = el("span", { class: "dim small" });
-  const wipe = el("button", { type: "button", class: "danger", hidden: true, onclick: deleteAll }, "Delete all with this label…");
+  const wipe = el("button", { type: "button", class: "danger", hidden: true, onclick: wipeAll }, "Delete all with this label…");
   const view = [el("section", { class: "card", "aria-labelledby": "title" },
     el("div", { class: "between" }, el("h1", { id: "title", tabindex: "-1" }, "Sessions"),
       el("form", { class: "row", role: "search", onsubmit: (event) => event.preventDefault() },
@@ -142,17 +155,9 @@ export function sessionsView() {
     load().then(() => say(caption.textContent));
   }
 
-  async function deleteAll() {
-    const form = await ask(`Delete all sessions with the label ${query.label}?`, [
-      el("p", {}, `All their tokens, payloads and recalls go, for good${query.prefix ? `; only of ids that begin with ${query.prefix}` : ""}.`),
-      el("label", { class: "field" }, "Write the label once more", el("input", { name: "again", autocomplete: "off", required: true }))],
-    "Delete them", { danger: true });
-    if (!form) return;
-    if (form.elements.again.value.trim() !== query.label) { trouble.replaceChildren(failure(new Error("that is another label; nothing was deleted"))); return; }
+  async function wipeAll() {
     try {
-      const { deleted } = await call("/v1/sessions", { method: "DELETE", query });
-      say(`${counted(deleted, "session")} deleted`);
-      await load();
+      if (await deleteAll(query)) await load();
     } catch (error) { trouble.replaceChildren(failure(error)); }
   }
 

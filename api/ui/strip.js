@@ -104,7 +104,7 @@ export function strip(id, onChunk) {
     }
 
     function mark(chunk, alpha, weight) {
-      const left = x(chunk), wide = Math.max(3, x(chunk + 1) - left - gap), middle = left + wide / 2;
+      const left = x(chunk), wide = Math.max(3, x(chunk + 1) - left - gap), middle = Math.max(5, Math.min(width - 5, left + wide / 2));
       context.globalAlpha = alpha;
       if (weight) {
         context.lineWidth = 2;

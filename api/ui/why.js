@@ -5,6 +5,7 @@ import { clock, counted, el, failure, number, percent } from "./dom.js";
 
 const HITS_FIRST = 6;
 const BARS_FIRST = 6;
+const LONG = 360;
 const NEAR = 5;
 const RANKED = 40;
 
@@ -22,8 +23,8 @@ export function said(payload) {
 export function payloadNode(payload) {
   const { text, rest } = said(payload);
   if (text === null) return el("div", { class: "dim" }, "no payload");
-  const node = el("div", { class: text.length > 280 ? "text long" : "text" }, text);
-  const more = text.length > 280 && el("button", { type: "button", class: "link small", "aria-expanded": "false", onclick: (event) => {
+  const isLong = text.length > LONG, node = el("div", { class: isLong ? "text long" : "text" }, text);
+  const more = isLong && el("button", { type: "button", class: "link small", "aria-expanded": "false", onclick: (event) => {
     event.target.setAttribute("aria-expanded", String(!node.classList.toggle("long")));
     event.target.textContent = node.classList.contains("long") ? "More" : "Less";
   } }, "More");

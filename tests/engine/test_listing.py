@@ -83,9 +83,10 @@ def make_store_url(request: pytest.FixtureRequest, sqlite_url: str) -> str:
 
 async def test_what_to_delete_must_be_said(engine: Engine) -> None:
     await create(engine, "a")
-    for which in ({}, {"prefix": ""}, {"labels": {}}, {"prefix": "a b"}, {"labels": {"k" * 300: "v"}}):
+    wrong: list[dict[str, Any]] = [{}, {"prefix": ""}, {"labels": {}}, {"prefix": "a b"}, {"labels": {"k" * 300: "v"}}]
+    for which in wrong:
         with pytest.raises(InvalidArgument):
-            await engine.delete_sessions(DEFAULT_NAMESPACE, **which)  # type: ignore[arg-type]
+            await engine.delete_sessions(DEFAULT_NAMESPACE, **which)
     assert len((await engine.list_sessions(DEFAULT_NAMESPACE)).sessions) == 1
 
 

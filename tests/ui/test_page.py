@@ -47,7 +47,7 @@ def fill(client: HTMClient, session: str, num_fillers: int = 60, **options: Any)
 
 
 def ids(page: Page) -> list[str]:
-    return page.locator("tbody tr[data-id]").evaluate_all("rows => rows.map((row) => row.dataset.id)")
+    return list(page.locator("tbody tr[data-id]").evaluate_all("rows => rows.map((row) => row.dataset.id)"))
 
 
 def see(page: Page, expected: Sequence[str]) -> None:
@@ -126,6 +126,8 @@ def test_a_recall_is_shown_as_it_comes_and_says_why(page: Page, client: HTMClien
     expect(page.get_by_role("heading", name="Chunk 5")).to_be_visible()
     expect(row).to_contain_text("22")
     expect(row.locator("td").nth(2)).to_contain_text("%")
+    expect(row).to_be_in_viewport()
+    expect(page.locator("tr.taken").first).to_be_visible()
 
 
 def test_the_chunks_of_the_recall_are_lit_in_the_strip(page: Page, client: HTMClient) -> None:
