@@ -82,8 +82,8 @@ class Arena:
             flat = torch.frombuffer(self._reserved, dtype=dtype)
             self.contents = flat.view(num_slabs * self.slab_pages, chunk_size, dim)
         self._slabs: list[torch.Tensor | None] = []
-        self._free: list[list[int]] = []
-        """Per slab its free page ids, lowest last: pages are handed out in rising order."""
+        self._free: list[_FreePages] = []
+        """Those of each slab."""
 
     @property
     def max_pages(self) -> int:
@@ -113,9 +113,7 @@ class Arena:
                 free = next((free for index, free in enumerate(self._free) if free and index != avoid), None)
                 if free is None:
                     free = self._add_slab()
-                cut = max(0, len(free) - (num_pages - len(pages)))
-                pages.extend(reversed(free[cut:]))
-                del free[cut:]
+                pages += free.take(num_pages - len(pages))
         except OutOfMemory:
             self.free(pages)
             raise
@@ -125,12 +123,12 @@ class Arena:
         """Give pages back; a slab with no page in use is released."""
         touched = set()
         for page in reversed(pages):
-            self._free[page // self.slab_pages].append(page)
+            self._free[page // self.slab_pages].give(page)
             touched.add(page // self.slab_pages)
         for index in touched:
             if len(self._free[index]) == self.slab_pages:
                 self._slabs[index] = None
-                self._free[index] = []
+                self._free[index] = _FreePages(0, 0)
                 self._forget(index)
                 self._budget.give(self.slab_bytes)
 
@@ -176,7 +174,7 @@ class Arena:
         assert slab is not None, f"slab {index} is not allocated"
         return slab
 
-    def _add_slab(self) -> list[int]:
+    def _add_slab(self) -> _FreePages:
         self._budget.take(self.slab_bytes)
         vacant = (index for index, old in enumerate(self._slabs) if old is None)
         index = next(vacant, len(self._slabs))
@@ -191,10 +189,9 @@ class Arena:
                 raise OutOfMemory(f"{self.slab_bytes} bytes cannot be allocated: {error}") from error
         if index == len(self._slabs):
             self._slabs.append(None)
-            self._free.append([])
+            self._free.append(_FreePages(0, 0))
         self._slabs[index] = slab
-        first = index * self.slab_pages
-        self._free[index] = list(range(first + self.slab_pages - 1, first - 1, -1))
+        self._free[index] = _FreePages(index * self.slab_pages, self.slab_pages)
         return self._free[index]
 
     def _forget(self, index: int) -> None:
@@ -205,3 +202,33 @@ class Arena:
         end = (index + 1) * self.slab_bytes // mmap.PAGESIZE * mmap.PAGESIZE
         if end > begin:
             self._reserved.madvise(mmap.MADV_DONTNEED, begin, end - begin)
+
+
+class _FreePages:
+    """The free pages of one slab, `num_pages` from `first` on at the start.
+
+    What was never handed out is a range, not a list: of small pages a slab has millions, whose numbers would take many
+    times the slab's own memory, and seconds of each full run of the garbage collector.
+    """
+
+    def __init__(self, first: int, num_pages: int) -> None:
+        self._returned: list[int] = []
+        self._unused = range(first, first + num_pages)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self._returned) + len(self._unused)
+
+    def take(self, most: int) -> list[int]:
+        """Up to `most` of them: the last that came back first, then what was never handed out, in rising order."""
+        cut = max(0, len(self._returned) - most)
+        pages = self._returned[cut:][::-1]
+        del self._returned[cut:]
+        num_unused = most - len(pages)
+        pages += self._unused[:num_unused]
+        self._unused = self._unused[num_unused:]
+        return pages
+
+    def give(self, page: int) -> None:
+        """Take one back."""
+        self._returned.append(page)

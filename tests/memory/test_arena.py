@@ -1,5 +1,7 @@
 """Pages in slabs, within a budget."""
 
+import tracemalloc
+
 import pytest
 import torch
 
@@ -27,3 +29,17 @@ def test_pages_are_taken_and_given_back_in_slabs(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(OutOfMemory, match="are in use"):
         arena.allocate(1000)
     assert arena.allocate(1) == [5]
+
+
+def test_a_slab_of_small_pages_takes_no_memory_besides() -> None:
+    """Its free pages were a list of numbers: the first token of width 2 in chunks of 1 took five times its slab."""
+    arena = Arena(2, 1, torch.float16, torch.device("cpu"), Budget(1 << 30))
+    tracemalloc.start()
+    try:
+        pages = arena.allocate(3)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert arena.slab_pages == 1 << 24
+    assert pages == [0, 1, 2]
+    assert most < 1 << 20
