@@ -25,7 +25,10 @@ def floats(value: Any) -> npt.NDArray[np.float32]:
     array = _array(value)
     if not np.can_cast(array.dtype, np.float32, "same_kind") and not _is_of_numbers(array):
         raise TypeError(f"these are no real numbers, but {array.dtype}: {value!r:.200}")
-    return np.ascontiguousarray(array, dtype=np.float32)
+    try:
+        return np.ascontiguousarray(array, dtype=np.float32)
+    except OverflowError as error:
+        raise InvalidArgument(f"{error}: {value!r:.200}") from error
 
 
 def bools(value: Any) -> npt.NDArray[np.bool_]:

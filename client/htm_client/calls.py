@@ -133,7 +133,7 @@ class Codec:
                 content = safetensors.dump(tensors, params)
             else:
                 content = dumps(params | {name: _base64(array) for name, array in tensors.items()}).encode()
-        except (TypeError, ValueError, RecursionError):
+        except (TypeError, InvalidArgument):
             _check_payloads(append.get("payloads", ()))  # so that the error says which it is of
             raise
         headers = {"Content-Type": self._accept(), "Accept": self._accept()}
@@ -190,7 +190,7 @@ def _check_payloads(payloads: Iterable[Mapping[str, Any] | None]) -> None:
             dumps(payload)
         except TypeError as error:
             raise TypeError(f"payloads[{number}]: {error}") from error
-        except (ValueError, RecursionError) as error:
+        except InvalidArgument as error:
             raise InvalidArgument(f"payloads[{number}]: {error}") from error
 
 

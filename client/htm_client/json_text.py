@@ -9,10 +9,15 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from htm_client.errors import InvalidArgument
+
 
 def dumps(value: Any) -> str:
-    """The text. Raises ValueError for NaN and infinity, TypeError for what JSON does not have."""
-    return _ENCODER.encode(value)
+    """The text. Raises InvalidArgument for NaN, infinity and circles, TypeError for what JSON does not have."""
+    try:
+        return _ENCODER.encode(value)
+    except (ValueError, RecursionError) as error:
+        raise InvalidArgument(f"this cannot be sent as JSON: {error}") from error
 
 
 def _plain(value: Any) -> Any:

@@ -17,7 +17,7 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from htm_client import AsyncHTMClient, HTMClient, InvalidArgument
+from htm_client import AsyncHTMClient, ConnectionFailed, HTMClient, InvalidArgument
 from htm_client import safetensors as wire
 
 APPENDED = {"start": 0, "length": 1, "num_chunks": 1}
@@ -265,3 +265,37 @@ def test_a_key_protects_nothing_yet(make: Any) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make("http://127.0.0.1:1")
+
+
+@pytest.mark.parametrize(
+    "url", ["http://me:secret@127.0.0.1:1", "ftp://me:secret@127.0.0.1", "http://me:secret@host:x"]
+)
+@pytest.mark.parametrize("is_async", [False, True])
+def test_no_error_tells_the_password_of_an_address(url: str, is_async: bool) -> None:
+    """Whoever read the log of a client that met no server read its password."""
+
+    async def ask() -> None:
+        async with AsyncHTMClient(url, retries=0) as client:
+            await client.live()
+
+    with pytest.raises((ConnectionFailed, InvalidArgument)) as caught:
+        if is_async:
+            asyncio.run(ask())
+        else:
+            HTMClient(url, retries=0).live()
+    assert "secret" not in str(caught.value) and "://" in str(caught.value)
+
+
+def test_what_json_has_not_is_told_before_it_is_sent(sent: Sent) -> None:
+    """It was a bare ValueError, where everything else that is wrong is an InvalidArgument."""
+    with pytest.raises(InvalidArgument, match="cannot be sent as JSON"):
+        sent(lambda client: client.create_session("s", dim=1, ttl_s=float("nan")))
+    with pytest.raises(InvalidArgument, match="cannot be sent as JSON"):
+        sent(lambda client: client.attend("s", [1.0], timeout_ms=float("inf")))
+    assert not sent.requests
+
+
+def test_an_integer_that_no_float_holds(sent: Sent) -> None:
+    """It was numpy's OverflowError."""
+    with pytest.raises(InvalidArgument, match="too large"):
+        sent(lambda client: client.append("s", [10**400]))

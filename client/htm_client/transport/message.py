@@ -23,6 +23,7 @@ MAX_HEAD_BYTES = 256 << 10
 """Of an answer; what sends more than this without an end of its headers is no server of ours."""
 SMALL_BYTES = 64 << 10
 """Below this a head and its body are sent as one."""
+_USER = re.compile(r"(?<=//)[^/?#]*@")
 _SENDABLE = re.compile(r"[\x21-\x7e]+")
 
 
@@ -31,6 +32,7 @@ class Address:
     """Where a server is, and what every request to it says."""
 
     url: str
+    """For sentences: without the user and the password."""
     scheme: str
     host: str
     port: int
@@ -47,12 +49,12 @@ class Address:
         try:
             url = httpx.URL(base_url)
         except httpx.InvalidURL as error:
-            raise InvalidArgument(f"{base_url!r} is no URL: {error}") from error
+            raise InvalidArgument(f"{_USER.sub('', base_url)!r} is no URL: {error}") from error
         authorization = _authorization(url, api_key)
         headers = {"Host": url.netloc.decode(), "User-Agent": "htm-client", "Accept-Encoding": "identity"}
         lines = "".join(f"{name}: {value}\r\n" for name, value in (headers | authorization).items())
         return cls(
-            url=base_url,
+            url=_USER.sub("", base_url),
             scheme=url.scheme,
             host=url.raw_host.decode(),
             port=url.port or PORTS.get(url.scheme, 0),
