@@ -117,7 +117,7 @@ def with_settings_flags(command: Any) -> Any:
 
 
 def serve(**flags: Any) -> None:
-    """Serve until SIGTERM or SIGINT. Each flag has its HTM_* variable; a flag wins over the variable."""
+    """Serve until SIGTERM, SIGHUP or SIGINT. Each flag has its HTM_* variable; a flag wins over the variable."""
     with clear_failure():
         settings = Settings(**{name: value for name, value in flags.items() if value is not None})
         from api.serving import serve as serve_app

@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from htm_service.config import NAME_PATTERN
-from htm_service.errors import HTMError, Unavailable, clipped
+from htm_service.errors import HTMError, Unavailable, clipped, quoted
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -194,7 +194,6 @@ def _about_ids(path: str) -> str:
     return f"; session ids match {NAME_PATTERN}, so they have no slash" if path.startswith("/v1/sessions/") else ""
 
 
-def shorten(value: object, most: int = 80) -> str:
+def shorten(value: object) -> str:
     """A value for a sentence: its repr, cut where it is long or deep."""
-    text = repr(value[:most]) if isinstance(value, str | bytes) else _Brief().repr(value)
-    return text if len(text) <= most else text[: most - 3] + "..."
+    return quoted(value) if isinstance(value, str) else clipped(_Brief().repr(value))

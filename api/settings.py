@@ -102,7 +102,7 @@ class Settings(BaseSettings):
         default_factory=lambda: memory_bytes() // 2,
         ge=1 << 20,
         validation_alias=f"{PREFIX}MEMORY_BUDGET",
-        description="Device memory for tokens, such as `4GiB`. Default: half of the machine's memory.",
+        description="Device memory for tokens, such as `4GiB`. Default: half of what the process may use.",
     )
     insecure: bool = Field(default=False, description="Listen on any address although there is no authentication.")
     max_body_bytes: Bytes = Field(default=64 << 20, ge=1 << 10, description="Largest request body.")

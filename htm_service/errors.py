@@ -30,10 +30,12 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+QUOTED_CHARACTERS = 140
 
-def clipped(text: str, most: int = 140) -> str:
+
+def clipped(text: str) -> str:
     """What a client sent, for a sentence: cut where it is long, lest an error be as large as a body."""
-    return text if len(text) <= most else f"{text[:most]}..."
+    return text if len(text) <= QUOTED_CHARACTERS else f"{text[:QUOTED_CHARACTERS]}..."
 
 
 def quoted(text: str) -> str:

@@ -8,7 +8,7 @@ from starlette.requests import Request
 from api.openapi import problems
 from api.routes.context import JsonRoute, engine_of, settings_of
 from api.schemas.views import Health, Info, Model, Models
-from htm_service.errors import Draining, ModelNotFound, Unhealthy
+from htm_service.errors import Draining, ModelNotFound, Unhealthy, quoted
 
 
 def router() -> APIRouter:
@@ -71,7 +71,7 @@ async def model(request: Request, name: str) -> Model:
     for item in engine_of(request).models():
         if item.name == name:
             return Model.of(item)
-    raise ModelNotFound(f"no model has the name {name[:128]!r}")
+    raise ModelNotFound(f"no model has the name {quoted(name)}")
 
 
 async def alive() -> Health:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 
 from htm_service import records
 from htm_service.config import MAX_LABELS, MAX_NOTE_CHARS, MAX_RANKED
+from htm_service.errors import clipped
 from htm_service.records import DType, OnFull, OpenChunk, RankBy
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
@@ -35,7 +36,7 @@ class Request(Body):
             for name in value:
                 if name not in cls.model_fields:
                     known = ", ".join(sorted(cls.model_fields))
-                    raise ValueError(f"unknown field {name[:80]}; known are {known}")
+                    raise ValueError(f"unknown field {clipped(name)}; known are {known}")
         return value
 
 

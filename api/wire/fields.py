@@ -14,7 +14,7 @@ import orjson
 
 from api.errors import shorten
 from api.wire.tensors import RawTensor
-from htm_service.errors import InvalidArgument
+from htm_service.errors import InvalidArgument, clipped
 
 MAX_NESTING = 254
 """Levels of a payload that orjson writes."""
@@ -50,7 +50,7 @@ class HotBody(NamedTuple):
             reader = readers.get(name)
             if reader is None:
                 known = ", ".join(sorted(readers))
-                raise InvalidArgument(f"unknown field {self.where}{name[:80]}; known are {known}")
+                raise InvalidArgument(f"unknown field {self.where}{clipped(name)}; known are {known}")
             if value is not None:
                 found[name] = reader(self.where + name, value)
         if self.tensors is not None:
@@ -63,7 +63,7 @@ class HotBody(NamedTuple):
         """Raises InvalidArgument for a tensor whose name is not known."""
         if self.tensors is not None and not self.tensors.keys() <= known:
             extra = min(self.tensors.keys() - known)
-            raise InvalidArgument(f"unknown tensor {extra[:80]}; known are {', '.join(known)}")
+            raise InvalidArgument(f"unknown tensor {clipped(extra)}; known are {', '.join(known)}")
 
     def inner(self, name: str) -> HotBody:
         """The fields of an object that must be there; it shares the tensors."""

@@ -13,7 +13,7 @@ from api.errors import shorten
 from api.wire import fields, safetensors
 from api.wire.fields import HotBody, Table
 from api.wire.tensors import bools, floats
-from htm_service.errors import InvalidArgument, MalformedBody
+from htm_service.errors import InvalidArgument, MalformedBody, clipped
 from htm_service.records import AppendRequest, AttendRequest
 
 Wire = Literal["json", "safetensors"]
@@ -108,7 +108,7 @@ def step(body: HotBody, request_id: str, idempotency_key: str | None) -> tuple[A
     """The body of a step: an attend and an append, each under its name; their tensors side by side."""
     query, tokens = body.inner("attend"), body.inner("append")
     if unknown := body.params.keys() - {"attend", "append"}:
-        raise InvalidArgument(f"unknown field {min(unknown)[:80]}; known are append, attend")
+        raise InvalidArgument(f"unknown field {clipped(min(unknown))}; known are append, attend")
     body.check_tensors(STEP_TENSORS)
     return *_attend(query, request_id), _append(tokens, idempotency_key)
 

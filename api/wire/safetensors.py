@@ -17,7 +17,7 @@ import orjson
 
 from api.errors import shorten
 from api.wire.tensors import RawTensor, check_size
-from htm_service.errors import BodyTooLarge, InvalidArgument, MalformedBody
+from htm_service.errors import BodyTooLarge, InvalidArgument, MalformedBody, clipped
 
 MEDIA_TYPE = "application/x-safetensors"
 METADATA = "__metadata__"
@@ -128,7 +128,7 @@ def _place(name: str, entry: Any, num_bytes: int) -> _Place:
     dtype = entry["dtype"]
     if not isinstance(dtype, str) or dtype not in _DTYPES:
         raise InvalidArgument(f"tensor {shorten(name)} has dtype {shorten(dtype)}; known are {', '.join(_DTYPES)}")
-    shape = check_size(name, _DTYPES[dtype], entry["shape"], stop - start)
+    shape = check_size(clipped(name), _DTYPES[dtype], entry["shape"], stop - start)
     return _Place(name, _DTYPES[dtype], shape, start, stop)
 
 

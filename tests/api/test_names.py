@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import struct
 from typing import Any
 
 import httpx
 import pytest
 
+from api.wire.safetensors import MEDIA_TYPE
 from tests.api.test_errors import check_problem
 
-LONG = "x" * 3_000_000
+LONG = "x" * 200_000
+"""As much as a body without tensors may hold."""
 QUERY = {"queries": [1, 2, 3]}
 
 
@@ -65,6 +69,16 @@ async def test_an_error_is_short_however_long_what_was_sent(
     """The name of an unknown field of 3 MB came back whole."""
     answer = await client.request(method, path, json=body)
     assert 400 <= answer.status_code < 500 and len(answer.content) < 2_000, answer.text[:2_000]
+
+
+@pytest.mark.parametrize("shape", [[1], [2]], ids=["of another shape", "unknown"])
+async def test_an_error_of_a_tensor_is_short_however_long_its_name(client: httpx.AsyncClient, shape: list[int]) -> None:
+    """The name of one whose shape is wrong came back whole, 500 kB."""
+    header = json.dumps({LONG: {"dtype": "F32", "shape": shape, "data_offsets": [0, 8]}}).encode()
+    body = struct.pack("<Q", len(header)) + header + bytes(8)
+    answer = await client.post("/v1/sessions/s/attend", content=body, headers={"Content-Type": MEDIA_TYPE})
+    check_problem(answer, 422, "invalid_argument")
+    assert len(answer.content) < 1_000
 
 
 @pytest.mark.parametrize("name", ["a@b", "a b", "é", "a%0A", "x" * 129])
