@@ -14,10 +14,11 @@ from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from api import errors, openapi
+from api.auth import Auth
 from api.disconnect import Watch
 from api.metrics import Metrics
 from api.middleware import Front
-from api.routes import events, hot, hot_openapi, inspection, metrics, pages, server, sessions
+from api.routes import events, hot, hot_openapi, inspection, keys, metrics, pages, server, sessions
 from api.settings import Settings
 from api.tracing import Traces
 from htm_service.config import EngineConfig
@@ -84,12 +85,13 @@ def create_app(
     if engine is not None:  # in-process tests need no lifespan
         app.state.engine = engine
     hot_routes = hot.routes()
-    front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, traces, only_here=not settings.insecure)
-    app.front = front
+    auth = Auth(settings.admin_key, insecure=settings.insecure, metrics_open=settings.metrics_open)
+    app.front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, traces, auth)
     app.router.routes.extend(hot_routes)  # for what the short way leaves: other methods are answered 405
     app.include_router(sessions.router())
     app.include_router(inspection.router())
     app.include_router(events.router())
+    app.include_router(keys.router())
     app.include_router(server.router())
     app.include_router(metrics.router())
     app.router.routes.extend(pages.routes())

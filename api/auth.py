@@ -1,22 +1,201 @@
-"""Who may call. Without keys, only this machine: a web page of elsewhere must not reach the server through a browser.
+"""Who may call, and what: the key of a request, its role and its namespace.
 
-Does not know: calls, and what the answer to one who may not looks like.
+Without keys, only this machine: a web page of elsewhere must not reach the server through a browser.
+Does not know: what calls do, where keys are kept, and what the answer to one who may not call looks like.
 """
 
 from __future__ import annotations
 
+import hashlib
+import hmac
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 from starlette.types import Scope
 
 from api.errors import shorten
 from api.settings import is_loopback
+from htm_service.errors import Forbidden, RateLimited, Unauthenticated
+from htm_service.records import ALL_NAMESPACES, DEFAULT_NAMESPACE, Role
+
+if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
+    from htm_service.writes.keys import Keys
 
 Refusal = tuple[str, str]
 """The code of a refusal, and a sentence."""
 
 OPEN = frozenset({"/livez", "/readyz"})
-"""Paths that anyone may ask."""
+"""Paths that anyone may ask, by any name of this machine."""
+PAGES = frozenset({"/", "/ui", "/docs", "/openapi.json"})
+"""Paths that hold no data: the page asks for a key itself."""
+PAGE_FILES = "/ui/"
+
+RANKS: Mapping[Role, int] = {"read": 0, "write": 1, "admin": 2}
+ROLES: Mapping[str, Role] = {
+    "livez": "read",
+    "readyz": "read",
+    "info": "read",
+    "metrics": "admin",
+    "list_models": "read",
+    "inspect_model": "read",
+    "list_sessions": "read",
+    "create_session": "write",
+    "put_session": "write",
+    "inspect_session": "read",
+    "update_session": "write",
+    "delete_session": "write",
+    "append": "write",
+    "read_memories": "read",
+    "attend": "read",
+    "step": "write",
+    "list_chunks": "read",
+    "inspect_chunk": "read",
+    "list_recalls": "read",
+    "session_heat": "read",
+    "explain": "read",
+    "events": "read",
+    "delete_sessions": "write",
+    "list_keys": "admin",
+    "create_key": "admin",
+    "revoke_key": "admin",
+}
+"""What a caller must be at least, by operationId; of a call that is missing here: an admin."""
+OF_ALL_NAMESPACES = frozenset({"metrics"})
+"""Calls that tell of all namespaces, so that only admins of all may make them."""
+
+MAX_BUCKETS = 10_000
+"""Keys with a rate of their own whose requests are counted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who asks: the role, and the namespace of the key."""
+
+    role: Role
+    namespace: str
+    named: str | None = None
+    """The namespace that a caller of all namespaces named."""
+    is_known: bool = True
+    """False on a server without keys, which asks nobody who they are."""
+
+    def check(self, operation: str) -> None:
+        """Raise Forbidden for a call that this caller may not make."""
+        needed = ROLES.get(operation, "admin")
+        if RANKS[self.role] < RANKS[needed]:
+            raise Forbidden(f"{operation} needs a key of the role {needed}, this one's is {self.role}")
+        if operation == "create_key" and not self.is_known:
+            raise Forbidden("this server asks for no keys; start it with an admin's key, HTM_API_KEY, to make others")
+        if operation in OF_ALL_NAMESPACES and self.namespace != ALL_NAMESPACES:
+            raise Forbidden(f"{operation} needs an admin's key of the namespace {ALL_NAMESPACES}")
+
+    @property
+    def sees(self) -> str | None:
+        """The namespace whose counts and keys it sees; None for all."""
+        return self.named if self.namespace == ALL_NAMESPACES else self.namespace
+
+    def space_for(self, wanted: str | None) -> str:
+        """The namespace of what is made for `wanted`. Raises Forbidden for one that is not the caller's."""
+        if wanted in (None, self.space):
+            return self.space
+        if self.namespace != ALL_NAMESPACES:
+            raise Forbidden("this key opens one namespace, and the body names another")
+        return str(wanted)
+
+    @property
+    def space(self) -> str:
+        """The namespace of the sessions that a call is about."""
+        return DEFAULT_NAMESPACE if self.sees is None else self.sees
+
+
+ADMIN = Caller("admin", ALL_NAMESPACES)
+"""Who has the key that the server was started with."""
+ANYONE = Caller("admin", ALL_NAMESPACES, is_known=False)
+"""Who asks a server without keys, or for what is open to all."""
+
+
+class Bucket:
+    """A key's own rate: a second's worth of requests at once, then one by one. Times are in seconds."""
+
+    __slots__ = ("at", "left")
+
+    def __init__(self, at: float, left: float) -> None:
+        self.at = at
+        self.left = left
+
+    def wait_s(self, now: float, per_second: float) -> float:
+        """0 when a request may go on, which counts; else for how long it may not."""
+        self.left = min(max(1.0, per_second), self.left + (now - self.at) * per_second)
+        self.at = now
+        if self.left < 1.0:
+            return (1.0 - self.left) / per_second
+        self.left -= 1.0
+        return 0.0
+
+
+class Auth:
+    """See the head of this module. `admin_key` is the one that the server was started with."""
+
+    def __init__(self, admin_key: str | None, *, insecure: bool, metrics_open: bool) -> None:
+        self._admin_digest = None if admin_key is None else hashlib.sha256(admin_key.encode()).digest()
+        self._insecure = insecure
+        self._open = OPEN | PAGES | ({"/metrics"} if metrics_open else set())
+        self._buckets: dict[bytes, Bucket] = {}
+
+    async def admit(self, scope: Scope, keys: Keys) -> Caller | Refusal:
+        """Who asks, or why this server on loopback refuses to say. Raises Unauthenticated, Forbidden, RateLimited, and
+        Unhealthy where it cannot be known.
+        """
+        path: str = scope["path"]
+        if self._admin_digest is None and not keys.are_asked_for:
+            return (None if self._insecure else refusal(scope)) or _in_namespace(ANYONE, scope)
+        if path in self._open or path.startswith(PAGE_FILES):
+            return ANYONE
+        secret = _secret(scope)
+        if self._admin_digest is not None and hmac.compare_digest(hashlib.sha256(secret).digest(), self._admin_digest):
+            return _in_namespace(ADMIN, scope)
+        key = keys.find(secret) or await keys.find_again(secret)
+        if key is None:
+            raise Unauthenticated("the key is not known: it is another server's, was taken back, or has expired")
+        if key.requests_per_second is not None:
+            self._count(key.digest, key.requests_per_second)
+        role: Role = "admin" if key.role == "admin" else "write" if key.role == "write" else "read"
+        return _in_namespace(Caller(role, key.namespace), scope)
+
+    def _count(self, digest: bytes, per_second: float) -> None:
+        now = time.monotonic()
+        if len(self._buckets) > MAX_BUCKETS:
+            self._buckets.clear()
+        bucket = self._buckets.get(digest)
+        if bucket is None:
+            bucket = self._buckets[digest] = Bucket(now, max(1.0, per_second))
+        if wait_s := bucket.wait_s(now, per_second):
+            raise RateLimited(f"this key is good for {per_second:g} requests a second", math.ceil(wait_s))
+
+
+def _secret(scope: Scope) -> bytes:
+    """What follows `Bearer` in the request's header. Raises Unauthenticated."""
+    for name, value in scope["headers"]:
+        if name == b"authorization":
+            if value[:7].lower() == b"bearer ":
+                return bytes(value[7:].strip())
+            raise Unauthenticated("the header Authorization holds no Bearer KEY")
+    raise Unauthenticated("there is no key; send one in the header Authorization, as Bearer KEY")
+
+
+def _in_namespace(caller: Caller, scope: Scope) -> Caller:
+    """The caller in the namespace that the request names, if any. Raises Forbidden for one that is not the key's."""
+    for name, value in scope["headers"]:
+        if name == b"x-htm-namespace":
+            named = value.decode("latin-1")
+            if caller.namespace == ALL_NAMESPACES:
+                return replace(caller, named=named)
+            if caller.namespace != named:
+                raise Forbidden("this key opens one namespace, and X-HTM-Namespace names another")
+    return caller
 
 
 def refusal(scope: Scope) -> Refusal | None:

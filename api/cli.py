@@ -1,14 +1,15 @@
-"""The command line: `htm-service serve | models | verify | backup | repair`. Failures: a sentence, exit code 1.
+"""The command line: `htm-service serve | keys | models | verify | backup | repair`. Failures: a sentence, exit code 1.
 
 Does not know: how anything is done. What is slow to import is imported by the command that needs it.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import shutil
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +18,8 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from api.settings import Settings, env_name, flag_name, sentence
+from api import key_commands
+from api.settings import Settings, env_name, flag_name, hide_key, sentence
 from htm_service.errors import HTMError
 from htm_service.version import __version__
 from storage.base import StoreError
@@ -33,6 +35,8 @@ class Source(StrEnum):
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `htm-service` and of `python -m api`; `arguments` are the command line's by default."""
+    if arguments is None:
+        hide_key()
     build()(arguments)
 
 
@@ -50,6 +54,11 @@ def build() -> typer.Typer:
     app.command()(verify)
     app.command()(backup)
     app.command()(repair)
+    keys = typer.Typer(help="Keys of those who may call a running server.", no_args_is_help=True)
+    keys.command("create")(failing_clearly(key_commands.create))
+    keys.command("list")(failing_clearly(key_commands.list_keys))
+    keys.command("revoke")(failing_clearly(key_commands.revoke))
+    app.add_typer(keys, name="keys")
     models = typer.Typer(help="Model files.", no_args_is_help=True)
     models.command("convert")(convert)
     models.command("list")(list_models)
@@ -89,6 +98,17 @@ def clear_failure() -> Iterator[None]:
         return
     print(f"htm-service: {message}", file=sys.stderr)
     raise typer.Exit(1)
+
+
+def failing_clearly(command: Callable[..., None]) -> Callable[..., None]:
+    """The command, whose failures are sentences."""
+
+    @functools.wraps(command)
+    def run(*arguments: Any, **options: Any) -> None:
+        with clear_failure():
+            command(*arguments, **options)
+
+    return run
 
 
 def with_settings_flags(command: Any) -> Any:

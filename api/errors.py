@@ -36,17 +36,20 @@ class Problem:
 
 PROBLEMS: Mapping[str, Problem] = {
     "malformed_body": Problem(400, "The body cannot be parsed", "the body is not JSON: unexpected end of data"),
+    "unauthenticated": Problem(401, "There is no key that counts", "there is no key; send one as Bearer KEY"),
     "forbidden": Problem(
         403, "The caller may not", "the origin is 'https://example.org'; only pages of this machine may call"
     ),
     "not_found": Problem(404, "There is nothing at this path", "there is nothing at /v2/sessions"),
     "session_not_found": Problem(404, "No such session", "no session has the id 'agent-7'"),
     "model_not_found": Problem(404, "No such model", "no model has the name 'navigator'"),
+    "key_not_found": Problem(404, "No such key", "there is no key 'agent-7'"),
     "chunk_not_found": Problem(404, "No such chunk", "session 'agent-7' has 3 chunks, so none of index 9"),
     "method_not_allowed": Problem(405, "The path does not take this method", "/v1/info does not take PUT"),
     "session_conflict": Problem(
         409, "The session exists with other settings", "session 'agent-7' has dim 256, not 512"
     ),
+    "key_exists": Problem(409, "There is a key of this name", "there is a key 'agent-7' already"),
     "length_conflict": Problem(409, "The session has another length", "the length is 40, not if_length 39"),
     "session_expired": Problem(410, "The session has expired", "session 'agent-7' was idle for longer than 60 s"),
     "body_too_large": Problem(413, "The body is too large", "the body has 100000000 bytes, the limit is 67108864"),
@@ -67,6 +70,7 @@ PROBLEMS: Mapping[str, Problem] = {
     "session_damaged": Problem(
         409, "The session is damaged", "session 'agent-7' is damaged at position 96: its checksum is wrong"
     ),
+    "rate_limited": Problem(429, "The key's own limit", "this key is good for 10 requests a second"),
     "overloaded": Problem(503, "The queue is full", "4096 requests are waiting, the limit is 4096"),
     "draining": Problem(503, "The server is stopping", "the server is stopping and takes no new work"),
     "unhealthy": Problem(503, "The server is not healthy", "the device thread has died"),
@@ -75,7 +79,7 @@ PROBLEMS: Mapping[str, Problem] = {
     "disk_full": Problem(507, "The disk is full", "the store could not write: no space left on device"),
 }
 
-RETRY_STATUSES = frozenset({503, 507})
+RETRY_STATUSES = frozenset({429, 503, 507})
 """Statuses whose answers carry `Retry-After`."""
 
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "malformed_body", 413: "body_too_large"}
@@ -111,6 +115,8 @@ def answer(
     own = dict(headers or {})
     if status in RETRY_STATUSES:
         own["Retry-After"] = str(retry_after_s)
+    if code == "unauthenticated":
+        own["WWW-Authenticate"] = "Bearer"
     if code in ("body_too_large", "draining"):
         # What is left of the body may still be on its way, so the connection cannot carry another request. A server
         # that stops will close its connections, so that nobody may begin one more on them.
@@ -126,12 +132,17 @@ def request_id_of(request: Request) -> str:
 
 
 async def on_domain_error(request: Request, error: Exception) -> Response:
-    """Handler of HTMError: status by the table. A code that the table does not know is a bug, told as one."""
+    """Handler of HTMError."""
     assert isinstance(error, HTMError)
+    return domain_answer(request.scope, error)
+
+
+def domain_answer(scope: Scope, error: HTMError) -> Response:
+    """The answer to an error: status by the table. A code that the table does not know is a bug, told as one."""
     if error.code not in PROBLEMS or error.code == "internal_error":
         raise error
     retry = error.retry_after_s if isinstance(error, Unavailable) else Unavailable.retry_after_s
-    return answer(request.scope, error.code, error.detail, extra=error.extra, retry_after_s=retry)
+    return answer(scope, error.code, error.detail, extra=error.extra, retry_after_s=retry)
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:

@@ -17,8 +17,8 @@ from starlette.responses import Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from api.auth import refusal
-from api.errors import answer, on_domain_error
+from api.auth import Auth
+from api.errors import answer, domain_answer
 from api.logs import REQUEST_ID
 from api.metrics import Measured, Metrics
 from api.tracing import Traces
@@ -31,7 +31,7 @@ _SANE_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
 
 class Front:
     """The one middleware. Every request gets an id (the client's own, when sane) and an answer, even when code fails;
-    with `only_here` those that a web page of elsewhere may have sent are refused.
+    `auth` says who asks, or that nobody may.
 
     The endpoints of hot routes it calls itself: the framework's layers and its search for the route cost as much as
     the rest of a small call. Everything else goes the framework's way.
@@ -44,13 +44,12 @@ class Front:
         owner: Starlette,
         metrics: Metrics,
         traces: Traces | None,
-        *,
-        only_here: bool,
+        auth: Auth,
     ) -> None:
         self._framework = framework
         self._metrics = metrics
         self._traces = traces
-        self._only_here = only_here
+        self._auth = auth
         self._routes = [(route.path_regex, route.methods or (), route.endpoint) for route in routes]
         self._owner = owner
         self._ids = new_ids()
@@ -75,14 +74,12 @@ class Front:
             await send(message)
 
         try:
-            if self._only_here and (refused := refusal(scope)) is not None:
-                response = answer(scope, *refused, headers={"Connection": "close"})
-            elif (endpoint := self._endpoint(scope)) is not None:
-                response = await _answer_of(endpoint, _HotRequest(scope, receive, send))
-            else:
+            answered = await self._answer(scope, receive, send)
+            if answered is None:
                 await self._framework(scope, receive, send_with_id)
                 self._note(scope, measured, status)
                 return
+            response = answered
         except ClientDisconnect:
             return  # nobody is left to answer
         except Exception:
@@ -98,6 +95,18 @@ class Front:
         self._metrics.count(measured, status)
         if self._traces is not None:
             self._traces.add(scope, measured, status)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> Response | None:
+        """What is answered without the framework: to who may not call, and to the hot calls."""
+        try:
+            admitted = await self._auth.admit(scope, self._owner.state.engine.keys)
+            if isinstance(admitted, tuple):
+                return answer(scope, *admitted, headers={"Connection": "close"})
+            scope["htm.caller"] = admitted
+            endpoint = self._endpoint(scope)
+            return None if endpoint is None else await endpoint(_HotRequest(scope, receive, send))
+        except HTMError as error:
+            return domain_answer(scope, error)
 
     def _endpoint(self, scope: Scope) -> Endpoint | None:
         """The hot endpoint of a request, which gets what the framework would tell it."""
@@ -117,14 +126,6 @@ class _HotRequest(Request):
     def __init__(self, scope: Scope, receive: Receive, send: Send) -> None:
         super().__init__(scope, receive, send)
         self.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])}
-
-
-async def _answer_of(endpoint: Endpoint, request: Request) -> Response:
-    """An endpoint's answer, with the domain's errors answered as the framework's way answers them."""
-    try:
-        return await endpoint(request)
-    except HTMError as error:
-        return await on_domain_error(request, error)
 
 
 def on_failure(scope: Scope) -> Response:

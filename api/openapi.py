@@ -15,7 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
-from api.auth import OPEN
+from api.auth import OPEN, ROLES
 from api.errors import MEDIA_TYPE, PROBLEMS, RETRY_STATUSES, document
 from api.schemas import bodies
 from api.wire import safetensors
@@ -36,12 +36,17 @@ SESSION_CODES = (
     "internal_error",
 )
 """What every call on a session can answer; those that read it tell, too, what could not be written (`behind.py`)."""
-CALLER_CODES = ("forbidden", "misdirected_request")
+CALLER_CODES = ("unauthenticated", "forbidden", "misdirected_request", "rate_limited")
 """What every call can answer to one who may not call, but for those that are open to all."""
 BODY_CODES = ("malformed_body", "body_too_large", "unsupported_media_type")
 """What every call with a body can answer."""
 WRITE_CODES = ("disk_full",)
 """What every call that writes can answer, besides."""
+
+KEYS = (
+    "A key has a role, `read`, `write` or `admin` (each call's `x-role` is the least it needs), and a namespace. "
+    "Keys of the namespace `*` name one with the header `X-HTM-Namespace`. A server without keys asks for none."
+)
 
 SESSION_ID = {
     "name": "session_id",
@@ -156,10 +161,14 @@ def build(app: FastAPI, calls: Iterable[HotCall]) -> dict[str, Any]:
     _, definitions = models_json_schema([(model, "validation") for model in models], ref_template=REF)
     components = result.setdefault("components", {}).setdefault("schemas", {})
     components.update(definitions["$defs"])
+    result["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer", "description": KEYS}}
     _drop_default_errors(result)
     for path, item in result["paths"].items():
         for one in item.values():
             _add_problems(one, ("invalid_argument",) if path in OPEN else ("invalid_argument", *CALLER_CODES))
+            if path not in OPEN:
+                one["security"] = [{"key": []}]
+                one["x-role"] = ROLES.get(one["operationId"], "admin")
     result["paths"] = dict(sorted(result["paths"].items()))
     return result
 

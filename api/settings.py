@@ -8,11 +8,12 @@ from __future__ import annotations
 import ipaddress
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import platformdirs
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, PrivateAttr, SecretStr, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -24,6 +25,9 @@ _OF_SERVICE = r"_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?=|PORT_[0-9]+_(TCP|UDP
 """What follows the name of a Service in a variable that Kubernetes sets for it."""
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _BINARY_UNITS = {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)}
+MIN_KEY_CHARS = 16
+"""Nobody counts who tries keys, and they are compared without a slow hash: they must not be guessable."""
+_KEY = re.compile(rf"[\x21-\x7e]{{{MIN_KEY_CHARS},}}")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([KMGT]I?)?B?", re.IGNORECASE)
 
 
@@ -63,7 +67,7 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, frozen=True, extra="forbid", populate_by_name=True, env_ignore_empty=True
     )
 
-    host: str = Field(default="127.0.0.1", description="Address to listen on; anything but loopback needs `insecure`.")
+    host: str = Field(default="127.0.0.1", description="Address to listen on; anything but loopback needs a key.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port to listen on; 0 takes a free one.")
     data: Directory = Field(
         default_factory=lambda: Path(platformdirs.user_data_dir("htm-service", appauthor=False)),
@@ -104,7 +108,13 @@ class Settings(BaseSettings):
         validation_alias=f"{PREFIX}MEMORY_BUDGET",
         description="Device memory for tokens, such as `4GiB`. Default: half of what the process may use.",
     )
-    insecure: bool = Field(default=False, description="Listen on any address although there is no authentication.")
+    api_key: SecretStr | None = Field(
+        default=None,
+        description="The admin's key, which makes others: 16 or more printable ASCII characters, hard to guess.",
+    )
+    api_key_file: Directory | None = Field(default=None, description="A file with the admin's key, such as a secret's.")
+    insecure: bool = Field(default=False, description="Answer everyone, on any address, when there are no keys.")
+    metrics_open: bool = Field(default=False, description="Whether `/metrics` is answered without a key.")
     max_body_bytes: Bytes = Field(default=64 << 20, ge=1 << 10, description="Largest request body.")
     max_json_body_bytes: Bytes = Field(
         default=4 << 20,
@@ -157,6 +167,7 @@ class Settings(BaseSettings):
         description="Address of an OpenTelemetry collector, such as `http://localhost:4318`, that gets a trace of each "
         "request. Default: none does.",
     )
+    _admin_key: str | None = PrivateAttr(None)
     log_level: Literal["debug", "info", "warning", "error"] = Field(default="info", description="Least level logged.")
     log_format: Literal["text", "json"] = Field(
         default="text", description="A line of the log is text, or a JSON object with the request's id."
@@ -174,12 +185,39 @@ class Settings(BaseSettings):
                 f"max_answer_bytes is {self.max_answer_bytes}, below max_json_body_bytes {self.max_json_body_bytes}: "
                 "the largest payload could not be read back"
             )
-        if not self.insecure and not is_loopback(self.host):
+        self._admin_key = self._read_key()
+        if self._admin_key is None and not self.insecure and not is_loopback(self.host):
             raise ValueError(
-                f"refusing to listen on {self.host} without authentication: anyone who reaches it could read "
-                "and delete every session; use a loopback address, or --insecure in a guarded network"
+                f"refusing to listen on {self.host} without a key: anyone who reaches it could read and delete every "
+                "session. Give an admin's key, HTM_API_KEY or a file HTM_API_KEY_FILE (openssl rand -hex 32 makes "
+                "one), or use a loopback address, or --insecure in a guarded network"
             )
         return self
+
+    def _read_key(self) -> str | None:
+        """The admin's key, from wherever. What is wrong is said without it."""
+        if self.api_key is not None and self.api_key_file is not None:
+            raise ValueError("both api_key and api_key_file are given; one is enough")
+        if self.api_key is not None:
+            key = self.api_key.get_secret_value()
+        elif self.api_key_file is not None:
+            try:
+                key = self.api_key_file.read_text().strip()
+            except (OSError, UnicodeDecodeError) as error:
+                raise ValueError(f"api_key_file cannot be read: {error}") from error
+        else:
+            return None
+        if _KEY.fullmatch(key) is None:
+            raise ValueError(
+                f"the admin's key has {len(key)} characters; it must have {MIN_KEY_CHARS} or more, printable ASCII "
+                "without spaces, and be hard to guess: openssl rand -hex 32 makes one"
+            )
+        return key
+
+    @property
+    def admin_key(self) -> str | None:
+        """The admin's key, or None where there is none."""
+        return self._admin_key
 
     @classmethod
     def settings_customise_sources(
@@ -251,6 +289,24 @@ def env_name(name: str, field: FieldInfo) -> str:
     return str(field.validation_alias or f"{PREFIX}{name.upper()}")
 
 
+def hide_key() -> None:
+    """Begin this program again with the key of `--api-key` in the environment, if it was given so.
+
+    All users of a machine see the arguments of its processes, and only their owner what is in their environment.
+    """
+    name, field = "api_key", Settings.model_fields["api_key"]
+    kept, found = [sys.executable], None
+    rest = iter(sys.orig_argv[1:])
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag != flag_name(name, field):
+            kept.append(argument)
+        else:
+            found = value if equals else next(rest, "")
+    if found is not None:
+        os.execve(sys.executable, kept, {**os.environ, env_name(name, field): found})
+
+
 def is_loopback(host: str) -> bool:
     """Whether only this machine can reach an address; names other than `localhost` count as reachable."""
     if host == "localhost":
@@ -264,5 +320,7 @@ def sentence(error: ValidationError) -> str:
     for item in error.errors():
         name = ".".join(str(part) for part in item["loc"])
         message = item["msg"].removeprefix("Value error, ")
-        parts.append(f"{name}: {message} (got {item['input']!r})" if name else message)
+        parts.append(
+            f"{name}: {message} (got {item['input']!r})" if name and "api_key" not in name.lower() else message
+        )
     return "; ".join(parts)

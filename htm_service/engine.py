@@ -41,6 +41,8 @@ from htm_service.records import (
     EngineInfo,
     Explanation,
     Heat,
+    Key,
+    KeyWish,
     Memories,
     ModelInfo,
     Recall,
@@ -59,6 +61,7 @@ from htm_service.writes.appends import Appends
 from htm_service.writes.committer import Committer, Work, Written
 from htm_service.writes.compaction import Compaction
 from htm_service.writes.expiry import Expiry
+from htm_service.writes.keys import Keys
 from htm_service.writes.steps import Steps
 from storage.base import Store
 
@@ -113,17 +116,25 @@ class Engine:
         self.expiry = Expiry(self.directory, store, self.committer, config.expiry_interval_s)
         self.compaction = Compaction(self.directory, self.worker, self.committer)
         workers: dict[str, Worker] = {"device": device, "store": writer, "loader": loader}
+        self.keys = Keys(store, self.committer.write, clock)
         self._supervisor = Supervisor(workers, [device.fail, writer.fail], config.stuck_s)
         self._beside: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start the threads, and what is done beside requests, on the running loop."""
+        await self.keys.read()  # nobody is served before it is known who may call
         await asyncio.to_thread(self.worker.runner.kernel.warm_up)
         self.store.watch(self._supervisor.fail)
         self.worker.queue.start(self.worker.run)
         self.worker.loader.start()
         self.committer.queue.start(self.committer.run)
-        beside = (self.expiry.run(), self.compaction.run(), self._supervisor.run(), self._change_kernel())
+        beside = (
+            self.expiry.run(),
+            self.compaction.run(),
+            self.keys.run(),
+            self._supervisor.run(),
+            self._change_kernel(),
+        )
         self._beside = [asyncio.create_task(work) for work in beside]
 
     async def close(self, timeout_s: float = 10.0) -> None:
@@ -136,6 +147,8 @@ class Engine:
         if beside:  # so that the next start finds all keys; what is not done in time is computed again
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self.compaction.finish(), timeout_s * COMPACTION_SHARE)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self.keys.note(), timeout_s * COMPACTION_SHARE)
         await self.committer.queue.close(timeout_s)
         await self.worker.queue.close(timeout_s)
         await asyncio.to_thread(self.worker.loader.close, max(1.0, timeout_s))
@@ -157,7 +170,7 @@ class Engine:
     async def create(self, name: SessionKey, settings: CreateRequest) -> tuple[SessionInfo, bool]:
         """Create a session (True) or confirm that it exists with these settings. Raises SessionConflict."""
         self._check_open()
-        validation.check_id(name.id)
+        validation.check_key(name)
         model_name = RETRIEVAL if settings.model is None else settings.model
         wanted = validation.resolve_settings(settings, model_name, self._models.get(model_name), self.config.dtype)
         session, is_new = await self.directory.create(name, wanted)
@@ -178,6 +191,7 @@ class Engine:
     ) -> SessionPage:
         """One page of a namespace's sessions, in the order of their ids, or those used last first."""
         self._check_open()
+        validation.check_namespace(namespace)
         validation.check_range("limit", limit, 1, 1000)
         validation.check_prefix(prefix)
         validation.check_labels(labels or {})
@@ -300,6 +314,8 @@ class Engine:
 
     async def info(self, namespace: str | None = None) -> EngineInfo:
         """Version, device, dtype with their reasons, models, limits, totals: all, or those of one namespace."""
+        if namespace is not None:
+            validation.check_namespace(namespace)
         attends = self._attends
         counted = {"attends": attends.num_attends, "attended_queries": attends.num_queries}
         totals = {**counted, **self.directory.totals()}
@@ -322,6 +338,23 @@ class Engine:
         """Why the engine can do no work, or None when it can."""
         return self.worker.queue.unhealthy_reason or self.committer.queue.unhealthy_reason
 
+    # --- callers ---
+
+    async def list_keys(self, namespace: str | None) -> list[Key]:
+        """The keys of one namespace, or all, without their secrets."""
+        self._check_open()
+        return await self.keys.list(namespace)
+
+    async def create_key(self, wish: KeyWish) -> tuple[Key, str]:
+        """Make a key; with it its secret, which nobody is told again. Raises KeyExists."""
+        self._check_open()
+        return await self.keys.create(wish)
+
+    async def revoke_key(self, namespace: str, name: str) -> None:
+        """Take a key back. Raises KeyNotFound."""
+        self._check_open()
+        await self.keys.revoke(namespace, name)
+
     # --- within ---
 
     def _check_open(self) -> None:
@@ -333,10 +366,7 @@ class Engine:
 
     async def _session(self, name: SessionKey) -> Session:
         self._check_open()
-        if (session := self.directory.known(name)) is not None:
-            return session
-        validation.check_id(name.id)
-        return await self.directory.get(name)
+        return self.directory.known(name) or await self.directory.get(validation.check_key(name))
 
     async def _found_or_made(self, name: SessionKey, request: AppendRequest) -> Session:
         """The session of an append, which may make it."""

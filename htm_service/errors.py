@@ -5,13 +5,17 @@ HTMError
 ├── MalformedBody        malformed_body        bytes that cannot be parsed at all
 ├── BodyTooLarge         body_too_large        more bytes than the server takes in one request
 ├── UnsupportedMediaType unsupported_media_type
+├── Unauthenticated      unauthenticated       no key, or one that does not count
+├── Forbidden            forbidden             the caller's key does not allow it
 ├── NotFound
 │   ├── SessionNotFound  session_not_found
 │   ├── SessionExpired   session_expired       it existed, and was idle for longer than its ttl_s
 │   ├── ModelNotFound    model_not_found
-│   └── ChunkNotFound    chunk_not_found
+│   ├── ChunkNotFound    chunk_not_found
+│   └── KeyNotFound      key_not_found         no caller's key has this name
 ├── Conflict
 │   ├── SessionConflict  session_conflict      same id, other settings
+│   ├── KeyExists        key_exists            a caller's key of this name is there already
 │   └── LengthConflict   length_conflict       `if_length` is not the session's length
 ├── SessionDamaged       session_damaged       stored bytes of the session cannot be read
 ├── IdempotencyMismatch  idempotency_mismatch  same key, other body
@@ -21,7 +25,8 @@ HTMError
     ├── Unhealthy        unhealthy             a thread died or is stuck, another server has the data, the store failed
     ├── DeadlineExceeded deadline_exceeded     the request's own time ran out
     ├── OutOfMemory      out_of_memory         the device budget cannot hold what is asked for
-    └── DiskFull         disk_full             the store could not write
+    ├── DiskFull         disk_full             the store could not write
+    └── RateLimited      rate_limited          the caller's own limit of requests
 
 Does not know: HTTP, and the store's own errors (`storage/base.py`), which the engine translates.
 """
@@ -79,6 +84,18 @@ class UnsupportedMediaType(HTMError):
     code = "unsupported_media_type"
 
 
+class Unauthenticated(HTMError):
+    """The request has no key, or none that counts."""
+
+    code = "unauthenticated"
+
+
+class Forbidden(HTMError):
+    """The caller's key does not allow it."""
+
+    code = "forbidden"
+
+
 class NotFound(HTMError):
     """What the request names is not there."""
 
@@ -107,6 +124,12 @@ class ChunkNotFound(NotFound):
     code = "chunk_not_found"
 
 
+class KeyNotFound(NotFound):
+    """No key has this name."""
+
+    code = "key_not_found"
+
+
 class Conflict(HTMError):
     """The request contradicts what is stored."""
 
@@ -115,6 +138,12 @@ class SessionConflict(Conflict):
     """The session exists with other settings."""
 
     code = "session_conflict"
+
+
+class KeyExists(Conflict):
+    """A key has this name already."""
+
+    code = "key_exists"
 
 
 class LengthConflict(Conflict):
@@ -138,7 +167,7 @@ class IdempotencyMismatch(HTMError):
 class Unavailable(HTMError):
     """The server cannot do it now; `retry_after_s` seconds later it may."""
 
-    retry_after_s: ClassVar[int] = 1
+    retry_after_s: int = 1
 
 
 class Overloaded(Unavailable):
@@ -169,6 +198,16 @@ class OutOfMemory(Unavailable):
     """The device budget cannot hold what is asked for."""
 
     code = "out_of_memory"
+
+
+class RateLimited(Unavailable):
+    """The caller asks more often than its key allows."""
+
+    code = "rate_limited"
+
+    def __init__(self, detail: str, retry_after_s: int = 1) -> None:
+        super().__init__(detail)
+        self.retry_after_s = retry_after_s
 
 
 class DiskFull(Unavailable):

@@ -26,6 +26,10 @@ OpenChunk = Literal["attend", "exclude"]
 OnFull = Literal["reject", "evict_oldest"]
 RankBy = Literal["weight", "score"]
 Residency = Literal["resident", "loading", "cold"]
+ALL_NAMESPACES = "*"
+"""Where the keys are whose holders name a namespace with each call."""
+
+Role = Literal["read", "write", "admin"]
 Tier = Literal["resident", "cold"]
 
 
@@ -344,6 +348,30 @@ class ModelInfo:
     summary_scale: float | None = None
     attention_scale: float | None = None
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Key:
+    """A caller's key, without its secret. Times are seconds since the epoch."""
+
+    name: str
+    role: Role
+    namespace: str
+    created_at: float
+    expires_at: float | None
+    requests_per_second: float | None
+    last_used_at: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeyWish:
+    """A key to be made. `expires_in_s` and `requests_per_second` None mean no limit."""
+
+    name: str
+    role: Role
+    namespace: str
+    expires_in_s: float | None = None
+    requests_per_second: float | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -77,6 +77,14 @@ class SessionFull(Refused):
         self.max_tokens = max_tokens
 
 
+class NoSuchKey(Refused):
+    """No caller's key has this name."""
+
+
+class KeyExists(Refused):
+    """A caller's key of this name is there already."""
+
+
 class KeyReused(Refused):
     """The idempotency key was used before, with another digest."""
 
@@ -150,6 +158,20 @@ class SessionRow:
     def key(self) -> SessionKey:
         """Its name; no other session has it."""
         return SessionKey(self.namespace, self.id)
+
+
+@dataclass(frozen=True, slots=True)
+class KeyRow:
+    """A caller's key as stored: never the secret, but its `digest`. Named by namespace and name, together."""
+
+    namespace: str
+    name: str
+    digest: bytes
+    role: str
+    created_at: float
+    expires_at: float | None = None
+    requests_per_second: float | None = None
+    last_used_at: float | None = None
 
 
 class Block(NamedTuple):
@@ -242,9 +264,35 @@ class Compact:
     chunk_size: int
 
 
-Write = CreateSession | UpdateSession | DeleteSession | Append | Compact
-WriteResult = SessionRow | Appended | Refused
-"""CreateSession, UpdateSession and Compact answer the SessionRow as it is now, DeleteSession the one it was."""
+@dataclass(frozen=True, slots=True)
+class CreateKey:
+    """Let someone call. Refused: KeyExists."""
+
+    row: KeyRow
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteKey:
+    """Take a key back. Refused: NoSuchKey."""
+
+    namespace: str
+    name: str
+
+
+@dataclass(frozen=True, slots=True)
+class UseKey:
+    """Note when a key was used last. Refused: NoSuchKey."""
+
+    namespace: str
+    name: str
+    at: float
+
+
+KeyWrite = CreateKey | DeleteKey | UseKey
+Write = CreateSession | UpdateSession | DeleteSession | Append | Compact | KeyWrite
+WriteResult = SessionRow | Appended | KeyRow | Refused
+"""CreateSession, UpdateSession and Compact answer the SessionRow as it is now, DeleteSession the one it was; writes of
+keys the KeyRow in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -384,6 +432,10 @@ class Store(ABC):
     @abstractmethod
     def read_payload_range(self, sid: int, start: int, stop: int, max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
         """The payloads at positions start .. stop-1, where there are any. Raises TooManyBytes as above."""
+
+    @abstractmethod
+    def list_keys(self) -> list[KeyRow]:
+        """All callers' keys, by namespace and name."""
 
     @abstractmethod
     def totals(self, namespace: str | None = None) -> Totals:

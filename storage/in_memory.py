@@ -17,10 +17,16 @@ from storage.base import (
     Block,
     CheckSettings,
     Compact,
+    CreateKey,
     CreateSession,
     Damage,
+    DeleteKey,
     DeleteSession,
+    KeyExists,
     KeyReused,
+    KeyRow,
+    KeyWrite,
+    NoSuchKey,
     NoSuchSession,
     Refused,
     SessionExists,
@@ -31,6 +37,7 @@ from storage.base import (
     Summary,
     Totals,
     UpdateSession,
+    UseKey,
     Write,
     WriteResult,
     WrongLength,
@@ -77,6 +84,7 @@ class MemoryStore(Store):
         self._by_sid: dict[int, _Session] = {}
         self._sids: dict[SessionKey, int] = {}
         self._last_sid = 0
+        self._keys: dict[tuple[str, str], KeyRow] = {}
 
     def write(self, writes: Sequence[Write], *, now: float) -> list[WriteResult]:
         """See `Store.write`; nothing here can fail half-way."""
@@ -154,6 +162,11 @@ class MemoryStore(Store):
         """See `Store.read_payload_range`."""
         return within(max_bytes, self._payloads(sid, range(max(start, 0), stop)).items())
 
+    def list_keys(self) -> list[KeyRow]:
+        """See `Store.list_keys`."""
+        with self._lock:
+            return [self._keys[name] for name in sorted(self._keys)]
+
     def totals(self, namespace: str | None = None) -> Totals:
         """See `Store.totals`."""
         with self._lock:
@@ -171,6 +184,7 @@ class MemoryStore(Store):
         with self._lock:
             self._by_sid.clear()
             self._sids.clear()
+            self._keys.clear()
 
     def _payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
         with self._lock:
@@ -184,6 +198,8 @@ class MemoryStore(Store):
     def _apply(self, write: Write, now: float) -> WriteResult:
         if isinstance(write, CreateSession):
             return self._create(write.row)
+        if isinstance(write, CreateKey | DeleteKey | UseKey):
+            return self._apply_to_key(write)
         session = self._by_sid.get(write.sid)
         if session is None:
             return NoSuchSession(f"there is no session of key {write.sid}")
@@ -200,6 +216,21 @@ class MemoryStore(Store):
         else:
             return self._append(session, write, now)
         return session.row
+
+    def _apply_to_key(self, write: KeyWrite) -> WriteResult:
+        if isinstance(write, CreateKey):
+            row = write.row
+            if (row.namespace, row.name) in self._keys:
+                return KeyExists(f"there is a key {row.name!r}")
+            self._keys[row.namespace, row.name] = row
+            return row
+        known = self._keys.get((write.namespace, write.name))
+        if known is None:
+            return NoSuchKey(f"there is no key {write.name!r}")
+        if isinstance(write, DeleteKey):
+            return self._keys.pop((write.namespace, write.name))
+        used = self._keys[write.namespace, write.name] = replace(known, last_used_at=write.at)
+        return used
 
     def _create(self, row: SessionRow) -> WriteResult:
         if row.key in self._sids:

@@ -28,6 +28,7 @@ EXCEPTIONS = {
 ROOMS = {
     "api": (
         ("cli", "__main__"),
+        ("key_commands",),
         ("serving",),
         ("app",),
         ("routes", "middleware", "protocol"),
@@ -167,7 +168,7 @@ def test_folders_are_small() -> None:
         path = Path(file)
         if path.name != "__init__.py" and len(path.parts) > 2 and not file.startswith("client/"):
             folders[path.parent.as_posix()] = folders.get(path.parent.as_posix(), 0) + 1
-    large = {"storage/sql": 20, "api/routes": 12}
+    large = {"storage/sql": 20, "storage/migrations/versions": 30, "api/routes": 12}
     assert not {folder: num for folder, num in folders.items() if num > large.get(folder, MAX_MODULES)}
 
 

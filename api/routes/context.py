@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Message
 
+from api.auth import Caller
 from api.disconnect import Watch
 from api.errors import shorten
 from api.metrics import Measured, Metrics
@@ -21,7 +22,7 @@ from api.settings import Settings
 from api.wire.body import check_encoding, read_body
 from api.wire.query import check_names
 from htm_service.errors import MalformedBody, UnsupportedMediaType
-from htm_service.records import DEFAULT_NAMESPACE, SessionKey
+from htm_service.records import SessionKey
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
     from htm_service.engine import Engine
@@ -37,9 +38,21 @@ def engine_of(request: Request) -> Engine:
     return engine
 
 
+def begin(request: Request, operation: str) -> None:
+    """Note which call a request turned out to be. Raises Forbidden when its caller may not make it."""
+    measured_of(request).call = operation
+    caller_of(request).check(operation)
+
+
+def caller_of(request: Request) -> Caller:
+    """Who asks."""
+    caller: Caller = request.scope["htm.caller"]
+    return caller
+
+
 def key_of(request: Request) -> SessionKey:
-    """The session that a request's path names."""
-    return SessionKey(DEFAULT_NAMESPACE, request.path_params["session_id"])
+    """The session that a request names: by its path, in its caller's namespace."""
+    return SessionKey(caller_of(request).space, request.path_params["session_id"])
 
 
 def settings_of(request: Request) -> Settings:
@@ -77,7 +90,7 @@ class JsonRoute(APIRoute):
         repeatable = {field.alias for field in parameters if _is_list(field.field_info.annotation)}
 
         async def check_then_handle(request: Request) -> Response:
-            measured_of(request).call = self.operation_id or "other"
+            begin(request, self.operation_id or "other")
             check_names(request, known, repeatable)
             return await handler(request)
 
@@ -85,6 +98,7 @@ class JsonRoute(APIRoute):
             return check_then_handle
 
         async def read_then_handle(request: Request) -> Response:
+            begin(request, self.operation_id or "other")
             header = request.headers.get("content-type", "")
             if header.partition(";")[0].strip().lower() != "application/json":
                 found = f"the content type is {shorten(header)}" if header else "there is no content type"

@@ -18,10 +18,9 @@ from starlette.responses import Response, StreamingResponse
 from starlette.types import Message, Receive, Scope, Send
 
 from api.openapi import problems
-from api.routes.context import JsonRoute, engine_of
+from api.routes.context import JsonRoute, caller_of, engine_of
 from api.schemas.views import Recall, when
 from htm_service import records
-from htm_service.records import DEFAULT_NAMESPACE
 from htm_service.sessions.feed import Reader
 
 LOOK_EVERY_S = 1.0
@@ -66,7 +65,7 @@ async def events(
     says how many.
     """
     engine = engine_of(request)
-    reader = engine.listen(DEFAULT_NAMESPACE, session)
+    reader = engine.listen(caller_of(request).space, session)
     ends_at = float("inf") if seconds is None else time.monotonic() + seconds
     return EventStream(reader, lambda: engine.is_draining or time.monotonic() >= ends_at)
 

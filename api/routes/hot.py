@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from api.errors import request_id_of, shorten
-from api.routes.context import engine_of, key_of, measured_of, settings_of, watch_of
+from api.routes.context import begin, engine_of, key_of, measured_of, settings_of, watch_of
 from api.wire import answers, hot_bodies, query
 from api.wire.body import THREAD_BYTES, read_body, wire_of
 from api.wire.fields import HotBody
@@ -47,7 +47,7 @@ async def memories(request: Request) -> Response:
 
 async def attend(request: Request) -> Response:
     """Answer queries."""
-    measured_of(request).call = "attend"
+    begin(request, "attend")
     query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
@@ -64,7 +64,7 @@ async def attend(request: Request) -> Response:
 
 async def explain(request: Request) -> Response:
     """Rank the chunks for one query."""
-    measured_of(request).call = "explain"
+    begin(request, "explain")
     query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
@@ -81,7 +81,7 @@ async def explain(request: Request) -> Response:
 
 async def append(request: Request) -> Response:
     """Add tokens."""
-    measured_of(request).call = "append"
+    begin(request, "append")
     query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
@@ -94,7 +94,7 @@ async def append(request: Request) -> Response:
 
 async def step(request: Request) -> Response:
     """Attend to the memory as it is, then append."""
-    measured_of(request).call = "step"
+    begin(request, "step")
     query.check_names(request, ("encoding",))
     wire = wire_of(request)
     reply = answers.reply_of(request, wire)
@@ -112,7 +112,7 @@ async def step(request: Request) -> Response:
 
 async def read(request: Request) -> Response:
     """Read tokens back."""
-    measured_of(request).call = "read_memories"
+    begin(request, "read_memories")
     query.check_names(request, ("start", "stop", "include", "encoding"))
     reply = answers.reply_of(request)
     start, stop = query.position(request, "start"), query.position(request, "stop")

@@ -6,7 +6,7 @@ from fastapi import APIRouter
 from starlette.requests import Request
 
 from api.openapi import problems
-from api.routes.context import JsonRoute, engine_of, settings_of
+from api.routes.context import JsonRoute, caller_of, engine_of, settings_of
 from api.schemas.views import Health, Info, Model, Models
 from htm_service.errors import Draining, ModelNotFound, Unhealthy, quoted
 
@@ -15,7 +15,11 @@ def router() -> APIRouter:
     """The routes of this module."""
     routes = APIRouter(tags=["server"], route_class=JsonRoute)
     routes.add_api_route(
-        "/v1/info", info, methods=["GET"], operation_id="info", responses=problems(("unhealthy", "internal_error"))
+        "/v1/info",
+        info,
+        methods=["GET"],
+        operation_id="info",
+        responses=problems(("unhealthy", "invalid_argument", "internal_error")),
     )
     routes.add_api_route(
         "/v1/models",
@@ -44,7 +48,7 @@ def router() -> APIRouter:
 
 async def info(request: Request) -> Info:
     """Describe the server: version, device and dtype with the reason for both, limits, totals."""
-    found = await engine_of(request).info()
+    found = await engine_of(request).info(caller_of(request).sees)
     settings = settings_of(request)
     own = {"max_body_bytes": settings.max_body_bytes, "max_json_body_bytes": settings.max_json_body_bytes}
     return Info(

@@ -10,12 +10,12 @@ from starlette.responses import Response
 
 from api.errors import shorten
 from api.openapi import BODY_CODES, SESSION_CODES, WRITE_CODES, problems
-from api.routes.context import JsonRoute, engine_of, key_of, settings_of
+from api.routes.context import JsonRoute, caller_of, engine_of, key_of, settings_of
 from api.schemas.bodies import CreateBody, SessionChange
 from api.schemas.views import Deleted, Session, SessionPage, to_json
 from api.wire.answers import respond_json
 from htm_service.errors import InvalidArgument
-from htm_service.records import DEFAULT_NAMESPACE, SessionKey
+from htm_service.records import SessionKey
 
 _CREATE_CODES = (
     *BODY_CODES,
@@ -98,7 +98,7 @@ def router() -> APIRouter:
 
 async def create(request: Request, settings: Settings, response: Response) -> Session:
     """Create a session with an id that the server makes."""
-    info, _ = await engine_of(request).create(SessionKey.new(DEFAULT_NAMESPACE), settings.record())
+    info, _ = await engine_of(request).create(SessionKey.new(caller_of(request).space), settings.record())
     response.headers["Location"] = f"/v1/sessions/{info.id}"
     return Session.of(info)
 
@@ -124,7 +124,7 @@ async def list_sessions(
 ) -> Response:
     """List sessions, a page at a time."""
     page = await engine_of(request).list_sessions(
-        DEFAULT_NAMESPACE, prefix, parse_labels(label or []), cursor, limit, by_use=order == "last_used"
+        caller_of(request).space, prefix, parse_labels(label or []), cursor, limit, by_use=order == "last_used"
     )
     return await respond_json(
         lambda raw: {"sessions": [raw(to_json(Session.of(info))) for info in page.sessions], "cursor": page.cursor},
@@ -155,7 +155,7 @@ async def delete_sessions(
 ) -> Deleted:
     """Delete all sessions with a label or a prefix, one of which must be given; see `DELETE` of one."""
     labels = parse_labels(label or [])
-    return Deleted(deleted=await engine_of(request).delete_sessions(DEFAULT_NAMESPACE, prefix, labels))
+    return Deleted(deleted=await engine_of(request).delete_sessions(caller_of(request).space, prefix, labels))
 
 
 def parse_labels(texts: list[str]) -> dict[str, str] | None:

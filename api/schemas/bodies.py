@@ -12,7 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from htm_service import records
 from htm_service.config import MAX_LABELS, MAX_NOTE_CHARS, MAX_RANKED
 from htm_service.errors import clipped
-from htm_service.records import DType, OnFull, OpenChunk, RankBy
+from htm_service.records import DType, OnFull, OpenChunk, RankBy, Role
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -80,6 +80,20 @@ class SessionChange(Request):
         """As the engine takes it."""
         clear_ttl = "ttl_s" in self.model_fields_set and self.ttl_s is None
         return records.SessionChange(labels=self.labels, ttl_s=self.ttl_s, clear_ttl=clear_ttl, model=self.model)
+
+
+class KeyBody(Request):
+    """A key to be made."""
+
+    name: str = Field(description="Unique in its namespace.")
+    role: Role = Field(description="`read` attends and searches, `write` changes sessions too, `admin` keys as well.")
+    namespace: str | None = Field(None, description="Whose sessions it opens; the caller's, or `default`.")
+    expires_in_s: Number | None = Field(None, description="For how many seconds it counts; no limit if left out.")
+    requests_per_second: Number | None = Field(None, description="How often it may be used; no limit if left out.")
+
+    def record(self, namespace: str) -> records.KeyWish:
+        """As the engine takes it."""
+        return records.KeyWish(**{**self.model_dump(), "namespace": namespace})
 
 
 class Base64Tensor(Body):

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from api.schemas.bodies import Base64Tensor, Body, Chunks, RecalledToken, Row
 from htm_service import records
-from htm_service.records import DType, OnFull, OpenChunk, Residency, Tier
+from htm_service.records import DType, OnFull, OpenChunk, Residency, Role, Tier
 
 
 def when(seconds: float) -> datetime:
@@ -223,6 +223,46 @@ class Models(Body):
     """All models, by name."""
 
     models: list[Model]
+
+
+class Key(Body):
+    """A caller's key, without its secret."""
+
+    name: str
+    role: Role
+    namespace: str
+    created_at: datetime
+    expires_at: datetime | None
+    requests_per_second: float | None
+    last_used_at: datetime | None = Field(description="About; of the last seconds only this server's uses count.")
+
+    @classmethod
+    def of(cls, key: records.Key) -> Self:
+        """The view of a record."""
+        times = {name: getattr(key, name) for name in ("created_at", "expires_at", "last_used_at")}
+        return cls(
+            **{name: None if at is None else when(at) for name, at in times.items()},  # type: ignore[arg-type]
+            **{name: getattr(key, name) for name in cls.model_fields.keys() - times.keys()},
+        )
+
+
+class Keys(Body):
+    """Callers' keys, by namespace and name."""
+
+    keys: list[Key]
+
+
+class NewKey(Body):
+    """A key that was just made, with its secret."""
+
+    key: str = Field(description="What goes into `Authorization: Bearer KEY`. Nobody is told again.")
+    name: str
+    role: Role
+    namespace: str
+    created_at: datetime
+    expires_at: datetime | None
+    requests_per_second: float | None
+    last_used_at: datetime | None
 
 
 class Info(Body):

@@ -7,6 +7,7 @@ from htm_client.aio import AsyncHTMClient
 from htm_client.client import HTMClient
 from htm_client.errors import (
     ConnectionFailed,
+    Forbidden,
     HTMClientError,
     InvalidArgument,
     InvalidRequest,
@@ -15,6 +16,7 @@ from htm_client.errors import (
     RequestRefused,
     ServerUnavailable,
     SessionConflict,
+    Unauthenticated,
     UnreadableAnswer,
 )
 from htm_client.results import (
@@ -38,6 +40,7 @@ __all__ = [
     "ChunkDetail",
     "ConnectionFailed",
     "Explained",
+    "Forbidden",
     "HTMClient",
     "HTMClientError",
     "InvalidArgument",
@@ -52,5 +55,6 @@ __all__ = [
     "SessionConflict",
     "SessionInfo",
     "Stepped",
+    "Unauthenticated",
     "UnreadableAnswer",
 ]

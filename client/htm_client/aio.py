@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-import warnings
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack
@@ -17,7 +16,6 @@ import httpx
 from htm_client.calls import Call
 from htm_client.in_process import ADDRESS, AsyncApp
 from htm_client.options import (
-    NO_KEYS_YET,
     AppendConditions,
     AppendOptions,
     AttendOptions,
@@ -71,8 +69,6 @@ class AsyncHTMClient:
             AsyncHTMClient, base_url, api_key=api_key, timeout=timeout, retries=retries, binary=binary, sleep=sleep
         )
         address = Address.of("http://localhost" if base_url == ADDRESS else base_url, api_key)
-        if api_key is not None:
-            warnings.warn(NO_KEYS_YET, stacklevel=2)
         if base_url == ADDRESS:
             transport = AsyncApp()
         self._transport = (

@@ -6,7 +6,6 @@ Does not know how calls are written or answers read: see `requests.py`.
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack
@@ -16,7 +15,6 @@ import httpx
 from htm_client.calls import Call
 from htm_client.in_process import ADDRESS, SyncApp
 from htm_client.options import (
-    NO_KEYS_YET,
     AppendConditions,
     AppendOptions,
     AttendOptions,
@@ -70,8 +68,6 @@ class HTMClient:
             HTMClient, base_url, api_key=api_key, timeout=timeout, retries=retries, binary=binary, sleep=sleep
         )
         address = Address.of("http://localhost" if base_url == ADDRESS else base_url, api_key)
-        if api_key is not None:
-            warnings.warn(NO_KEYS_YET, stacklevel=2)
         if base_url == ADDRESS:
             transport = SyncApp()
         self._transport = (

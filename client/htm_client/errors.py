@@ -5,7 +5,9 @@ HTMClientError
 ├── ConnectionFailed        no answer: refused, reset or timed out, after the retries
 ├── UnreadableAnswer        an answer that htm-service does not give: something else is at this address
 └── RequestRefused          the server answered with an error
-    ├── InvalidRequest      400, 401, 403, 405, 413, 415, 422: the request is wrong and will stay wrong
+    ├── InvalidRequest      400, 405, 413, 415, 421, 422: the request is wrong and will stay wrong
+    │   ├── Unauthenticated 401: no api_key, or one that the server does not know (any more)
+    │   └── Forbidden       403: the api_key does not allow it
     ├── NotFound            404, 410
     ├── SessionConflict     409 session_conflict (and the other conflicts)
     │   └── LengthConflict  409 length_conflict; `length` is the session's
@@ -50,6 +52,14 @@ class InvalidRequest(RequestRefused):
     """The request is wrong."""
 
 
+class Unauthenticated(InvalidRequest):
+    """The server does not know the `api_key`, or knows it no longer, or asks for one."""
+
+
+class Forbidden(InvalidRequest):
+    """The `api_key` does not allow it."""
+
+
 class NotFound(RequestRefused):
     """What the request names is not there, or no longer."""
 
@@ -81,6 +91,10 @@ def from_answer(status: int, problem: Mapping[str, Any], request_id: str) -> Req
         kind = SessionConflict
     elif status in {404, 410}:
         kind = NotFound
+    elif status == 401:
+        kind = Unauthenticated
+    elif status == 403:
+        kind = Forbidden
     elif status == 429 or status >= 500:
         kind = ServerUnavailable
     else:

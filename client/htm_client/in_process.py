@@ -25,7 +25,7 @@ def make_app() -> Any:
         raise RuntimeError(
             f"{ADDRESS} runs the server in this process and needs it: pip install htm-client[server] ({error})"
         ) from error
-    return create_app(Settings(store_url="memory://"))
+    return create_app(Settings(store_url="memory://", api_key=None, api_key_file=None))  # nobody else can reach it
 
 
 class AsyncApp(httpx.AsyncBaseTransport):

@@ -5,11 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict
 
-NO_KEYS_YET = (
-    "htm-service has no keys yet: it answers everyone who can reach it, whatever their api_key is. "
-    "The key is sent, so something that stands before the server may check it"
-)
-
 
 class SessionOptions(TypedDict, total=False):
     """Settings of a new session."""

@@ -17,7 +17,7 @@ from htm_service import config as limits
 from htm_service.attention.model import Model
 from htm_service.dtypes import TORCH_DTYPES
 from htm_service.errors import InvalidArgument, quoted
-from htm_service.records import AppendRequest, AttendRequest, CreateRequest, DType, Floats
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest, DType, Floats, SessionKey
 from htm_service.session_settings import SessionSettings
 
 ID = re.compile(limits.NAME_PATTERN)
@@ -32,6 +32,20 @@ def check_id(session_id: str) -> str:
     if not ID.fullmatch(session_id) or session_id in {".", ".."}:
         raise InvalidArgument(f"session id is {quoted(session_id)}, it must match {ID.pattern}, and not be '.' or '..'")
     return session_id
+
+
+def check_namespace(namespace: str) -> str:
+    """A namespace's name, of the same characters."""
+    if not ID.fullmatch(namespace):
+        raise InvalidArgument(f"the namespace is {quoted(namespace)}, it must match {ID.pattern}")
+    return namespace
+
+
+def check_key(key: SessionKey) -> SessionKey:
+    """A session's name."""
+    check_namespace(key.namespace)
+    check_id(key.id)
+    return key
 
 
 def check_prefix(prefix: str) -> str:

@@ -21,7 +21,7 @@ from htm_service.memory.resident import Resident
 from htm_service.reads.worker import DeviceWorker
 from htm_service.store_errors import write_failure
 from htm_service.threads.batcher import LATER, Batcher, Outcome, Ticket
-from storage.base import Append, Appended, Block, DeleteSession, Refused, SessionRow, Store, StoreError, Write
+from storage.base import Append, Appended, Block, DeleteSession, KeyRow, Refused, SessionRow, Store, StoreError, Write
 
 
 class Change(NamedTuple):
@@ -39,7 +39,7 @@ class Upkeep:
 
 
 Work = Change | Upkeep
-Written = SessionRow | Appended | bool
+Written = SessionRow | Appended | KeyRow | bool
 WorkTicket = Ticket[Work, Written]
 
 

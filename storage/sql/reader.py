@@ -19,6 +19,7 @@ from storage.base import (
     Block,
     CheckSettings,
     Damage,
+    KeyRow,
     SessionKey,
     SessionRow,
     Store,
@@ -131,6 +132,11 @@ class SqlReader(Store):
         """See `Store.read_payload_range`."""
         with self._snapshot() as snapshot, contextlib.closing(snapshot.payload_range(sid, start, stop)) as found:
             return within(max_bytes, found)
+
+    def list_keys(self) -> list[KeyRow]:
+        """See `Store.list_keys`."""
+        with self._snapshot() as snapshot:
+            return snapshot.keys()
 
     def totals(self, namespace: str | None = None) -> Totals:
         """See `Store.totals`."""

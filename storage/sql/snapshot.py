@@ -11,8 +11,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, and_, exists, func, or_, select
 
-from storage.base import Block, SessionKey, SessionRow, StoreDamaged, Summary
-from storage.sql.tables import blocks, payloads, sessions, summaries
+from storage.base import Block, KeyRow, SessionKey, SessionRow, StoreDamaged, Summary
+from storage.sql.tables import blocks, keys, payloads, sessions, summaries
 
 ROWS_AT_ONCE = 64
 """Blocks fetched together while streaming; each is at most `rows.BLOCK_BYTES`, or one token."""
@@ -102,6 +102,11 @@ class Snapshot:
             sums = sums.where(sessions.c.namespace == namespace)
         num_sessions, num_tokens, num_bytes = self.connection.execute(sums).one()
         return num_sessions, int(num_tokens or 0), int(num_bytes or 0)
+
+    def keys(self) -> list[KeyRow]:
+        """See `Store.list_keys`."""
+        query = select(keys).order_by(keys.c.namespace, keys.c.name)
+        return [KeyRow(**row) for row in self.connection.execute(query).mappings()]
 
     def _stored_blocks(self, sid: int, start: int, stop: int | None) -> Iterator[tuple[Block, int]]:
         """The blocks that overlap positions start .. stop-1, each with its checksum."""

@@ -82,5 +82,18 @@ owners = Table(
     Column("lease_s", Float),
 )
 
+keys = Table(
+    "keys",
+    metadata,
+    Column("namespace", Name, primary_key=True),
+    Column("name", Name, primary_key=True),
+    Column("digest", LargeBinary, nullable=False),
+    Column("role", String, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("expires_at", Float),
+    Column("requests_per_second", Float),
+    Column("last_used_at", Float),
+)
+
 # Sessions whose row is gone and whose other rows are not, all of them.
 deleted_sessions = Table("deleted_sessions", metadata, Column("sid", Sid, primary_key=True, autoincrement=False))

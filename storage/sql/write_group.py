@@ -19,7 +19,9 @@ from storage.base import (
     Append,
     Appended,
     Compact,
+    CreateKey,
     CreateSession,
+    DeleteKey,
     DeleteSession,
     KeyReused,
     NoSuchSession,
@@ -28,6 +30,7 @@ from storage.base import (
     SessionFull,
     SessionRow,
     UpdateSession,
+    UseKey,
     Write,
     WriteResult,
     WrongLength,
@@ -35,6 +38,7 @@ from storage.base import (
 )
 from storage.sql.compaction import compact
 from storage.sql.deletion import leave
+from storage.sql.keys import apply_to_key
 from storage.sql.prepared import Values
 from storage.sql.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, portions
 from storage.sql.snapshot import row_of
@@ -97,6 +101,8 @@ class WriteGroup:
                 results.append(self._decide(write))
             elif isinstance(write, CreateSession):
                 results.append(self._create(write.row))
+            elif isinstance(write, CreateKey | DeleteKey | UseKey):
+                results.append(apply_to_key(self._connection, write))
             else:
                 self._write_appends()  # so that it sees those before it
                 results.append(self._change(write))

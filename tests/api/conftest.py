@@ -46,6 +46,26 @@ async def client(serve: Serve) -> AsyncIterator[httpx.AsyncClient]:
         yield client
 
 
+ADMIN_KEY = "the-admins-key-of-the-tests"
+
+
+@pytest.fixture
+async def keyed(serve: Serve) -> AsyncIterator[httpx.AsyncClient]:
+    """A client with the admin's key, of a running app that asks for keys: the session `s`, and the key `bob`."""
+    async with serve(api_key=ADMIN_KEY) as client:
+        client.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
+        await fill(client)
+        await make_key(client, "bob")
+        yield client
+
+
+async def make_key(client: httpx.AsyncClient, name: str, role: str = "read", **wish: Any) -> str:
+    """A key's secret."""
+    made = await client.post("/v1/keys", json={"name": name, "role": role, **wish})
+    assert made.status_code == 201, made.text
+    return str(made.json()["key"])
+
+
 async def fill(client: httpx.AsyncClient, session_id: str = "s") -> None:
     """Make the session of the tests."""
     made = await client.put(f"/v1/sessions/{session_id}", json={"dim": 3, "chunk_size": 2})

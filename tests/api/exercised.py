@@ -11,11 +11,13 @@ import httpx
 from api import errors
 from htm_service.errors import HTMError
 from htm_service.metrics import Metrics
+from htm_service.writes.keys import Keys
+from storage.in_memory import MemoryStore
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A good request, on a server with the session `s` of conftest.fill, and the status it gets."""
+    """A good request of an admin, on a server with the session and the key of conftest.keyed, and its status."""
 
     method: str
     path: str
@@ -61,6 +63,9 @@ CALLS: Mapping[str, Call] = {
     "session_heat": Call("GET", "/v1/sessions/s/heat"),
     "list_recalls": Call("GET", "/v1/sessions/s/recalls?include=query"),
     "events": Call("GET", "/v1/events?seconds=0.01"),
+    "list_keys": Call("GET", "/v1/keys"),
+    "create_key": Call("POST", "/v1/keys", 201, {"name": "new", "role": "read"}),
+    "revoke_key": Call("DELETE", "/v1/keys/bob", 204),
 }
 """By operationId. `delete_session` comes last where all are sent to one server."""
 
@@ -74,6 +79,7 @@ class FailingEngine:
     def __init__(self, error: Exception) -> None:
         self.error = error
         self.metrics: Any = Metrics()
+        self.keys = Keys(MemoryStore(), self.create_key, lambda: 0.0)
         self.is_draining = getattr(error, "code", "") == "draining"
 
     def __getattr__(self, name: str) -> Any:

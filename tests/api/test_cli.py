@@ -146,7 +146,7 @@ def test_a_socket_does_not_answer_before_the_server_is_ready() -> None:
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["serve", "--host", "0.0.0.0"], "refusing to listen on 0.0.0.0 without authentication"),
+        (["serve", "--host", "0.0.0.0"], "refusing to listen on 0.0.0.0 without a key"),
         (["serve", "--data", "", "--port", "0"], "data: it must be the path of a directory (got '')"),
         (
             ["serve", "--data", "/dev/null/x", "--port", "0"],
@@ -208,3 +208,46 @@ def test_models(tmp_path: Path) -> None:
     (tmp_path / "in.safetensors").unlink()
     listed = run("models", "list", "--models-dir", str(tmp_path))
     assert [line.split()[0] for line in listed.stdout.splitlines()] == ["navigator", "retrieval"], listed.stderr
+
+
+KEY = "the-admins-key-of-this-test"
+
+
+@pytest.fixture
+def keyed_server(start: Start, tmp_path: Path) -> str:
+    """The address of a server that was given its key as an argument, which nobody sees."""
+    process = start("--port", "0", "--data", str(tmp_path / "data"), "--api-key", KEY)
+    url = ready(process)
+    assert KEY.encode() not in Path(f"/proc/{process.pid}/cmdline").read_bytes()
+    return url
+
+
+def test_keys_are_made_listed_and_revoked(keyed_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    where = ("--url", keyed_server)
+    refused = run("keys", "list", *where)
+    assert refused.exit_code == 1 and "there is no key; send one" in refused.stderr
+    (tmp_path / "key").write_text(KEY)
+    monkeypatch.setenv("HTM_API_KEY_FILE", str(tmp_path / "key"))
+    assert run("keys", "list", *where).stdout == ""
+    options = ("--role", "write", "--namespace", "team", "--expires", "30d", "--requests-per-second", "5")
+    made = run("keys", "create", "agent", *options, *where)
+    assert made.exit_code == 0, made.stderr
+    key = made.stdout.strip()
+    with httpx.Client(base_url=keyed_server, headers={"Authorization": f"Bearer {key}"}) as client:
+        assert client.put("/v1/sessions/s", json={"dim": 3}).status_code == 201
+        listed = run("keys", "list", *where).stdout
+        assert re.search(r"^agent  write  namespace team  until \S+  5 requests/s  used \S+Z\n$", listed), listed
+        assert run("keys", "revoke", "agent", *where).exit_code == 1
+        assert run("keys", "revoke", "agent", "--namespace", "team", *where).exit_code == 0
+        assert client.get("/v1/sessions/s").status_code == 401
+    monkeypatch.delenv("HTM_API_KEY_FILE")
+    monkeypatch.setenv("HTM_API_KEY", KEY)
+    assert "it must be such as 30d" in run("keys", "create", "b", "--role", "read", "--expires", "soon", *where).stderr
+
+
+def test_keys_say_what_is_wrong_with_the_server() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+    refused = run("keys", "list", "--url", f"http://127.0.0.1:{port}")
+    assert refused.exit_code == 1 and "cannot be reached" in refused.stderr and "Traceback" not in refused.stderr
+    assert "must begin with http" in run("keys", "list", "--url", "file:///etc/passwd").stderr

@@ -48,10 +48,10 @@ async def test_a_slash_too_many_is_no_redirect(client: httpx.AsyncClient, path: 
 
 
 @pytest.mark.parametrize("name", CALLS)
-async def test_unknown_query_parameters_are_refused(client: httpx.AsyncClient, name: str) -> None:
+async def test_unknown_query_parameters_are_refused(keyed: httpx.AsyncClient, name: str) -> None:
     path = CALLS[name].path
     path += "&" if "?" in path else "?"
-    problem = check_problem(await CALLS[name].send(client, path=f"{path}lable=a:b"), 422, "invalid_argument")
+    problem = check_problem(await CALLS[name].send(keyed, path=f"{path}lable=a:b"), 422, "invalid_argument")
     assert "unknown query parameter 'lable'; known are" in problem["detail"]
 
 

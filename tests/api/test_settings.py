@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import ValidationError
+from pydantic import SecretStr, ValidationError
 
 from api.machine import memory_bytes
 from api.settings import Settings, env_name, flag_name, of_services, parse_bytes, sentence
@@ -116,10 +116,41 @@ def test_loopback_needs_nothing(host: str) -> None:
 
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "10.0.0.1", "example.org", ""])
-def test_other_hosts_need_insecure(host: str) -> None:
-    with pytest.raises(ValidationError, match="without authentication"):
+def test_other_hosts_need_a_key(host: str, tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match=r"without a key.*HTM_API_KEY.*HTM_API_KEY_FILE.*openssl rand -hex 32"):
         Settings(host=host)
     assert Settings(host=host, insecure=True).host == host
+    assert Settings(host=host, api_key=SecretStr("a-key-of-32-characters-or-so")).host == host
+    (tmp_path / "key").write_text("a-key-from-a-file-of-docker\n")
+    assert Settings(host=host, api_key_file=tmp_path / "key").admin_key == "a-key-from-a-file-of-docker"
+
+
+@pytest.mark.parametrize(
+    "key", ["short", "has a space in its middle", "ключ-который-длинный", "tab\tin-the-middle-of-it"]
+)
+def test_a_key_that_is_none_is_refused_without_being_told(key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HTM_API_KEY", key)
+    with pytest.raises(ValidationError, match="the admin's key has") as caught:
+        Settings()
+    assert key not in sentence(caught.value)
+
+
+def test_the_key_is_never_shown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HTM_API_KEY", "a-key-of-32-characters-or-so")
+    settings = Settings()
+    assert settings.admin_key == "a-key-of-32-characters-or-so"
+    for shown in (repr(settings), str(settings), settings.model_dump_json(), str(settings.model_copy())):
+        assert "a-key-of" not in shown
+    with pytest.raises(ValidationError, match="both api_key and api_key_file are given"):
+        Settings(api_key_file=tmp_path / "key")
+    monkeypatch.setenv("HTM_PORT", "none")
+    with pytest.raises(ValidationError) as caught:
+        Settings()
+    assert "a-key-of" not in sentence(caught.value)
+    monkeypatch.delenv("HTM_API_KEY")
+    monkeypatch.delenv("HTM_PORT")
+    with pytest.raises(ValidationError, match=f"api_key_file cannot be read: .*{tmp_path}/nothing"):
+        Settings(api_key_file=tmp_path / "nothing")
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,14 @@ from storage.base import (
     Appended,
     Block,
     Compact,
+    CreateKey,
     CreateSession,
+    DeleteKey,
     DeleteSession,
+    KeyExists,
     KeyReused,
+    KeyRow,
+    NoSuchKey,
     NoSuchSession,
     SessionExists,
     SessionFull,
@@ -28,6 +33,7 @@ from storage.base import (
     Store,
     Summary,
     UpdateSession,
+    UseKey,
     Write,
     WriteResult,
     WrongLength,
@@ -222,6 +228,19 @@ class StoreContract:
         assert (totals.num_sessions, totals.num_tokens) == (3, 15)
         assert (totals.num_bytes, totals.num_disk_bytes) == (15 * TOKEN_BYTES, 0)
         assert store.totals("nobody").num_sessions == 0 and store.totals().num_tokens == 60
+
+    def test_keys_are_made_used_and_taken_back(self, store: Store) -> None:
+        first = KeyRow("default", "a", b"1" * 32, "admin", NOW)
+        second = KeyRow("C", "a", b"2" * 32, "read", NOW, expires_at=NOW + 7, requests_per_second=0.5)
+        again = replace(first, digest=b"3" * 32)
+        made, other, refused = write(store, CreateKey(first), CreateKey(second), CreateKey(again))
+        assert (made, other) == (first, second) and isinstance(refused, KeyExists)
+        assert store.list_keys() == [second, first]
+        used, missing = write(store, UseKey("default", "a", NOW + 3), UseKey("default", "b", NOW + 3))
+        assert used == replace(first, last_used_at=NOW + 3) and isinstance(missing, NoSuchKey)
+        deleted, missing = write(store, DeleteKey("default", "a"), DeleteKey("default", "a"))
+        assert deleted == used and isinstance(missing, NoSuchKey)
+        assert store.list_keys() == [second]
 
     def test_labels_must_all_be_there(self, store: Store) -> None:
         odd = 'it\'s "odd" %_*\\ \0 /ключ'

@@ -21,7 +21,9 @@ from storage.base import (
     Append,
     Appended,
     Compact,
+    CreateKey,
     CreateSession,
+    DeleteKey,
     DeleteSession,
     KeyReused,
     NoSuchSession,
@@ -33,6 +35,7 @@ from storage.base import (
     StoreError,
     Summary,
     UpdateSession,
+    UseKey,
     Write,
     WriteResult,
     WrongLength,
@@ -196,6 +199,7 @@ class StoreMachine(RuleBasedStateMachine):
             row = replace(write.row, sid=self.last_sid)
             self.model[row.sid] = Session(row)
             return row
+        assert not isinstance(write, CreateKey | DeleteKey | UseKey), "this machine is about sessions"
         session = self.model.get(write.sid)
         if session is None:
             return NoSuchSession()
