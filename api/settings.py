@@ -164,6 +164,7 @@ class Settings(BaseSettings):
     )
     otlp_endpoint: str | None = Field(
         default=None,
+        pattern=r"^https?://\S+$",
         description="Address of an OpenTelemetry collector, such as `http://localhost:4318`, that gets a trace of each "
         "request. Default: none does.",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator, Mapping
@@ -37,6 +38,10 @@ NEEDS: Mapping[str, str] = {
     "list_chunks": "read",
     "inspect_chunk": "read",
     "list_recalls": "read",
+    "session_heat": "read",
+    "explain": "read",
+    "events": "read",
+    "delete_sessions": "write",
     "list_keys": "admin",
     "create_key": "admin",
     "revoke_key": "admin",
@@ -215,6 +220,22 @@ async def test_nothing_of_another_namespace_is_told(
     assert MARK not in (await client.get("/metrics", headers=admin())).text
     assert (await client.get("/v1/sessions/s", headers=theirs)).json()["length"] == 7
     assert ADMIN_KEY not in caplog.text and "htm_" not in caplog.text
+
+
+async def test_events_are_those_of_the_own_namespace(client: httpx.AsyncClient) -> None:
+    theirs = {"Authorization": f"Bearer {await make_key(client, f'key-{MARK}', 'admin', namespace=MARK)}"}
+    mine = {"Authorization": f"Bearer {await make_key(client, 'mine', 'read')}"}
+
+    async def work() -> None:
+        await asyncio.sleep(0.1)
+        for headers in (theirs, admin()):
+            await client.put("/v1/sessions/both", json={"dim": 3}, headers=headers)
+            await client.post("/v1/sessions/both/memories", json={"embeddings": [1, 0, 0]}, headers=headers)
+            await client.post("/v1/sessions/both/attend", json={"queries": [1, 0, 0], "note": MARK}, headers=theirs)
+
+    told, _ = await asyncio.gather(client.get("/v1/events?seconds=1", headers=mine), work())
+    assert MARK not in told.text
+    assert [line for line in told.text.splitlines() if line.startswith("event")] == ["event: session", "event: append"]
 
 
 async def test_an_admin_of_all_names_the_namespace(client: httpx.AsyncClient) -> None:
