@@ -55,20 +55,27 @@ export function parseMetrics(source) {
   return rows;
 }
 
+/** Calls that a page like this one makes by itself, and those that nobody waits for: they are not what the server does. */
+const ASIDE = new Set(["info", "metrics", "events", "livez", "readyz", "other"]);
+
 /** Sums of counters by what matters here, and the buckets of the requests' times. */
 export function summary(rows) {
   const sum = (name, is = () => true) => {
     const own = rows.filter(([one, labels]) => one === name && is(labels));
-    return own.length ? own.reduce((total, [, , value]) => total + value, 0) : null;
+    return own.reduce((total, [, , value]) => total + value, 0);
   };
+  const counts = ({ call: of }) => !ASIDE.has(of), ofDevice = ({ queue }) => queue === "device";
   const buckets = new Map();
-  for (const [name, { le, call: of }, value] of rows)
-    if (name === "htm_request_seconds_bucket" && of !== "events") buckets.set(le === "+Inf" ? Infinity : Number(le), (buckets.get(le === "+Inf" ? Infinity : Number(le)) || 0) + value);
+  for (const [name, labels, value] of rows) {
+    if (name !== "htm_request_seconds_bucket" || !counts(labels)) continue;
+    const le = labels.le === "+Inf" ? Infinity : Number(labels.le);
+    buckets.set(le, (buckets.get(le) || 0) + value);
+  }
   return {
-    requests: sum("htm_requests_total"),
-    failed: sum("htm_requests_total", ({ status }) => status >= "500"),
-    batches: sum("htm_batch_items_count", ({ queue }) => queue === "device"),
-    items: sum("htm_batch_items_sum", ({ queue }) => queue === "device"),
+    requests: sum("htm_requests_total", counts),
+    failed: sum("htm_requests_total", (labels) => counts(labels) && labels.status >= "500"),
+    batches: sum("htm_batch_items_count", ofDevice),
+    items: sum("htm_batch_items_sum", ofDevice),
     buckets: [...buckets].sort((a, b) => a[0] - b[0]),
   };
 }
@@ -107,11 +114,11 @@ async function look() {
   const before = last?.counters;
   sample.attends = per(found.totals.attends, last?.totals.attends);
   sample.requests = counters && before ? per(counters.requests, before.requests) : null;
-  sample.errors = counters && before ? per(counters.failed ?? 0, before.failed ?? 0) : null;
+  sample.errors = counters && before ? per(counters.failed, before.failed) : null;
   sample.p50 = counters && before ? quantile(0.5, counters.buckets, before.buckets) : null;
   sample.p99 = counters && before ? quantile(0.99, counters.buckets, before.buckets) : null;
   const batches = last && found.totals.batches - last.totals.batches;
-  sample.batch = counters?.items && before ? ratio(counters.items - before.items, counters.batches - before.batches)
+  sample.batch = counters && before ? ratio(counters.items - before.items, counters.batches - before.batches)
     : batches > 0 ? Math.max(1, (found.totals.attends - last.totals.attends) / batches) : null;
   sample.waiting = found.totals.waiting_device + found.totals.waiting_store;
   sample.device = found.totals.device_bytes;
@@ -120,7 +127,7 @@ async function look() {
   tell("figures", sample);
 }
 
-export const hasRequests = () => hasMetrics && history.some((sample) => sample.counters?.requests !== null && sample.counters);
+export const hasRequests = () => history.at(-1)?.counters != null;
 
 /** Figures from now on; not while nobody looks. */
 export async function watch() {

@@ -15,7 +15,7 @@ export function said(payload) {
   const texts = Object.entries(payload).filter(([, value]) => typeof value === "string" && value.trim());
   const [name, text] = texts.find(([key]) => ["text", "content", "message", "summary", "title"].includes(key))
     ?? texts.sort((a, b) => b[1].length - a[1].length)[0] ?? [null, JSON.stringify(payload)];
-  const rest = Object.entries(payload).filter(([key]) => key !== name && name !== null)
+  const rest = Object.entries(payload).filter(([key, value]) => key !== name && name !== null && value !== "" && value !== null)
     .map(([key, value]) => `${key}: ${typeof value === "string" ? value : JSON.stringify(value)}`);
   return { text, rest };
 }
