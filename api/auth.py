@@ -151,19 +151,19 @@ class Auth:
         """
         path: str = scope["path"]
         if self._admin_digest is None and not keys.are_asked_for:
-            return (None if self._insecure else refusal(scope)) or _in_namespace(ANYONE, scope)
+            return (None if self._insecure else refusal(scope)) or _in_namespace(ANYONE, _headers(scope)[1])
         if path in self._open or path.startswith(PAGE_FILES):
             return ANYONE
-        secret = _secret(scope)
-        if self._admin_digest is not None and hmac.compare_digest(hashlib.sha256(secret).digest(), self._admin_digest):
-            return _in_namespace(ADMIN, scope)
-        key = keys.find(secret) or await keys.find_again(secret)
+        authorization, named = _headers(scope)
+        digest = hashlib.sha256(_secret(authorization)).digest()
+        if self._admin_digest is not None and hmac.compare_digest(digest, self._admin_digest):
+            return _in_namespace(ADMIN, named)
+        key = keys.find(digest) or await keys.find_again(digest)
         if key is None:
             raise Unauthenticated("the key is not known: it is another server's, was taken back, or has expired")
         if key.requests_per_second is not None:
             self._count(key.digest, key.requests_per_second)
-        role: Role = "admin" if key.role == "admin" else "write" if key.role == "write" else "read"
-        return _in_namespace(Caller(role, key.namespace), scope)
+        return _in_namespace(_caller(key.role, key.namespace), named)
 
     def _count(self, digest: bytes, per_second: float) -> None:
         now = time.monotonic()
@@ -176,25 +176,41 @@ class Auth:
             raise RateLimited(f"this key is good for {per_second:g} requests a second", math.ceil(wait_s))
 
 
-def _secret(scope: Scope) -> bytes:
-    """What follows `Bearer` in the request's header. Raises Unauthenticated."""
+def _headers(scope: Scope) -> tuple[bytes | None, bytes | None]:
+    """What a request has in Authorization and in X-HTM-Namespace."""
+    authorization = named = None
     for name, value in scope["headers"]:
         if name == b"authorization":
-            if value[:7].lower() == b"bearer ":
-                return bytes(value[7:].strip())
-            raise Unauthenticated("the header Authorization holds no Bearer KEY")
-    raise Unauthenticated("there is no key; send one in the header Authorization, as Bearer KEY")
+            authorization = value
+        elif name == b"x-htm-namespace":
+            named = value
+    return authorization, named
 
 
-def _in_namespace(caller: Caller, scope: Scope) -> Caller:
-    """The caller in the namespace that the request names, if any. Raises Forbidden for one that is not the key's."""
-    for name, value in scope["headers"]:
-        if name == b"x-htm-namespace":
-            named = value.decode("latin-1")
-            if caller.namespace == ALL_NAMESPACES:
-                return replace(caller, named=named)
-            if caller.namespace != named:
-                raise Forbidden("this key opens one namespace, and X-HTM-Namespace names another")
+def _secret(authorization: bytes | None) -> bytes:
+    """What follows `Bearer`. Raises Unauthenticated."""
+    if authorization is None:
+        raise Unauthenticated("there is no key; send one in the header Authorization, as Bearer KEY")
+    if authorization[:7].lower() != b"bearer ":
+        raise Unauthenticated("the header Authorization holds no Bearer KEY")
+    return authorization[7:].strip()
+
+
+@lru_cache
+def _caller(role: str, namespace: str) -> Caller:
+    """Who has a key; a role that nobody knows allows the least."""
+    return Caller("admin" if role == "admin" else "write" if role == "write" else "read", namespace)
+
+
+def _in_namespace(caller: Caller, named: bytes | None) -> Caller:
+    """The caller in the namespace that its request names, if any. Raises Forbidden for one that is not the key's."""
+    if named is None:
+        return caller
+    namespace = named.decode("latin-1")
+    if caller.namespace == ALL_NAMESPACES:
+        return replace(caller, named=namespace)
+    if caller.namespace != namespace:
+        raise Forbidden("this key opens one namespace, and X-HTM-Namespace names another")
     return caller
 
 

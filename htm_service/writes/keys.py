@@ -52,19 +52,18 @@ class Keys:
         self._write = write
         self._clock = clock
         self._by_digest: dict[bytes, KeyRow] = {}
-        self._used_at: dict[tuple[str, str], float] = {}
+        self._used_at: dict[bytes, float] = {}
         """Last uses that are not written down."""
         self._reading = asyncio.Lock()
         self._read_at = -math.inf
         self.are_asked_for = False
         """Whether the store has, or had, keys since the start: then nobody calls without one."""
 
-    def find(self, secret: bytes) -> KeyRow | None:
-        """The key with this secret, which counts as used now; None when there is none, or it has expired.
+    def find(self, digest: bytes) -> KeyRow | None:
+        """The key whose secret has this SHA-256, which counts as used now; None when there is none, or it has expired.
 
         Raises Unhealthy when it is not known whether it was taken back.
         """
-        digest = hashlib.sha256(secret).digest()
         row = self._by_digest.get(digest)
         if row is None or not hmac.compare_digest(row.digest, digest):
             return None
@@ -73,17 +72,17 @@ class Keys:
         now = self._clock()
         if row.expires_at is not None and now >= row.expires_at:
             return None
-        self._used_at[row.namespace, row.name] = now
+        self._used_at[digest] = now
         return row
 
-    async def find_again(self, secret: bytes) -> KeyRow | None:
+    async def find_again(self, digest: bytes) -> KeyRow | None:
         """As `find`, of a key that is not known here: it may have been made elsewhere a moment ago."""
         if time.monotonic() - self._read_at > UNKNOWN_S:
             try:
                 await self.read(newer_than=time.monotonic() - UNKNOWN_S)
             except Unhealthy:
                 return None
-        return self.find(secret)
+        return self.find(digest)
 
     async def list(self, namespace: str | None) -> list[Key]:
         """The keys of one namespace, or all."""
@@ -100,7 +99,7 @@ class Keys:
         row = KeyRow(
             wish.namespace,
             wish.name,
-            hashlib.sha256(secret.encode()).digest(),
+            digest_of(secret),
             wish.role,
             now,
             expires_at=None if wish.expires_in_s is None else now + wish.expires_in_s,
@@ -156,11 +155,12 @@ class Keys:
     async def note(self) -> None:
         """Write down when keys were used."""
         used, self._used_at = self._used_at, {}
-        writes = [self._write(UseKey(*name, at), None) for name, at in used.items()]
+        rows = [(self._by_digest[digest], at) for digest, at in used.items() if digest in self._by_digest]
+        writes = [self._write(UseKey(row.namespace, row.name, at), None) for row, at in rows]
         await asyncio.gather(*writes, return_exceptions=True)  # of one that is gone nothing is noted
 
     def _key(self, row: KeyRow) -> Key:
-        last = self._used_at.get((row.namespace, row.name), row.last_used_at)
+        last = self._used_at.get(row.digest, row.last_used_at)
         row = replace(row, last_used_at=last)
         return Key(
             name=row.name,
@@ -171,6 +171,11 @@ class Keys:
             requests_per_second=row.requests_per_second,
             last_used_at=row.last_used_at,
         )
+
+
+def digest_of(secret: str) -> bytes:
+    """What is kept of a secret, and what it is found by."""
+    return hashlib.sha256(secret.encode()).digest()
 
 
 def _check(wish: KeyWish) -> None:

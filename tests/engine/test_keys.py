@@ -11,7 +11,7 @@ from htm_service.engine import Engine
 from htm_service.errors import Unhealthy
 from htm_service.records import KeyWish
 from htm_service.writes import keys as module
-from htm_service.writes.keys import Keys
+from htm_service.writes.keys import Keys, digest_of
 from storage.base import KeyRow, Store, StoreError
 from storage.resolve import open_store
 from tests.engine.test_expiry import Clock
@@ -51,14 +51,14 @@ async def elsewhere(engine: Engine, store: Store, clock: Clock) -> AsyncIterator
 async def test_another_server_learns_of_keys(engine: Engine, elsewhere: Keys) -> None:
     """One that was just made at once, one that was taken back within a second."""
     _, secret = await engine.create_key(WISH)
-    assert elsewhere.find(secret.encode()) is None
+    assert elsewhere.find(digest_of(secret)) is None
     await asyncio.sleep(module.UNKNOWN_S)
-    found = await elsewhere.find_again(secret.encode())
+    found = await elsewhere.find_again(digest_of(secret))
     assert found is not None and (found.name, found.role) == ("k", "write") and elsewhere.are_asked_for
     await engine.revoke_key("default", "k")
     began = time.monotonic()
-    assert engine.keys.find(secret.encode()) is None and await engine.keys.find_again(secret.encode()) is None
-    while elsewhere.find(secret.encode()) is not None:
+    assert engine.keys.find(digest_of(secret)) is None and await engine.keys.find_again(digest_of(secret)) is None
+    while elsewhere.find(digest_of(secret)) is not None:
         await asyncio.sleep(0.01)
         assert time.monotonic() - began < 1.0
     assert elsewhere.are_asked_for, "that none is left lets nobody in"
@@ -67,9 +67,9 @@ async def test_another_server_learns_of_keys(engine: Engine, elsewhere: Keys) ->
 async def test_a_key_expires_by_the_steady_clock(engine: Engine, clock: Clock) -> None:
     _, secret = await engine.create_key(KeyWish(name="k", role="read", namespace="default", expires_in_s=60))
     clock.now += 59.5
-    assert engine.keys.find(secret.encode()) is not None
+    assert engine.keys.find(digest_of(secret)) is not None
     clock.now += 0.5
-    assert engine.keys.find(secret.encode()) is None and await engine.keys.find_again(secret.encode()) is None
+    assert engine.keys.find(digest_of(secret)) is None and await engine.keys.find_again(digest_of(secret)) is None
 
 
 async def test_guesses_cost_the_store_little(engine: Engine, store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,15 +100,15 @@ async def test_a_store_that_cannot_be_read_opens_nothing(
 
     monkeypatch.setattr(store, "list_keys", failing)
     monkeypatch.setattr(module, "STALE_S", 0.3)
-    assert engine.keys.find(secret.encode()) is not None
+    assert engine.keys.find(digest_of(secret)) is not None
     await asyncio.sleep(0.8)
     with pytest.raises(Unhealthy, match="cannot be read from the store"):
-        engine.keys.find(secret.encode())
+        engine.keys.find(digest_of(secret))
     assert await engine.keys.find_again(b"htm_other") is None
     assert "no answer" in caplog.text and secret not in caplog.text
     monkeypatch.undo()
     await engine.list_keys(None)
-    assert engine.keys.find(secret.encode()) is not None
+    assert engine.keys.find(digest_of(secret)) is not None
 
 
 async def test_the_last_use_is_written_down(store: Store, clock: Clock) -> None:
@@ -116,7 +116,7 @@ async def test_the_last_use_is_written_down(store: Store, clock: Clock) -> None:
     await engine.start()
     _, secret = await engine.create_key(WISH)
     clock.now += 7
-    engine.keys.find(secret.encode())
+    engine.keys.find(digest_of(secret))
     await engine.close()
     (row,) = store.list_keys()
     assert row.last_used_at == clock.now and secret.encode() not in row.digest
@@ -130,7 +130,7 @@ async def test_names_are_a_namespaces_own(engine: Engine) -> None:
     assert [key.namespace for key in await engine.list_keys(None)] == ["*", "default", "other"]
     assert [key.namespace for key in await engine.list_keys("other")] == ["other"]
     await engine.revoke_key("other", "k")
-    left = {name for name, secret in secrets.items() if engine.keys.find(secret.encode()) is not None}
+    left = {name for name, secret in secrets.items() if engine.keys.find(digest_of(secret)) is not None}
     assert left == {"default", "*"}
     assert len(set(secrets.values())) == 3 and all(
         secret.isascii() and secret[4:].isalnum() for secret in secrets.values()
