@@ -30,7 +30,7 @@ COPY --from=build /opt/htm /opt/htm
 RUN if [ -n "$(find /opt/htm/lib -path '*/site-packages/triton')" ]; then \
         apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev && rm -rf /var/lib/apt/lists/*; \
     fi
-# HTM_INSECURE: in a container the published port decides who can call; compose.yaml publishes it on 127.0.0.1 only.
+# There is no key in the image: without HTM_API_KEY, or a file HTM_API_KEY_FILE, the server refuses to start and says so.
 # HTM_KERNEL_CACHE, TRITON_CACHE_DIR: kernels are compiled for the machine that they run on, and kept.
 ENV PATH=/opt/htm/bin:$PATH \
     PYTHONDONTWRITEBYTECODE=1 \
@@ -38,7 +38,6 @@ ENV PATH=/opt/htm/bin:$PATH \
     HTM_HOST=0.0.0.0 \
     HTM_PORT=8000 \
     HTM_DATA=/data \
-    HTM_INSECURE=true \
     HTM_KERNEL_CACHE=/data/kernels \
     TRITON_CACHE_DIR=/data/triton
 USER 10001:10001
@@ -47,6 +46,6 @@ EXPOSE 8000
 STOPSIGNAL SIGTERM
 # http.client, because urllib would send the question through a proxy that the environment names.
 HEALTHCHECK --interval=10s --timeout=5s --start-period=60s --retries=3 \
-    CMD ["python3", "-c", "import http.client, os, sys; c = http.client.HTTPConnection('127.0.0.1', int(os.environ['HTM_PORT']), timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
+    CMD ["python3", "-c", "import http.client, os, ssl, sys; at = '127.0.0.1', int(os.environ['HTM_PORT']); c = http.client.HTTPSConnection(*at, timeout=4, context=ssl._create_unverified_context()) if os.environ.get('HTM_TLS_CERT') else http.client.HTTPConnection(*at, timeout=4); c.request('GET', '/readyz'); sys.exit(c.getresponse().status != 200)"]
 ENTRYPOINT ["htm-service"]
 CMD ["serve"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.middleware.errors import ServerErrorMiddleware
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -28,6 +29,9 @@ from htm_service.version import __version__
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
     from htm_service.engine import Engine
 
+CORS_HEADERS = ["Authorization", "Content-Type", "Idempotency-Key", "X-HTM-Namespace", "X-Request-Id"]
+CORS_EXPOSED = ["Location", "Retry-After", "Server-Timing", "X-Batch-Size", "X-Request-Id"]
+"""Headers that pages of other origins may send, and read."""
 DESCRIPTION = "A memory server for agents: chunked memories, Hierarchical Transformer Memory attention over REST."
 
 
@@ -87,6 +91,14 @@ def create_app(
     hot_routes = hot.routes()
     auth = Auth(settings.admin_key, insecure=settings.insecure, metrics_open=settings.metrics_open)
     app.front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, traces, auth)
+    if settings.origins:
+        app.front = CORSMiddleware(
+            app.front,
+            allow_origins=settings.origins,
+            allow_methods=["GET", "POST", "PUT", "PATCH", "DELETE"],
+            allow_headers=CORS_HEADERS,
+            expose_headers=CORS_EXPOSED,
+        )
     app.router.routes.extend(hot_routes)  # for what the short way leaves: other methods are answered 405
     app.include_router(sessions.router())
     app.include_router(inspection.router())

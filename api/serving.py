@@ -13,6 +13,7 @@ import math
 import os
 import signal
 import socket
+import ssl
 import threading
 import time
 from collections.abc import Iterator
@@ -149,6 +150,7 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
         logging.getLogger(__name__).info("%s are Kubernetes' and no settings", ", ".join(others))
     BoundedProtocol.max_connections = raise_file_limit()
     with listen_socket(settings.host, settings.port) as listener:
+        check_tls(settings)
         app = app or create_app(settings.model_copy(update={"kernel_cache": settings.directory_of_kernels}))
         config = uvicorn.Config(
             app,
@@ -159,11 +161,18 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
             access_log=False,
             server_header=False,
             timeout_keep_alive=settings.keep_alive_seconds,
+            ssl_certfile=settings.tls_cert,
+            ssl_keyfile=settings.tls_key,
             proxy_headers=False,  # nobody here asks where a request comes from
             timeout_graceful_shutdown=max(1, math.ceil(settings.drain_seconds * _REQUESTS_SHARE)),
         )
         timer = last_resort(settings.drain_seconds + STOP_MARGIN_S)
-        server = Server(config, address_of(listener), settings.drain_seconds * _NOTICE_SHARE, timer)
+        server = Server(
+            config,
+            address_of(listener, is_tls=settings.tls_cert is not None),
+            settings.drain_seconds * _NOTICE_SHARE,
+            timer,
+        )
         # Who started us with SIGHUP ignored, as nohup does, wants us to outlive the terminal.
         ignored = {signal.SIGHUP} if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else set()
         handlers = {name: signal.signal(name, server.handle_exit) for name in {*ORDERLY, signal.SIGINT} - ignored}
@@ -184,6 +193,19 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
             timer.cancel()
             for name, handler in handlers.items():
                 signal.signal(name, handler)
+
+
+def check_tls(settings: Settings) -> None:
+    """Raise OSError where certificate and key cannot be used, before the store is opened."""
+    if settings.tls_cert is None or settings.tls_key is None:
+        return
+    try:
+        ssl.create_default_context(ssl.Purpose.CLIENT_AUTH).load_cert_chain(settings.tls_cert, settings.tls_key)
+    except OSError as error:
+        why = error.strerror or error
+        raise OSError(
+            f"the certificate {settings.tls_cert} with the key {settings.tls_key} cannot be used: {why}"
+        ) from error
 
 
 def listen_socket(host: str, port: int) -> socket.socket:
@@ -207,7 +229,8 @@ def listen_socket(host: str, port: int) -> socket.socket:
     return listener
 
 
-def address_of(listener: socket.socket) -> str:
+def address_of(listener: socket.socket, *, is_tls: bool = False) -> str:
     """The URL of a bound socket."""
+    scheme = "https" if is_tls else "http"
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

@@ -25,6 +25,7 @@ _OF_SERVICE = r"_(SERVICE_HOST=|SERVICE_PORT(_[A-Z0-9_]+)?=|PORT_[0-9]+_(TCP|UDP
 """What follows the name of a Service in a variable that Kubernetes sets for it."""
 _UNITS = {"": 1, "K": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4}
 _BINARY_UNITS = {f"{unit}I": 1024**power for power, unit in enumerate("KMGT", start=1)}
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.-]+(:\d+)?|https?://\[[0-9A-Fa-f:]+\](:\d+)?")
 MIN_KEY_CHARS = 16
 """Nobody counts who tries keys, and they are compared without a slow hash: they must not be guessable."""
 _KEY = re.compile(rf"[\x21-\x7e]{{{MIN_KEY_CHARS},}}")
@@ -115,6 +116,14 @@ class Settings(BaseSettings):
     api_key_file: Directory | None = Field(default=None, description="A file with the admin's key, such as a secret's.")
     insecure: bool = Field(default=False, description="Answer everyone, on any address, when there are no keys.")
     metrics_open: bool = Field(default=False, description="Whether `/metrics` is answered without a key.")
+    tls_cert: Directory | None = Field(
+        default=None, description="A file with the certificate, and those up to its root: the server then speaks HTTPS."
+    )
+    tls_key: Directory | None = Field(default=None, description="A file with the private key of `tls_cert`.")
+    cors_origins: str = Field(
+        default="",
+        description="Origins whose pages may call with a key, such as `https://app.example.org`; several with commas.",
+    )
     max_body_bytes: Bytes = Field(default=64 << 20, ge=1 << 10, description="Largest request body.")
     max_json_body_bytes: Bytes = Field(
         default=4 << 20,
@@ -186,7 +195,14 @@ class Settings(BaseSettings):
                 f"max_answer_bytes is {self.max_answer_bytes}, below max_json_body_bytes {self.max_json_body_bytes}: "
                 "the largest payload could not be read back"
             )
+        if (self.tls_cert is None) != (self.tls_key is None):
+            raise ValueError("tls_cert and tls_key are given together or not at all")
         self._admin_key = self._read_key()
+        for origin in self.origins:
+            if _ORIGIN.fullmatch(origin) is None:
+                raise ValueError(f"cors_origins has {origin!r}, it must be such as https://app.example.org")
+        if self.origins and self._admin_key is None:
+            raise ValueError("cors_origins lets pages of elsewhere call, which needs an admin's key: HTM_API_KEY")
         if self._admin_key is None and not self.insecure and not is_loopback(self.host):
             raise ValueError(
                 f"refusing to listen on {self.host} without a key: anyone who reaches it could read and delete every "
@@ -214,6 +230,11 @@ class Settings(BaseSettings):
                 "without spaces, and be hard to guess: openssl rand -hex 32 makes one"
             )
         return key
+
+    @property
+    def origins(self) -> list[str]:
+        """The origins of `cors_origins`."""
+        return [origin.strip() for origin in self.cors_origins.split(",") if origin.strip()]
 
     @property
     def admin_key(self) -> str | None:

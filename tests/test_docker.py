@@ -19,6 +19,7 @@ import typer.main
 import yaml
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
+from pydantic import ValidationError
 from sqlalchemy import make_url
 
 from api.app import create_app
@@ -129,8 +130,11 @@ def test_environment_makes_valid_settings(monkeypatch: pytest.MonkeyPatch) -> No
     for name, value in environment().items():
         if name.startswith("HTM_"):
             monkeypatch.setenv(name, value)
+    with pytest.raises(ValidationError, match=r"refusing to listen on 0\.0\.0\.0 without a key"):
+        Settings()
+    monkeypatch.setenv("HTM_API_KEY", "the-admins-key-of-this-test")
     settings = Settings()
-    assert settings.host == "0.0.0.0"
+    assert settings.host == "0.0.0.0" and not settings.insecure
     assert settings.port == Settings.model_fields["port"].default == int(only(FINAL, "EXPOSE"))
     assert str(settings.data) == only(FINAL, "VOLUME")
     assert environment()["PYTHONDONTWRITEBYTECODE"] == "1", "the file system may be read-only"
@@ -191,7 +195,7 @@ def test_stop_signal_is_the_one_that_drains() -> None:
 def test_compose_service(name: str) -> None:
     service = COMPOSE["services"][name]
     port = only(FINAL, "EXPOSE")
-    assert service["ports"] == [f"127.0.0.1:{port}:{port}"], "HTM_INSECURE is right only behind a loopback address"
+    assert service["ports"] == [f"127.0.0.1:{port}:{port}"], "who wants others to reach it reads docs/security.md first"
     (volume,) = service["volumes"]
     assert volume.split(":")[1] == only(FINAL, "VOLUME")
     assert volume.split(":")[0] in COMPOSE["volumes"]
@@ -204,7 +208,18 @@ def test_compose_service(name: str) -> None:
     declared = {argument.partition("=")[0] for argument in arguments(BUILD, "ARG")}
     assert set(service["build"]["args"]) <= declared
     known = {env_name(setting, field) for setting, field in Settings.model_fields.items()}
-    assert set(service.get("environment", {})) <= known
+    assert set(service["environment"]) <= known
+    assert service["environment"]["HTM_API_KEY"] == "${HTM_API_KEY:-}"
+    (secret,) = service["secrets"]
+    assert service["environment"]["HTM_API_KEY_FILE"] == f"${{HTM_API_KEY_FILE:+/run/secrets/{secret}}}"
+    assert COMPOSE["secrets"][secret] == {"file": "${HTM_API_KEY_FILE:-/dev/null}"}
+
+
+def test_an_empty_key_of_compose_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What compose hands over where neither is set."""
+    monkeypatch.setenv("HTM_API_KEY", "")
+    monkeypatch.setenv("HTM_API_KEY_FILE", "")
+    assert Settings().admin_key is None
 
 
 def test_compose_postgresql_service_has_its_database() -> None:
@@ -222,7 +237,7 @@ def test_compose_postgresql_service_has_its_database() -> None:
 def test_compose_gpu_service_asks_for_one() -> None:
     service = COMPOSE["services"]["gpu"]
     assert service["profiles"] == ["gpu"], "without the profile only the CPU's service starts"
-    assert service["environment"] == {"HTM_DEVICE": "cuda"}
+    assert service["environment"]["HTM_DEVICE"] == "cuda"
     (device,) = service["deploy"]["resources"]["reservations"]["devices"]
     assert device == {"driver": "nvidia", "count": 1, "capabilities": ["gpu"]}
     assert "deploy" not in COMPOSE["services"]["htm-service"]

@@ -321,3 +321,20 @@ async def test_keys_of_the_store_count_without_an_admins(serve: Serve, tmp_path:
             check_problem(await client.get("/v1/sessions", headers=admin()), 401, "unauthenticated")
             assert (await client.get("/v1/sessions", headers={"Authorization": f"Bearer {secret}"})).status_code == 200
     assert secret.encode() not in (tmp_path / "htm.sqlite3").read_bytes()
+
+
+async def test_pages_of_elsewhere_are_let_in_by_name(serve: Serve) -> None:
+    """The browser asks first, without a key; then the page calls with one. Nobody is let in without."""
+    async with serve(api_key=ADMIN_KEY, cors_origins="https://app.example.org, http://localhost:5173") as client:
+        for origin, is_known in (("https://app.example.org", True), ("http://localhost:5173", True), ("null", False)):
+            asked = {"Origin": origin, "Access-Control-Request-Method": "PUT"}
+            asked["Access-Control-Request-Headers"] = "authorization,x-htm-namespace"
+            preflight = await client.options("/v1/sessions/s", headers=asked)
+            assert (preflight.status_code == 200) is is_known
+            answer = await client.get("/v1/info", headers={**admin(), "Origin": origin})
+            assert (answer.headers.get("access-control-allow-origin") == origin) is is_known
+            assert "access-control-allow-credentials" not in answer.headers
+            check_problem(await client.get("/v1/info", headers={"Origin": origin}), 401, "unauthenticated")
+    async with serve(api_key=ADMIN_KEY) as client:
+        answer = await client.get("/v1/info", headers={**admin(), "Origin": "https://app.example.org"})
+        assert not any(name.startswith("access-control") for name in answer.headers)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import re
+import shutil
 import signal
 import socket
 import sqlite3
+import ssl
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -211,6 +213,47 @@ def test_models(tmp_path: Path) -> None:
 
 
 KEY = "the-admins-key-of-this-test"
+
+
+@pytest.fixture
+def certificate(tmp_path: Path) -> tuple[Path, Path]:
+    """A certificate of 127.0.0.1, signed by itself, and its key."""
+    if shutil.which("openssl") is None:
+        pytest.skip("there is no openssl to make a certificate")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    names = ["-subj", "/CN=localhost", "-addext", "subjectAltName=IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *names]
+    subprocess.run([*command, "-out", cert, "-keyout", key], check=True, capture_output=True)
+    return cert, key
+
+
+def test_https(start: Start, tmp_path: Path, certificate: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    cert, key = certificate
+    process = start("--port", "0", "--data", str(tmp_path / "data"), "--tls-cert", str(cert), "--tls-key", str(key))
+    assert process.stdout is not None
+    found = re.fullmatch(r"htm-service is ready at (https://127\.0\.0\.1:\d+)\n", process.stdout.readline())
+    assert found is not None
+    with httpx.Client(base_url=found[1], verify=ssl.create_default_context(cafile=str(cert))) as client:
+        assert client.get("/v1/info").status_code == 200
+    monkeypatch.setenv("SSL_CERT_FILE", str(cert))
+    listed = run("keys", "list", "--url", found[1])
+    assert (listed.exit_code, listed.stdout) == (0, "")
+    monkeypatch.delenv("SSL_CERT_FILE")
+    assert "certificate verify failed" in run("keys", "list", "--url", found[1]).stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--tls-cert", "cert.pem"], "tls_cert and tls_key are given together or not at all"),
+        (["--tls-cert", "no.pem", "--tls-key", "no.pem"], "cannot be used: No such file or directory"),
+        (["--cors-origins", "https://a.org/path"], "cors_origins has 'https://a.org/path'"),
+        (["--cors-origins", "https://a.org"], "which needs an admin's key"),
+    ],
+)
+def test_what_cannot_be_opened_to_others(options: list[str], message: str, tmp_path: Path) -> None:
+    refused = run("serve", "--port", "0", "--data", str(tmp_path / "data"), *options)
+    assert refused.exit_code == 1 and message in refused.stderr and "Traceback" not in refused.stderr
 
 
 @pytest.fixture
