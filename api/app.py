@@ -19,7 +19,7 @@ from api.auth import Auth
 from api.disconnect import Watch
 from api.metrics import Metrics
 from api.middleware import Front
-from api.routes import events, hot, hot_openapi, inspection, keys, metrics, pages, server, sessions
+from api.routes import events, hot, hot_openapi, inspection, keys, metrics, pages, quotas, server, sessions
 from api.settings import Settings
 from api.tracing import Traces
 from htm_service.config import EngineConfig
@@ -104,6 +104,7 @@ def create_app(
     app.include_router(inspection.router())
     app.include_router(events.router())
     app.include_router(keys.router())
+    app.include_router(quotas.router())
     app.include_router(server.router())
     app.include_router(metrics.router())
     app.router.routes.extend(pages.routes())

@@ -62,10 +62,12 @@ ROLES: Mapping[str, Role] = {
     "list_keys": "admin",
     "create_key": "admin",
     "revoke_key": "admin",
+    "get_quota": "admin",
+    "put_quota": "admin",
 }
 """What a caller must be at least, by operationId; of a call that is missing here: an admin."""
-OF_ALL_NAMESPACES = frozenset({"metrics"})
-"""Calls that tell of all namespaces, so that only admins of all may make them."""
+OF_ALL_NAMESPACES = frozenset({"metrics", "put_quota"})
+"""Calls that tell of all namespaces, or limit one, so that only admins of all may make them."""
 
 MAX_BUCKETS = 10_000
 """Keys with a rate of their own whose requests are counted."""
@@ -102,7 +104,7 @@ class Caller:
         if wanted in (None, self.space):
             return self.space
         if self.namespace != ALL_NAMESPACES:
-            raise Forbidden("this key opens one namespace, and the body names another")
+            raise Forbidden("this key opens one namespace, and the request is for another")
         return str(wanted)
 
     @property

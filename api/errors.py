@@ -76,6 +76,9 @@ PROBLEMS: Mapping[str, Problem] = {
     "unhealthy": Problem(503, "The server is not healthy", "the device thread has died"),
     "deadline_exceeded": Problem(504, "The deadline has passed", "not begun within 250 ms"),
     "out_of_memory": Problem(507, "The memory budget is exhausted", "needs 8 GiB, the budget is 4 GiB"),
+    "quota_exceeded": Problem(
+        507, "The namespace's quota is used up", "the namespace would hold 11 sessions, its quota is 10"
+    ),
     "disk_full": Problem(507, "The disk is full", "the store could not write: no space left on device"),
 }
 

@@ -21,7 +21,7 @@ from htm_service.attention.registry import RETRIEVAL, ModelRegistry
 from htm_service.clock import SteadyClock
 from htm_service.config import EngineConfig
 from htm_service.errors import Draining, InvalidArgument, SessionDamaged, SessionExpired, SessionNotFound, Unhealthy
-from htm_service.inspection import Inspection, engine_info
+from htm_service.inspection import Inspection, engine_info, quota_info
 from htm_service.kernels.resolve import resolve_for_start
 from htm_service.memory.cache import Cache
 from htm_service.memory.device import choose_device
@@ -45,6 +45,8 @@ from htm_service.records import (
     KeyWish,
     Memories,
     ModelInfo,
+    Quota,
+    QuotaInfo,
     Recall,
     SessionChange,
     SessionInfo,
@@ -63,7 +65,7 @@ from htm_service.writes.compaction import Compaction
 from htm_service.writes.expiry import Expiry
 from htm_service.writes.keys import Keys
 from htm_service.writes.steps import Steps
-from storage.base import Store
+from storage.base import SetQuota, Store
 
 COMPACTION_SHARE = 0.2
 """Of the time that closing may take: to keep the summary keys of the sessions in use."""
@@ -354,6 +356,18 @@ class Engine:
         """Take a key back. Raises KeyNotFound."""
         self._check_open()
         await self.keys.revoke(namespace, name)
+
+    async def quota(self, namespace: str) -> QuotaInfo:
+        """What a namespace may hold, and what it holds."""
+        self._check_open()
+        return await quota_info(self.store, validation.check_namespace(namespace))
+
+    async def set_quota(self, quota: Quota) -> QuotaInfo:
+        """Say what a namespace may hold from now on; what it holds already stays."""
+        self._check_open()
+        validation.check_quota(quota)
+        await self.committer.write(SetQuota(quota), None)
+        return await quota_info(self.store, quota.namespace)
 
     # --- within ---
 

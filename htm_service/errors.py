@@ -26,6 +26,7 @@ HTMError
     ├── DeadlineExceeded deadline_exceeded     the request's own time ran out
     ├── OutOfMemory      out_of_memory         the device budget cannot hold what is asked for
     ├── DiskFull         disk_full             the store could not write
+    ├── QuotaExceeded    quota_exceeded        the namespace would hold more than it may
     └── RateLimited      rate_limited          the caller's own limit of requests
 
 Does not know: HTTP, and the store's own errors (`storage/base.py`), which the engine translates.
@@ -198,6 +199,12 @@ class OutOfMemory(Unavailable):
     """The device budget cannot hold what is asked for."""
 
     code = "out_of_memory"
+
+
+class QuotaExceeded(Unavailable):
+    """The namespace would hold more than its quota allows."""
+
+    code = "quota_exceeded"
 
 
 class RateLimited(Unavailable):

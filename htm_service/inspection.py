@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 
 import numpy as np
 import numpy.typing as npt
@@ -35,6 +36,7 @@ from htm_service.records import (
     Heat,
     Memories,
     ModelInfo,
+    QuotaInfo,
     Tier,
 )
 from htm_service.sessions import validation
@@ -226,6 +228,18 @@ def _noted(session: Session, error: HTMError) -> HTMError:
     if isinstance(error, SessionDamaged):
         session.damage = error.detail
     return error
+
+
+async def quota_info(store: Store, namespace: str) -> QuotaInfo:
+    """What a namespace may hold, and what it holds. Raises Unhealthy."""
+    try:
+        quota = await asyncio.to_thread(store.get_quota, namespace)
+        held = await asyncio.to_thread(store.totals, namespace)
+    except StoreError as error:
+        raise Unhealthy(f"what the namespace holds cannot be read: {error}") from error
+    return QuotaInfo(
+        **asdict(quota), num_sessions=held.num_sessions, num_tokens=held.num_tokens, num_bytes=held.num_bytes
+    )
 
 
 async def engine_info(

@@ -15,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from storage.base import DEFAULT_NAMESPACE as DEFAULT_NAMESPACE
+from storage.base import Quota as Quota
 from storage.base import SessionKey as SessionKey
 
 Floats = npt.NDArray[np.float32]
@@ -361,6 +362,19 @@ class Key:
     expires_at: float | None
     requests_per_second: float | None
     last_used_at: float | None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class QuotaInfo:
+    """What a namespace may hold, None for no limit, and what it holds."""
+
+    namespace: str
+    max_sessions: int | None
+    max_tokens: int | None
+    max_bytes: int | None
+    num_sessions: int
+    num_tokens: int
+    num_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

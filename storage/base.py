@@ -77,6 +77,13 @@ class SessionFull(Refused):
         self.max_tokens = max_tokens
 
 
+class QuotaExceeded(Refused):
+    """The write would take the namespace beyond what it may hold."""
+
+    def __init__(self, what: str, held: int, limit: int) -> None:
+        super().__init__(f"the namespace would hold {held} {what}, its quota is {limit}")
+
+
 class NoSuchKey(Refused):
     """No caller's key has this name."""
 
@@ -174,6 +181,27 @@ class KeyRow:
     last_used_at: float | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Quota:
+    """What a namespace may hold, None for no limit: sessions, their tokens, and the bytes of these."""
+
+    namespace: str
+    max_sessions: int | None = None
+    max_tokens: int | None = None
+    max_bytes: int | None = None
+
+    def check(self, num_sessions: int, num_tokens: int, num_bytes: int) -> QuotaExceeded | None:
+        """Why the namespace may not hold so much, or None."""
+        for what, held, limit in (
+            ("sessions", num_sessions, self.max_sessions),
+            ("tokens", num_tokens, self.max_tokens),
+            ("bytes of tokens", num_bytes, self.max_bytes),
+        ):
+            if limit is not None and held > limit:
+                return QuotaExceeded(what, held, limit)
+        return None
+
+
 class Block(NamedTuple):
     """`num_tokens` consecutive tokens that were appended together, from position `start` on."""
 
@@ -196,7 +224,7 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class CreateSession:
-    """Create `row`; its `sid` and `length` are the store's to fill in. Refused: SessionExists."""
+    """Create `row`; its `sid` and `length` are the store's to fill in. Refused: SessionExists, QuotaExceeded."""
 
     row: SessionRow
 
@@ -219,7 +247,7 @@ class DeleteSession:
 class Append(NamedTuple):
     """Add `num_tokens` tokens at the end of a session.
 
-    Refused: NoSuchSession, WrongLength, SessionFull, KeyReused. With an `idempotency_key` that was used
+    Refused: NoSuchSession, WrongLength, SessionFull, QuotaExceeded, KeyReused. With an `idempotency_key` that was used
     within the last 24 hours with the same `digest`, nothing is written and the first answer is repeated,
     whatever `if_length` and the session's length are now.
     """
@@ -288,9 +316,16 @@ class UseKey:
     at: float
 
 
+@dataclass(frozen=True, slots=True)
+class SetQuota:
+    """Say what a namespace may hold from now on; what it holds already stays."""
+
+    quota: Quota
+
+
 KeyWrite = CreateKey | DeleteKey | UseKey
-Write = CreateSession | UpdateSession | DeleteSession | Append | Compact | KeyWrite
-WriteResult = SessionRow | Appended | KeyRow | Refused
+Write = CreateSession | UpdateSession | DeleteSession | Append | Compact | KeyWrite | SetQuota
+WriteResult = SessionRow | Appended | KeyRow | Quota | Refused
 """CreateSession, UpdateSession and Compact answer the SessionRow as it is now, DeleteSession the one it was; writes of
 keys the KeyRow in the same way."""
 
@@ -436,6 +471,10 @@ class Store(ABC):
     @abstractmethod
     def list_keys(self) -> list[KeyRow]:
         """All callers' keys, by namespace and name."""
+
+    @abstractmethod
+    def get_quota(self, namespace: str) -> Quota:
+        """What a namespace may hold; no limits where none were set."""
 
     @abstractmethod
     def totals(self, namespace: str | None = None) -> Totals:

@@ -28,11 +28,14 @@ from storage.base import (
     KeyWrite,
     NoSuchKey,
     NoSuchSession,
+    Quota,
+    QuotaExceeded,
     Refused,
     SessionExists,
     SessionFull,
     SessionKey,
     SessionRow,
+    SetQuota,
     Store,
     Summary,
     Totals,
@@ -85,6 +88,7 @@ class MemoryStore(Store):
         self._sids: dict[SessionKey, int] = {}
         self._last_sid = 0
         self._keys: dict[tuple[str, str], KeyRow] = {}
+        self._quotas: dict[str, Quota] = {}
 
     def write(self, writes: Sequence[Write], *, now: float) -> list[WriteResult]:
         """See `Store.write`; nothing here can fail half-way."""
@@ -167,6 +171,11 @@ class MemoryStore(Store):
         with self._lock:
             return [self._keys[name] for name in sorted(self._keys)]
 
+    def get_quota(self, namespace: str) -> Quota:
+        """See `Store.get_quota`."""
+        with self._lock:
+            return self._quotas.get(namespace, Quota(namespace))
+
     def totals(self, namespace: str | None = None) -> Totals:
         """See `Store.totals`."""
         with self._lock:
@@ -185,6 +194,7 @@ class MemoryStore(Store):
             self._by_sid.clear()
             self._sids.clear()
             self._keys.clear()
+            self._quotas.clear()
 
     def _payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
         with self._lock:
@@ -200,6 +210,9 @@ class MemoryStore(Store):
             return self._create(write.row)
         if isinstance(write, CreateKey | DeleteKey | UseKey):
             return self._apply_to_key(write)
+        if isinstance(write, SetQuota):
+            self._quotas[write.quota.namespace] = write.quota
+            return write.quota
         session = self._by_sid.get(write.sid)
         if session is None:
             return NoSuchSession(f"there is no session of key {write.sid}")
@@ -235,6 +248,8 @@ class MemoryStore(Store):
     def _create(self, row: SessionRow) -> WriteResult:
         if row.key in self._sids:
             return SessionExists(f"there is a session {row.id!r}")
+        if (refused := self._beyond_quota(row.namespace, num_sessions=1)) is not None:
+            return refused
         self._last_sid += 1
         updated_at = row.updated_at or row.created_at
         settings = dict(row.settings)
@@ -242,6 +257,16 @@ class MemoryStore(Store):
         self._by_sid[row.sid] = _Session(row)
         self._sids[row.key] = row.sid
         return row
+
+    def _beyond_quota(
+        self, namespace: str, *, num_sessions: int = 0, num_tokens: int = 0, num_bytes: int = 0
+    ) -> QuotaExceeded | None:
+        """Why a namespace may not hold so much more, or None."""
+        if (quota := self._quotas.get(namespace)) is None:
+            return None
+        rows = [one.row for one in self._by_sid.values() if one.row.namespace == namespace]
+        held = sum(row.length - row.first_position for row in rows), sum(row.num_bytes for row in rows)
+        return quota.check(len(rows) + num_sessions, held[0] + num_tokens, held[1] + num_bytes)
 
     def _append(self, session: _Session, write: Append, now: float) -> Appended | Refused:
         row, key = session.row, write.idempotency_key
@@ -257,6 +282,14 @@ class MemoryStore(Store):
             first = first_to_keep(row.length, write.num_tokens, row.max_tokens, write.trim_chunk)
             if first is None or write.trim_chunk is None:
                 return SessionFull(row.length, row.max_tokens)
+            num_trimmed = first - row.first_position
+        else:
+            first, num_trimmed = None, 0
+        num_bytes = len(write.data) // write.num_tokens * (write.num_tokens - num_trimmed)
+        refused = self._beyond_quota(row.namespace, num_tokens=write.num_tokens - num_trimmed, num_bytes=num_bytes)
+        if refused is not None:
+            return refused
+        if first is not None and write.trim_chunk is not None:
             row = session.trim(first, write.trim_chunk)
         session.blocks.append(Block(row.length, write.num_tokens, write.data, write.episode))
         for place, payload in enumerate(write.payloads or ()):

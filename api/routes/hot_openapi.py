@@ -43,7 +43,7 @@ _ATTEND_CODES = (
     "deadline_exceeded",
     "out_of_memory",
 )
-_APPEND_CODES = (*BODY_CODES, *SESSION_CODES, *WRITE_CODES, "length_conflict", "idempotency_mismatch")
+_APPEND_CODES = (*BODY_CODES, *SESSION_CODES, *WRITE_CODES, "quota_exceeded", "length_conflict", "idempotency_mismatch")
 
 
 def calls() -> list[HotCall]:

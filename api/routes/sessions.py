@@ -20,6 +20,7 @@ from htm_service.records import SessionKey
 _CREATE_CODES = (
     *BODY_CODES,
     *WRITE_CODES,
+    "quota_exceeded",
     "model_not_found",
     "invalid_argument",
     "overloaded",

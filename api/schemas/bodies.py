@@ -96,6 +96,18 @@ class KeyBody(Request):
         return records.KeyWish(**{**self.model_dump(), "namespace": namespace})
 
 
+class QuotaBody(Request):
+    """Limits of a namespace; what is left out or null has none."""
+
+    max_sessions: int | None = None
+    max_tokens: int | None = Field(None, description="Of all its sessions together, without trimmed ones.")
+    max_bytes: int | None = Field(None, description="Of these tokens, as `stored_bytes` counts them.")
+
+    def record(self, namespace: str) -> records.Quota:
+        """As the engine takes it."""
+        return records.Quota(namespace, **self.model_dump())
+
+
 class Base64Tensor(Body):
     """A tensor as base64: little-endian, C order."""
 

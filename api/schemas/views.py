@@ -265,6 +265,23 @@ class NewKey(Body):
     last_used_at: datetime | None
 
 
+class Quota(Body):
+    """What a namespace may hold, null for no limit, and what it holds."""
+
+    namespace: str
+    max_sessions: int | None
+    max_tokens: int | None
+    max_bytes: int | None
+    num_sessions: int
+    num_tokens: int
+    num_bytes: int
+
+    @classmethod
+    def of(cls, info: records.QuotaInfo) -> Self:
+        """The view of a record."""
+        return cls(**{name: getattr(info, name) for name in cls.model_fields})
+
+
 class Info(Body):
     """The server: version, device and dtype with the reason for both, limits, totals."""
 

@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 from htm_service.cursors import decode_cursor, encode_cursor
 from htm_service.errors import (
+    QuotaExceeded,
     SessionConflict,
     SessionDamaged,
     SessionExpired,
@@ -32,6 +33,7 @@ from htm_service.sessions import validation
 from htm_service.sessions.feed import Feed
 from htm_service.sessions.recalls import RecallLog
 from htm_service.sessions.session import Session
+from storage import base
 from storage.base import (
     FIRST_KEY,
     CreateSession,
@@ -137,6 +139,8 @@ class Directory:
             async with self._lock(key):
                 try:
                     written = await self._write(CreateSession(row), None)
+                except base.QuotaExceeded as error:
+                    raise QuotaExceeded(str(error)) from None
                 except SessionExists:  # by a create that was faster: look again
                     continue
                 assert isinstance(written, SessionRow)

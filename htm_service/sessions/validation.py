@@ -17,7 +17,7 @@ from htm_service import config as limits
 from htm_service.attention.model import Model
 from htm_service.dtypes import TORCH_DTYPES
 from htm_service.errors import InvalidArgument, quoted
-from htm_service.records import AppendRequest, AttendRequest, CreateRequest, DType, Floats, SessionKey
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest, DType, Floats, Quota, SessionKey
 from htm_service.session_settings import SessionSettings
 
 ID = re.compile(limits.NAME_PATTERN)
@@ -46,6 +46,14 @@ def check_key(key: SessionKey) -> SessionKey:
     check_namespace(key.namespace)
     check_id(key.id)
     return key
+
+
+def check_quota(quota: Quota) -> None:
+    """Limits of a namespace: whole numbers from 0 on."""
+    check_namespace(quota.namespace)
+    for name in ("max_sessions", "max_tokens", "max_bytes"):
+        if (limit := getattr(quota, name)) is not None:
+            check_range(name, limit, 0, 2**53)
 
 
 def check_prefix(prefix: str) -> str:

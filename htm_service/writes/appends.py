@@ -13,11 +13,19 @@ from collections.abc import Callable
 import orjson
 
 from htm_service.dtypes import to_bytes
-from htm_service.errors import HTMError, IdempotencyMismatch, InvalidArgument, LengthConflict, SessionNotFound
+from htm_service.errors import (
+    HTMError,
+    IdempotencyMismatch,
+    InvalidArgument,
+    LengthConflict,
+    QuotaExceeded,
+    SessionNotFound,
+)
 from htm_service.records import AppendRequest, AppendResult, Event, Timing
 from htm_service.sessions.feed import Feed
 from htm_service.sessions.session import Session
 from htm_service.writes.committer import Committer
+from storage import base
 from storage.base import Append, Appended, KeyReused, NoSuchSession, Refused, SessionFull, WrongLength
 
 LARGE_BYTES = 256 << 10
@@ -107,6 +115,8 @@ def _refusal(error: Refused, session: Session, write: Append) -> HTMError:
         return LengthConflict(found, length=error.length)
     if isinstance(error, KeyReused):
         return IdempotencyMismatch(str(error))
+    if isinstance(error, base.QuotaExceeded):
+        return QuotaExceeded(str(error))
     assert isinstance(error, SessionFull), error
     if session.settings.trims:
         return InvalidArgument(

@@ -21,7 +21,19 @@ from htm_service.memory.resident import Resident
 from htm_service.reads.worker import DeviceWorker
 from htm_service.store_errors import write_failure
 from htm_service.threads.batcher import LATER, Batcher, Outcome, Ticket
-from storage.base import Append, Appended, Block, DeleteSession, KeyRow, Refused, SessionRow, Store, StoreError, Write
+from storage.base import (
+    Append,
+    Appended,
+    Block,
+    DeleteSession,
+    KeyRow,
+    Quota,
+    Refused,
+    SessionRow,
+    Store,
+    StoreError,
+    Write,
+)
 
 
 class Change(NamedTuple):
@@ -39,7 +51,7 @@ class Upkeep:
 
 
 Work = Change | Upkeep
-Written = SessionRow | Appended | KeyRow | bool
+Written = SessionRow | Appended | KeyRow | Quota | bool
 WorkTicket = Ticket[Work, Written]
 
 

@@ -20,6 +20,7 @@ from storage.base import (
     CheckSettings,
     Damage,
     KeyRow,
+    Quota,
     SessionKey,
     SessionRow,
     Store,
@@ -137,6 +138,11 @@ class SqlReader(Store):
         """See `Store.list_keys`."""
         with self._snapshot() as snapshot:
             return snapshot.keys()
+
+    def get_quota(self, namespace: str) -> Quota:
+        """See `Store.get_quota`."""
+        with self._snapshot() as snapshot:
+            return snapshot.quota(namespace)
 
     def totals(self, namespace: str | None = None) -> Totals:
         """See `Store.totals`."""

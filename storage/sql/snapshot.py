@@ -11,8 +11,8 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, Table, and_, exists, func, or_, select
 
-from storage.base import Block, KeyRow, SessionKey, SessionRow, StoreDamaged, Summary
-from storage.sql.tables import blocks, keys, payloads, sessions, summaries
+from storage.base import Block, KeyRow, Quota, SessionKey, SessionRow, StoreDamaged, Summary
+from storage.sql.tables import blocks, keys, payloads, quotas, sessions, summaries
 
 ROWS_AT_ONCE = 64
 """Blocks fetched together while streaming; each is at most `rows.BLOCK_BYTES`, or one token."""
@@ -107,6 +107,12 @@ class Snapshot:
         """See `Store.list_keys`."""
         query = select(keys).order_by(keys.c.namespace, keys.c.name)
         return [KeyRow(**row) for row in self.connection.execute(query).mappings()]
+
+    def quota(self, namespace: str) -> Quota:
+        """See `Store.get_quota`."""
+        query = select(quotas).where(quotas.c.namespace == namespace)
+        row = self.connection.execute(query).mappings().first()
+        return Quota(namespace) if row is None else Quota(**row)
 
     def _stored_blocks(self, sid: int, start: int, stop: int | None) -> Iterator[tuple[Block, int]]:
         """The blocks that overlap positions start .. stop-1, each with its checksum."""

@@ -20,6 +20,7 @@ from storage.sql import repair
 from storage.sql.deletion import purge_more
 from storage.sql.failures import translated
 from storage.sql.ownership import Ownership
+from storage.sql.quotas import Usages
 from storage.sql.reader import SqlReader, Upkeep
 from storage.sql.repair import Repair
 from storage.sql.write_group import Tally, WriteGroup
@@ -44,6 +45,8 @@ class SqlStore(SqlReader):
         self._writer: Connection | None = None
         self._tallies: dict[int, Tally] = {}
         """What the connection that writes has found out about sessions; dropped with it."""
+        self._usages = Usages()
+        """And about namespaces that have quotas."""
         self._has_deleted = True
         """Whether the files may hold what was deleted. Before this process, something may have been."""
         self._write_lock = threading.Lock()
@@ -52,7 +55,7 @@ class SqlStore(SqlReader):
         """See `Store.write`."""
 
         def work(connection: Connection) -> list[WriteResult]:
-            group = WriteGroup(connection, writes, now, self._tallies)
+            group = WriteGroup(connection, writes, now, self._tallies, self._usages)
             results = group.run()
             self._has_deleted |= group.has_deleted
             return results
@@ -93,6 +96,7 @@ class SqlStore(SqlReader):
         """Do what was planned, in one transaction, then delete what was left. No server may use the store."""
         self._transact(lambda connection: repair.carry_out(connection, repairs))
         self._tallies.clear()
+        self._usages.known.clear()
         self._has_deleted = True
         while self.purge():
             pass
@@ -167,6 +171,7 @@ class SqlStore(SqlReader):
 
     def _drop_writer(self) -> None:
         self._tallies.clear()
+        self._usages.known.clear()
         if self._writer is not None:
             with contextlib.suppress(SQLAlchemyError):
                 self._writer.close()

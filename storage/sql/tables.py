@@ -95,5 +95,14 @@ keys = Table(
     Column("last_used_at", Float),
 )
 
+quotas = Table(
+    "quotas",
+    metadata,
+    Column("namespace", Name, primary_key=True),
+    Column("max_sessions", BigInteger),
+    Column("max_tokens", BigInteger),
+    Column("max_bytes", BigInteger),
+)
+
 # Sessions whose row is gone and whose other rows are not, all of them.
 deleted_sessions = Table("deleted_sessions", metadata, Column("sid", Sid, primary_key=True, autoincrement=False))

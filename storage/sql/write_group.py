@@ -29,6 +29,7 @@ from storage.base import (
     SessionExists,
     SessionFull,
     SessionRow,
+    SetQuota,
     UpdateSession,
     UseKey,
     Write,
@@ -40,6 +41,7 @@ from storage.sql.compaction import compact
 from storage.sql.deletion import leave
 from storage.sql.keys import apply_to_key
 from storage.sql.prepared import Values
+from storage.sql.quotas import Usages
 from storage.sql.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, portions
 from storage.sql.snapshot import row_of
 from storage.sql.tables import idempotency, sessions
@@ -68,6 +70,7 @@ class Tally:
     max_tokens: int | None
     first_position: int
     stored: int
+    namespace: str
     trim_chunk: int | None = None
     """Set when `first_position` has moved and what lies before it is still there."""
 
@@ -75,15 +78,18 @@ class Tally:
 class WriteGroup:
     """See the head of this module. `run` once: decide what becomes of each append, then write.
 
-    `tallies`, by sid, is what the groups before have found out, and is kept up to date; it is wrong when this one's
-    transaction is not committed.
+    `tallies`, by sid, and `usages` are what the groups before have found out, and are kept up to date; they are wrong
+    when this one's transaction is not committed.
     """
 
-    def __init__(self, connection: Connection, writes: Sequence[Write], now: float, tallies: dict[int, Tally]) -> None:
+    def __init__(
+        self, connection: Connection, writes: Sequence[Write], now: float, tallies: dict[int, Tally], usages: Usages
+    ) -> None:
         self._connection = connection
         self._writes = writes
         self._now = now
         self._tallies = tallies
+        self._usages = usages
         self._appends = [write for write in writes if isinstance(write, Append)]
         self._gathered: list[tuple[Append, Appended]] = []
         self._touched: dict[int, Tally] = {}
@@ -103,6 +109,9 @@ class WriteGroup:
                 results.append(self._create(write.row))
             elif isinstance(write, CreateKey | DeleteKey | UseKey):
                 results.append(apply_to_key(self._connection, write))
+            elif isinstance(write, SetQuota):
+                self._write_appends()  # which what the namespace holds is counted with
+                results.append(self._usages.set(self._connection, write.quota))
             else:
                 self._write_appends()  # so that it sees those before it
                 results.append(self._change(write))
@@ -138,7 +147,16 @@ class WriteGroup:
             to_keep = first_to_keep(tally.length, write.num_tokens, tally.max_tokens, write.trim_chunk)
             if to_keep is None:
                 return SessionFull(tally.length, tally.max_tokens)
-            tally.first_position, tally.trim_chunk = to_keep, write.trim_chunk
+            first_position = to_keep
+        num_more = write.num_tokens - (first_position - tally.first_position)
+        usage = self._usages.of(self._connection, tally.namespace)
+        if usage is not None:
+            num_bytes = len(write.data) // write.num_tokens * num_more
+            if (refused := usage.beyond(0, num_more, num_bytes)) is not None:
+                return refused
+            usage.add(0, num_more, len(write.data))  # what a trim takes is known when it was made
+        if first_position != tally.first_position:
+            tally.first_position, tally.trim_chunk = first_position, write.trim_chunk
         answer = Appended(tally.length, length, first_position=tally.first_position)
         self._gathered.append((write, answer))
         if key is not None:
@@ -150,10 +168,10 @@ class WriteGroup:
 
     def _look_up(self, sids: set[int]) -> None:
         table = sessions.c
-        columns = (table.sid, table.length, table.num_bytes, table.max_tokens, table.first_position)
+        columns = (table.sid, table.length, table.num_bytes, table.max_tokens, table.first_position, table.namespace)
         for some in portions(sids, SIDS_AT_ONCE):
             for row in self._connection.execute(select(*columns).where(table.sid.in_(some))):
-                tally = Tally(row.length, row.num_bytes, row.max_tokens, row.first_position, stored=row.length)
+                tally = Tally(row.length, row.num_bytes, row.max_tokens, row.first_position, row.length, row.namespace)
                 self._tallies[row.sid] = tally
 
     def _look_up_keys(self, keys: set[tuple[int, str]], horizon: float) -> None:
@@ -188,6 +206,8 @@ class WriteGroup:
             if (refused := compact(self._connection, write, row.first_position)) is not None:
                 return refused
         else:
+            if (usage := self._usages.of(self._connection, row.namespace)) is not None:  # before it is gone
+                usage.add(-1, row.first_position - row.length, -row.num_bytes)
             self._delete(write)
         return row_of(row)
 
@@ -195,6 +215,11 @@ class WriteGroup:
         of_key = sessions.c.namespace == row.namespace, sessions.c.id == row.id
         if self._connection.execute(select(sessions.c.sid).where(*of_key)).first() is not None:
             return SessionExists(f"there is a session {row.id!r}")
+        usage = self._usages.of(self._connection, row.namespace)
+        if usage is not None:
+            if (refused := usage.beyond(1, 0, 0)) is not None:
+                return refused
+            usage.add(1, 0, 0)
         values = {
             "namespace": row.namespace,
             "id": row.id,
@@ -206,7 +231,7 @@ class WriteGroup:
             "updated_at": row.updated_at or row.created_at,
         }
         created = self._connection.execute(insert(sessions).values(values).returning(sessions)).one()
-        self._tallies[created.sid] = Tally(0, 0, created.max_tokens, 0, 0)
+        self._tallies[created.sid] = Tally(0, 0, created.max_tokens, 0, 0, row.namespace)
         return row_of(created)
 
     def _delete(self, write: DeleteSession) -> None:
@@ -231,7 +256,10 @@ class WriteGroup:
         rows.insert(self._connection)
         for sid, tally in trimming.items():
             assert tally.trim_chunk is not None
-            tally.num_bytes -= trim(self._connection, sid, tally.first_position, tally.trim_chunk)
+            num_cut = trim(self._connection, sid, tally.first_position, tally.trim_chunk)
+            tally.num_bytes -= num_cut
+            if (usage := self._usages.of(self._connection, tally.namespace)) is not None:
+                usage.add(0, 0, -num_cut)
             tally.trim_chunk = None
             self.has_deleted = True
         rows.lengths.extend(

@@ -65,6 +65,8 @@ CALLS: Mapping[str, Call] = {
     "events": Call("GET", "/v1/events?seconds=0.01"),
     "list_keys": Call("GET", "/v1/keys"),
     "create_key": Call("POST", "/v1/keys", 201, {"name": "new", "role": "read"}),
+    "get_quota": Call("GET", "/v1/quotas/default"),
+    "put_quota": Call("PUT", "/v1/quotas/default", 200, {"max_sessions": 1000}),
     "revoke_key": Call("DELETE", "/v1/keys/bob", 204),
 }
 """By operationId. `delete_session` comes last where all are sent to one server."""

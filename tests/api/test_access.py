@@ -45,6 +45,8 @@ NEEDS: Mapping[str, str] = {
     "list_keys": "admin",
     "create_key": "admin",
     "revoke_key": "admin",
+    "get_quota": "admin",
+    "put_quota": "admin of all",
 }
 """What each call needs, said here once more: who adds a call has to say it twice."""
 CALLERS = ("no key", "wrong", "malformed", "revoked", "expired", "read", "write", "admin", "other namespace", "all")
@@ -111,6 +113,8 @@ def expected(name: str, caller: str) -> tuple[int, str]:
     if needs == "admin of all" or (caller in RANKS and RANKS.index(caller) < RANKS.index(needs)):
         return 403, "forbidden"
     if caller == "other namespace":
+        if name == "get_quota":
+            return 403, "forbidden"
         if name == "put_session":
             return 201, ""  # the id is free there
         if name in ON_SESSION:
@@ -292,6 +296,35 @@ async def test_a_key_has_its_own_rate(client: httpx.AsyncClient) -> None:
         check_problem(answer, 429, "rate_limited")
         assert 90 <= int(answer.headers["retry-after"]) <= 100
     assert (await client.get("/v1/info")).status_code == 200, "nobody else's"
+
+
+async def test_a_namespace_holds_no_more_than_its_quota(client: httpx.AsyncClient) -> None:
+    limits = {"max_sessions": 2, "max_tokens": 10, "max_bytes": 1_000}
+    assert (await client.put("/v1/quotas/blue", json=limits)).json() == {
+        "namespace": "blue", **limits, "num_sessions": 0, "num_tokens": 0, "num_bytes": 0,
+    }  # fmt: skip
+    theirs = {"Authorization": f"Bearer {await make_key(client, 'blue', 'admin', namespace='blue')}"}
+    for id_, status in (("a", 201), ("b", 201), ("c", 507), ("a", 200)):
+        made = await client.put(f"/v1/sessions/{id_}", json={"dim": 3}, headers=theirs)
+        assert made.status_code == status
+    appends = (
+        client.post(f"/v1/sessions/{'ab'[number % 2]}/memories", json={"embeddings": [1, 0, 0]}, headers=theirs)
+        for number in range(17)
+    )
+    answers = await asyncio.gather(*appends)
+    assert sum(answer.status_code == 200 for answer in answers) == 10, "however many come at once"
+    refused = next(answer for answer in answers if answer.status_code != 200)
+    problem = check_problem(refused, 507, "quota_exceeded")
+    assert problem["detail"] == "the namespace would hold 11 tokens, its quota is 10" and refused.headers["retry-after"]
+    assert (await client.get("/v1/quotas/blue", headers=theirs)).json()["num_tokens"] == 10
+    check_problem(await client.put("/v1/quotas/blue", json={}, headers=theirs), 403, "forbidden")
+    await client.delete("/v1/sessions/a", headers=theirs)
+    await client.put("/v1/sessions/c", json={"dim": 3}, headers=theirs)
+    body = {"embeddings": [[1, 0, 0]] * 5}
+    assert (await client.post("/v1/sessions/c/memories", json=body, headers=theirs)).status_code == 200
+    assert (await client.post("/v1/sessions/s/memories", json=body)).status_code == 200, "of another namespace"
+    for wrong in ({"max_tokens": -1}, {"max_bytes": 1.5}, {"max_sessoins": 3}):
+        check_problem(await client.put("/v1/quotas/blue", json=wrong), 422, "invalid_argument")
 
 
 async def test_metrics_may_be_open(serve: Serve) -> None:

@@ -25,6 +25,7 @@ INJECTED = {
     "deadline_exceeded",
     "out_of_memory",
     "disk_full",
+    "quota_exceeded",
     "internal_error",
     "session_expired",
     "session_damaged",

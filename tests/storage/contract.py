@@ -26,10 +26,13 @@ from storage.base import (
     KeyRow,
     NoSuchKey,
     NoSuchSession,
+    Quota,
+    QuotaExceeded,
     SessionExists,
     SessionFull,
     SessionKey,
     SessionRow,
+    SetQuota,
     Store,
     Summary,
     UpdateSession,
@@ -241,6 +244,43 @@ class StoreContract:
         deleted, missing = write(store, DeleteKey("default", "a"), DeleteKey("default", "a"))
         assert deleted == used and isinstance(missing, NoSuchKey)
         assert store.list_keys() == [second]
+
+    def test_a_namespace_holds_no_more_than_its_quota(self, store: Store) -> None:
+        """Within a group and over groups, with what deletions and trims give back; another is not affected."""
+        ours = create(store, "a", namespace="ours")
+        append(store, ours.sid, 3)
+        quota = Quota("ours", max_sessions=2, max_tokens=10)
+        assert store.get_quota("ours") == Quota("ours") and write(store, SetQuota(quota)) == [quota]
+        assert store.get_quota("ours") == quota and store.get_quota("default") == Quota("default")
+        second, third = (CreateSession(SessionRow(id_, {}, NOW, namespace="ours")) for id_ in "bc")
+        made, refused = write(store, second, third)
+        assert isinstance(made, SessionRow) and isinstance(refused, QuotaExceeded)
+        assert str(refused) == "the namespace would hold 3 sessions, its quota is 2"
+        sids = (ours.sid, made.sid)
+        outcomes = write(store, *(Append(sids[number % 2], 2, token(1) * 2) for number in range(5)))
+        assert [isinstance(outcome, Appended) for outcome in outcomes] == [True] * 3 + [False] * 2
+        assert isinstance(append(store, ours.sid, 2), QuotaExceeded) and isinstance(
+            append(store, made.sid, 1), Appended
+        )
+        deleted, again, created = write(store, DeleteSession(ours.sid), Append(made.sid, 7, token(2) * 7), third)
+        assert isinstance(deleted, SessionRow) and isinstance(again, Appended) and isinstance(created, SessionRow)
+        assert store.totals("ours").num_tokens == 10
+        assert isinstance(append(store, create(store).sid, 99), Appended)
+        write(store, SetQuota(Quota("ours", max_bytes=13 * TOKEN_BYTES)))
+        assert isinstance(append(store, created.sid, 3), Appended) and isinstance(
+            append(store, made.sid, 1), QuotaExceeded
+        )
+        write(store, SetQuota(Quota("ours")))
+        assert isinstance(append(store, made.sid, 50), Appended)
+
+    def test_what_trims_itself_stays_within_a_quota(self, store: Store) -> None:
+        row = create(store, "a", max_tokens=6)
+        write(store, SetQuota(Quota("default", max_tokens=6, max_bytes=8 * TOKEN_BYTES)))
+        for number in range(23):
+            outcome = append(store, row.sid, 1, number, trim_chunk=3)
+            assert isinstance(outcome, Appended), outcome
+        assert store.totals("default").num_tokens <= 6
+        assert isinstance(append(store, create(store, "b").sid, 7), QuotaExceeded)
 
     def test_labels_must_all_be_there(self, store: Store) -> None:
         odd = 'it\'s "odd" %_*\\ \0 /ключ'

@@ -265,7 +265,7 @@ def test_a_newer_database_is_refused(path: Path) -> None:
     open_store(f"sqlite:///{path}").close()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    refused_unchanged(path, "has schema version 9999, this release knows up to 0009: it is newer")
+    refused_unchanged(path, "has schema version 9999, this release knows up to 0010: it is newer")
 
 
 def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from storage.base import (
     SessionExists,
     SessionFull,
     SessionRow,
+    SetQuota,
     Store,
     StoreError,
     Summary,
@@ -199,7 +200,7 @@ class StoreMachine(RuleBasedStateMachine):
             row = replace(write.row, sid=self.last_sid)
             self.model[row.sid] = Session(row)
             return row
-        assert not isinstance(write, CreateKey | DeleteKey | UseKey), "this machine is about sessions"
+        assert not isinstance(write, CreateKey | DeleteKey | UseKey | SetQuota), "this machine is about sessions"
         session = self.model.get(write.sid)
         if session is None:
             return NoSuchSession()
