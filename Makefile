@@ -7,12 +7,13 @@ STAMP  := $(VENV)/.installed
 PIP    := $(PYTHON) -m pip --python $(BIN)/python --disable-pip-version-check install -q -c constraints.txt
 AXE    := 4.14.1
 PEERS  := .venv-peers
+REPORT := .venv-report
 ARGS   ?=
 GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup browser demo serve test faults check format bench bench-breakdown bench-gpu gpu-check bench-peers bench-plots image clean
+.PHONY: help setup browser demo serve test faults fuzz report check format bench bench-breakdown bench-gpu gpu-check bench-peers bench-plots image clean
 
 help:  ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s%s\n", $$1, $$2 }' Makefile
@@ -48,6 +49,17 @@ test: $(STAMP)  ## Run all tests with coverage (ARGS="-k arena")
 
 faults: $(STAMP)  ## Provoke R1 to R14 in full, up to half an hour; make test has a little of each (ARGS="-k r1_")
 	@$(BIN)/python -m pytest tests/faults --full -q $(ARGS)
+
+fuzz: $(STAMP)  ## R13 in full: requests made of openapi.json and bodies of the binary format, 10,000 in all
+	@$(BIN)/python -m pytest tests/faults/test_r13_fuzzing.py --full -q $(ARGS)
+
+# In an environment of their own, so that the tools are not among what they report.
+report: $(STAMP)  ## What is installed: versions and licences, and a bill of materials (build/sbom.json, CycloneDX)
+	@$(PYTHON) -m venv --without-pip $(REPORT)
+	@$(PYTHON) -m pip --python $(REPORT)/bin/python --disable-pip-version-check install -q pip-licenses cyclonedx-bom
+	@mkdir -p build
+	@$(REPORT)/bin/cyclonedx-py environment $(BIN)/python -o build/sbom.json
+	@$(REPORT)/bin/pip-licenses --python=$(BIN)/python --order=license
 
 check: $(STAMP)  ## Format, lint, types, Dockerfile
 	$(BIN)/ruff format --check .
@@ -93,4 +105,4 @@ image:  ## Build the image htm-service (ARGS="--build-arg ...", see Dockerfile)
 	docker build -t htm-service $(ARGS) .
 
 clean:  ## Remove the environment, caches and build output
-	rm -rf $(VENV) $(PEERS) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info client/build client/*.egg-info
+	rm -rf $(VENV) $(PEERS) $(REPORT) .mypy_cache .ruff_cache .pytest_cache .hypothesis .coverage build *.egg-info client/build client/*.egg-info
