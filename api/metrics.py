@@ -66,12 +66,17 @@ class Metrics:
             buckets=SECONDS,
             registry=self.registry,
         )
+        self._series: dict[tuple[str, int], tuple[Counter, Histogram]] = {}
         self._errors = Counter("htm_errors", "Errors by their code.", ["code"], registry=self.registry)
 
     def count(self, request: Measured, status: int) -> None:
         """A request that was answered just now."""
-        self._requests.labels(request.call, str(status)).inc()
-        self._seconds.labels(request.call).observe(time.perf_counter() - request.began)
+        series = self._series.get((request.call, status))
+        if series is None:  # to look for it in the library each time costs as much as to count
+            found = self._requests.labels(request.call, str(status)), self._seconds.labels(request.call)
+            series = self._series[request.call, status] = found
+        series[0].inc()
+        series[1].observe(time.perf_counter() - request.began)
         if request.code:
             self._errors.labels(request.code).inc()
 
