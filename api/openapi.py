@@ -36,7 +36,7 @@ SESSION_CODES = (
     "internal_error",
 )
 """What every call on a session can answer; those that read it tell, too, what could not be written (`behind.py`)."""
-CALLER_CODES = ("unauthenticated", "forbidden", "misdirected_request", "rate_limited")
+CALLER_CODES = ("unauthenticated", "forbidden", "misdirected_request", "rate_limited", "unhealthy")
 """What every call can answer to one who may not call, but for those that are open to all."""
 BODY_CODES = ("malformed_body", "body_too_large", "unsupported_media_type")
 """What every call with a body can answer."""

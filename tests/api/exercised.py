@@ -82,6 +82,7 @@ class FailingEngine:
         self.error = error
         self.metrics: Any = Metrics()
         self.keys = Keys(MemoryStore(), self.create_key, lambda: 0.0)
+        self.keys.find = self._find  # type: ignore[method-assign]
         self.is_draining = getattr(error, "code", "") == "draining"
 
     def __getattr__(self, name: str) -> Any:
@@ -94,6 +95,9 @@ class FailingEngine:
         raise self.error
 
     def listen(self, namespace: str, session_id: str | None) -> None:
+        raise self.error
+
+    def _find(self, digest: bytes) -> None:
         raise self.error
 
     def unhealthy_reason(self) -> str | None:
