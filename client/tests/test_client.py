@@ -13,12 +13,14 @@ import safetensors.numpy
 from htm_client import (
     AsyncHTMClient,
     ConnectionFailed,
+    Forbidden,
     HTMClient,
     InvalidRequest,
     LengthConflict,
     NotFound,
     ServerUnavailable,
     SessionConflict,
+    Unauthenticated,
 )
 from htm_client import (
     safetensors as wire,
@@ -247,12 +249,22 @@ def test_an_answer_that_is_no_problem_document() -> None:
 
 def test_the_api_key_and_the_path_are_sent() -> None:
     fake = Fake(httpx.Response(204))
-    with pytest.warns(UserWarning, match="no keys yet"):
-        client = fake_client("sync", fake, api_key="secret")
+    client = fake_client("sync", fake, api_key="secret")
     client.delete_session("a~b.c")
     assert fake.requests[0].headers["authorization"] == "Bearer secret"
     assert fake.requests[0].url.path == "/v1/sessions/a~b.c"
     client.end()
+
+
+def test_what_a_key_does_not_open_has_errors_of_its_own() -> None:
+    """They are wrong requests too, and are not tried again."""
+    for status, code, kind in ((401, "unauthenticated", Unauthenticated), (403, "forbidden", Forbidden)):
+        fake = Fake(httpx.Response(status, json={"code": code, "detail": "there is no key"}))
+        client = fake_client("sync", fake)
+        with pytest.raises(kind, match="there is no key") as caught:
+            client.info()
+        assert isinstance(caught.value, InvalidRequest) and caught.value.code == code and len(fake.requests) == 1
+        client.end()
 
 
 def test_safetensors_as_others_write_and_read_it() -> None:
