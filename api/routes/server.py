@@ -7,7 +7,7 @@ from starlette.requests import Request
 
 from api.openapi import problems
 from api.routes.context import JsonRoute, caller_of, engine_of, settings_of
-from api.schemas.views import Health, Info, Model, Models
+from api.schemas.views import Caller, Health, Info, Model, Models
 from htm_service.errors import Draining, ModelNotFound, Unhealthy, quoted
 
 
@@ -48,7 +48,8 @@ def router() -> APIRouter:
 
 async def info(request: Request) -> Info:
     """Describe the server: version, device and dtype with the reason for both, limits, totals."""
-    found = await engine_of(request).info(caller_of(request).sees)
+    who = caller_of(request)
+    found = await engine_of(request).info(who.sees)
     settings = settings_of(request)
     own = {"max_body_bytes": settings.max_body_bytes, "max_json_body_bytes": settings.max_json_body_bytes}
     return Info(
@@ -62,6 +63,7 @@ async def info(request: Request) -> Info:
         models=[item.name for item in found.models if item.error is None],
         limits={**found.limits, **own},
         totals=dict(found.totals),
+        caller=Caller(role=who.role, opens=who.namespace, namespace=who.space) if who.is_known else None,
     )
 
 

@@ -282,6 +282,14 @@ class Quota(Body):
         return cls(**{name: getattr(info, name) for name in cls.model_fields})
 
 
+class Caller(Body):
+    """Who asks: what the key may do, the namespace it opens (`*`: any), and the one that this call is about."""
+
+    role: Role
+    opens: str
+    namespace: str
+
+
 class Info(Body):
     """The server: version, device and dtype with the reason for both, limits, totals."""
 
@@ -295,6 +303,7 @@ class Info(Body):
     models: list[str]
     limits: dict[str, int | float]
     totals: dict[str, int | float]
+    caller: Caller | None = Field(description="Who asks, by the key; null where the server asks for none.")
 
 
 class Health(Body):

@@ -1,12 +1,15 @@
 // The calls of the server, with the key of this tab where one is needed; and its events.
 
-const KEY = "htm-service key";
+const KEY = "htm-service key", NAMESPACE = "htm-service namespace";
 let signingIn = null;
 let signIn = async () => false;
 
 export const key = () => sessionStorage.getItem(KEY);
 export const keepKey = (text) => sessionStorage.setItem(KEY, text);
-export const forgetKey = () => sessionStorage.removeItem(KEY);
+export const forgetKey = () => { sessionStorage.removeItem(KEY); sessionStorage.removeItem(NAMESPACE); };
+/** Of a key that opens all namespaces: the one that is looked at. */
+export const namespace = () => sessionStorage.getItem(NAMESPACE);
+export const keepNamespace = (text) => (text ? sessionStorage.setItem(NAMESPACE, text) : sessionStorage.removeItem(NAMESPACE));
 export const onUnauthenticated = (ask) => { signIn = ask; };
 
 /** An answer that is an error, with its code. */
@@ -24,7 +27,10 @@ async function send(path, { method = "GET", query = {}, body, accept = "applicat
     for (const one of [value].flat()) if (one !== null && one !== undefined && one !== "") url.searchParams.append(name, one);
   while (true) {
     const used = key();
-    const headers = { Accept: accept, ...(used ? { Authorization: `Bearer ${used}` } : {}), ...(body ? { "Content-Type": "application/json" } : {}) };
+    const headers = { Accept: accept };
+    if (used) headers.Authorization = `Bearer ${used}`;
+    if (namespace() && path !== "/metrics") headers["X-HTM-Namespace"] = namespace();
+    if (body) headers["Content-Type"] = "application/json";
     const response = await fetch(url, { method, headers, body: body && JSON.stringify(body), signal, cache: "no-store" });
     if (response.ok) return response;
     const problem = await response.json().catch(() => ({}));

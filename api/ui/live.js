@@ -119,9 +119,9 @@ async function look() {
   sample.p99 = counters && before ? quantile(0.99, counters.buckets, before.buckets) : null;
   const batches = last && found.totals.batches - last.totals.batches;
   sample.batch = counters && before ? ratio(counters.items - before.items, counters.batches - before.batches)
-    : batches > 0 ? Math.max(1, (found.totals.attends - last.totals.attends) / batches) : null;
-  sample.waiting = found.totals.waiting_device + found.totals.waiting_store;
-  sample.device = found.totals.device_bytes;
+    : batches > 0 ? Math.max(1, (found.totals.attended_queries - last.totals.attended_queries) / batches) : null;
+  sample.waiting = found.totals.waiting_device === undefined ? null : found.totals.waiting_device + found.totals.waiting_store; // not of one namespace
+  sample.device = found.totals.device_bytes ?? null;
   history.push(sample);
   if (history.length > KEPT) history.shift();
   tell("figures", sample);

@@ -25,9 +25,10 @@ export function serverView() {
     if (!info) return;
     const { totals } = info, budget = info.limits.memory_budget_bytes;
     facts.replaceChildren(fact("Version", info.version), fact("Device", info.device, info.device_reason), fact("Kernel", info.kernel, info.kernel_reason), fact("Tokens are kept as", info.dtype, info.dtype_reason),
-      fact("Models", info.models.join(", ")), fact("Sessions", number(totals.sessions), `${number(totals.resident_sessions)} on the device`), fact("Tokens", number(totals.tokens)), fact("On disk", bytes(totals.disk_bytes || totals.stored_bytes)));
+      fact("Models", info.models.join(", ")), fact("Sessions", number(totals.sessions), totals.resident_sessions !== undefined && `${number(totals.resident_sessions)} on the device`), fact("Tokens", number(totals.tokens)), fact("On disk", bytes(totals.disk_bytes || totals.stored_bytes)));
+    memory.hidden = plots.waiting.figure.hidden = plots.device.figure.hidden = plots.batch.figure.hidden = plots.rate.figure.hidden = totals.device_bytes === undefined; // a key of one namespace sees that alone
     const used = totals.device_bytes / budget, keys = totals.device_key_bytes / budget;
-    memory.replaceChildren(el("div", { class: "between small" }, el("span", {}, "Device memory"), el("span", { class: "dim" }, `${bytes(totals.device_bytes)} of ${bytes(budget)} (${percent(used)}), ${bytes(totals.device_key_bytes)} of it summary keys`)),
+    if (!memory.hidden) memory.replaceChildren(el("div", { class: "between small" }, el("span", {}, "Device memory"), el("span", { class: "dim" }, `${bytes(totals.device_bytes)} of ${bytes(budget)} (${percent(used)}), ${bytes(totals.device_key_bytes)} of it summary keys`)),
       el("div", { class: "track", role: "img", "aria-label": `${percent(used)} of the device's budget is in use` }, el("i", { class: "keys", share: keys }), el("i", { share: used - keys })));
     const line = (name) => history.map((sample) => [sample.at, sample[name]]);
     const counts = hasRequests();

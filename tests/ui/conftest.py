@@ -59,6 +59,18 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     server.close()
 
 
+ADMIN_KEY = "the-admins-key-of-the-tests"
+
+
+@pytest.fixture(scope="package")
+def guarded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that asks for keys."""
+    server = Server(tmp_path_factory.mktemp("guarded"), environment={"HTM_API_KEY": ADMIN_KEY})
+    server.start()
+    yield server
+    server.close()
+
+
 @pytest.fixture
 def client(server: Server) -> Iterator[HTMClient]:
     """A client of that server, of which every test starts with no session."""

@@ -8,11 +8,13 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
+import httpx
 import numpy as np
 from htm_client import HTMClient
 from playwright.sync_api import Page, Route, expect
 
 from tests.served.server import Server
+from tests.ui.conftest import ADMIN_KEY
 
 DIM = 16
 NOTES = ["the key is under the mat", "milk is in the fridge", "the meeting is on friday"]
@@ -218,36 +220,42 @@ def test_deleting_is_asked_back(page: Page, client: HTMClient) -> None:
     assert list(client.sessions()) == []
 
 
-def test_a_server_that_asks_for_a_key_gets_one(troubled_page: Page, client: HTMClient) -> None:
-    """The key goes with every call, events too, and stays in the tab."""
+def test_a_server_that_asks_for_a_key_gets_one(troubled_page: Page, guarded: Server) -> None:
+    """The key goes with every call, events too, and stays in the tab; what it may not do is not offered."""
     page = troubled_page
-    client.create_session("a", dim=DIM)
-    asked: list[str] = []
-
-    def guard(route: Route) -> None:
-        asked.append(route.request.url)
-        if route.request.headers.get("authorization") != "Bearer htm_right":
-            problem = {"status": 401, "code": "unauthenticated", "detail": "there is no key"}
-            route.fulfill(status=401, content_type="application/problem+json", body=json.dumps(problem))
-        else:
-            route.continue_()
-
-    page.route("**/v1/**", guard)
-    page.goto("/ui")
-    field = page.get_by_label("Key")
-    field.fill("htm_wrong")
-    page.get_by_role("button", name="Sign in").click()
-    expect(page.get_by_text("The server does not take this key.")).to_be_visible()
-    field.fill("htm_right")
-    page.get_by_role("button", name="Sign in").click()
-    see(page, ["a"])
-    expect(page.locator("#state")).to_have_text("live")
-    assert page.evaluate("Object.values(sessionStorage)") == ["htm_right"]
-    assert page.evaluate("localStorage.length") == 0 and not page.context.cookies()
-    assert not [url for url in asked if "htm_" in url], "a key has no place in an address"
-    page.get_by_role("button", name="Sign out").click()
-    expect(page.get_by_label("Key")).to_be_visible()
-    assert page.evaluate("sessionStorage.length") == 0
+    with httpx.Client(base_url=guarded.url, headers={"Authorization": f"Bearer {ADMIN_KEY}"}, trust_env=False) as admin:
+        made = admin.post("/v1/keys", json={"name": "bob", "role": "read"}).raise_for_status().json()["key"]
+        admin.put("/v1/sessions/a", json={"dim": DIM, "labels": {"user": "ana"}}).raise_for_status()
+        admin.put("/v1/sessions/b", json={"dim": DIM}, headers={"X-HTM-Namespace": "other"}).raise_for_status()
+        asked: list[str] = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(f"{guarded.url}/ui")
+        field = page.get_by_label("Key")
+        field.fill("htm_wrong")
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_text("The server does not take this key.")).to_be_visible()
+        field.fill(made)
+        page.get_by_role("button", name="Sign in").click()
+        see(page, ["a"])
+        expect(page.locator("#state")).to_have_text("live")
+        assert page.evaluate("Object.values(sessionStorage)") == [made]
+        assert page.evaluate("localStorage.length") == 0 and not page.context.cookies()
+        assert not [url for url in asked if made in url], "a key has no place in an address"
+        page.get_by_role("link", name="a", exact=True).click()
+        expect(page.get_by_role("heading", name="a", exact=True)).to_be_visible()
+        expect(page.get_by_role("button", name="Delete…")).to_be_hidden()
+        admin.delete("/v1/keys/bob").raise_for_status()
+        expect(page.get_by_text("The server does not take this key.")).to_be_visible(timeout=10_000)
+        field.fill(ADMIN_KEY)
+        page.get_by_role("button", name="Sign in").click()
+        expect(page.get_by_role("button", name="Delete…")).to_be_visible()
+        page.get_by_role("button", name="namespace default").click()
+        page.get_by_role("textbox", name="Namespace").fill("other")
+        page.get_by_role("button", name="Look").click()
+        see(page, ["b"])
+        page.get_by_role("button", name="Sign out").click()
+        expect(page.get_by_label("Key")).to_be_visible()
+        assert page.evaluate("sessionStorage.length") == 0
 
 
 METRICS = """# TYPE htm_requests_total counter
