@@ -59,9 +59,10 @@ class Attends:
         self.num_queries += len(request.queries)
         session.num_attends += 1
         session.num_queries += len(request.queries)
-        recall = session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
-        if self._feed.is_read:
-            self._feed.tell(Event("recall", session.key, recall.at, recall))
+        if session.recalls.is_kept or self._feed.is_read:
+            recall = session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
+            if self._feed.is_read:
+                self._feed.tell(Event("recall", session.key, recall.at, recall))
         return result
 
     async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:

@@ -57,11 +57,12 @@ class RecallLog:
         recalled = None
         if result.recalled is not None:
             recalled = [_without_payloads(row[:TOKENS_KEPT]) for row in result.recalled[:QUERIES_KEPT]]
+        first = request.queries[0]
         recall = Recall(
             at=now,
             request_id=request.request_id,
             note=request.note,
-            query=request.queries[0].copy() if request.queries[0].nbytes <= QUERY_BYTES_KEPT else None,
+            query=first.copy() if first.nbytes <= QUERY_BYTES_KEPT else None,
             episodes=request.episodes,
             is_masked=request.mask is not None or request.chunk_mask is not None,
             model=model,
@@ -76,6 +77,11 @@ class RecallLog:
         )
         self._ring.append(recall)
         return recall
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether accounts are kept at all, and attends counted."""
+        return bool(self._ring.maxlen)
 
     def latest(self, limit: int) -> list[Recall]:
         """The last accounts, newest first."""
