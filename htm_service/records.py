@@ -295,7 +295,7 @@ class Recall(NamedTuple):
     """The account of one attend, kept in the session's bounded ring: what was asked and what it took, with weights.
 
     `chunk_index` and `chunk_weight` [Q', K] for the first Q' queries; `recalled` for the same ones when the
-    request listed its tokens, without payloads. `query` [D] is the first one, unless it is very wide, so that it can be
+    request listed its tokens, without payloads. `query` [D] is the first one, of the last recalls, so that it can be
     explained later; `is_masked` says that it was asked with masks, which are not kept.
     """
 

@@ -21,6 +21,7 @@ from htm_service.reads.visibility import Trimmed
 from htm_service.reads.worker import DeviceWorker
 from htm_service.records import RECALLED_BYTES, AttendRequest, AttendResult, Event, Explanation, recalled_bytes
 from htm_service.sessions.feed import Feed
+from htm_service.sessions.recalls import account
 from htm_service.sessions.session import Session
 from htm_service.sessions.validation import check_model_dim
 from htm_service.store_errors import still_there, unreadable
@@ -59,10 +60,12 @@ class Attends:
         self.num_queries += len(request.queries)
         session.num_attends += 1
         session.num_queries += len(request.queries)
-        if session.recalls.is_kept or self._feed.is_read:
-            recall = session.recalls.add(request, result, model=name, top_k=top_k, now=self._clock())
-            if self._feed.is_read:
-                self._feed.tell(Event("recall", session.key, recall.at, recall))
+        now = self._clock()
+        if session.recalls.is_kept:
+            session.recalls.add(request, result, model=name, top_k=top_k, now=now)
+        if self._feed.is_read:
+            recall = account(request, result, model=name, top_k=top_k, now=now)
+            self._feed.tell(Event("recall", session.key, now, recall))
         return result
 
     async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:

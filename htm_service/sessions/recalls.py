@@ -7,6 +7,7 @@ Does not know how attention is computed.
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import replace
@@ -23,11 +24,18 @@ QUERIES_KEPT = 8
 """Queries of one attend whose rows the ring keeps."""
 TOKENS_KEPT = 16
 """Recalled tokens per query that the ring keeps."""
-QUERY_BYTES_KEPT = 16 << 10
-"""Of one query, which the ring keeps so that it can be explained later: a wider one it does not."""
+QUERY_BYTES_KEPT = 64 << 10
+"""Of all first queries, which are kept so that the last recalls can be explained later."""
+SETTLED_TOGETHER = 16
+NEW_BYTES = 32 << 10
+"""Of queries that wait to be settled."""
 UNCOUNTED = 1_024
 """Selected chunks that are counted together."""
 TRIMMED_TOGETHER = 1_024
+
+
+New = tuple[AttendRequest, Ints, Floats, Sequence[Sequence[Recalled]] | None, int, str, int, float]
+"""An attend's request, chunks, weights, recalled tokens, length, model, `top_k` and time."""
 
 
 class RecallLog:
@@ -35,6 +43,11 @@ class RecallLog:
 
     def __init__(self, max_recalls: int, first_chunk: int = 0) -> None:
         self._ring: deque[Recall] = deque(maxlen=max_recalls)
+        self._new: list[New] = []
+        """Attends that are neither counted nor in the ring yet."""
+        self._num_new_bytes = 0
+        self._queries: deque[Floats] | None = None
+        """The first queries of the last accounts, as many as QUERY_BYTES_KEPT holds."""
         self._uncounted: list[tuple[Ints, Floats, float]] = []
         """Chunk indexes, their weights and the time of attends that the counters do not hold yet."""
         self._num_uncounted = 0
@@ -44,39 +57,33 @@ class RecallLog:
         self._mass = np.zeros(0, dtype=np.float64)
         self._last_at = np.zeros(0, dtype=np.float64)
 
-    def add(self, request: AttendRequest, result: AttendResult, *, model: str, top_k: int, now: float) -> Recall:
-        """Count one attend and keep its account, which is answered."""
-        index = result.chunk_index
-        if (
-            index.size and self._ring.maxlen
-        ):  # an empty session's would be kept for ever: they never add up to UNCOUNTED
-            self._uncounted.append((index, result.chunk_weight, now))
-            self._num_uncounted += index.size
+    def add(self, request: AttendRequest, result: AttendResult, *, model: str, top_k: int, now: float) -> None:
+        """Keep one attend, to be counted and accounted for with the next ones, or when someone looks."""
+        _, index, weight, recalled, length, *_ = result  # not the output: it is a view of a whole batch's
+        self._new.append((request, index, weight, recalled, length, model, top_k, now))
+        self._num_new_bytes += request.queries.nbytes
+        is_large = request.mask is not None or request.chunk_mask is not None or result.recalled is not None
+        if is_large or len(self._new) >= SETTLED_TOGETHER or self._num_new_bytes >= NEW_BYTES:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Count the new attends and make their accounts: many at once, because the first of them is the dear one."""
+        new, self._new, self._num_new_bytes = self._new, [], 0
+        for request, index, weight, recalled, length, model, top_k, now in new:
+            result = AttendResult(request.queries, index, weight, recalled, length)
+            if index.size and self.is_kept:  # an empty session's would be kept for ever: they never add up to UNCOUNTED
+                self._uncounted.append((index, weight, now))
+                self._num_uncounted += index.size
+            self._ring.append(account(request, result, model=model, top_k=top_k, now=now))
+            self._keep_query(request.queries[0])
         if self._num_uncounted >= UNCOUNTED:
             self._count()
-        recalled = None
-        if result.recalled is not None:
-            recalled = [_without_payloads(row[:TOKENS_KEPT]) for row in result.recalled[:QUERIES_KEPT]]
-        first = request.queries[0]
-        recall = Recall(
-            at=now,
-            request_id=request.request_id,
-            note=request.note,
-            query=first.copy() if first.nbytes <= QUERY_BYTES_KEPT else None,
-            episodes=request.episodes,
-            is_masked=request.mask is not None or request.chunk_mask is not None,
-            model=model,
-            length=result.length,
-            start=request.start,
-            stop=result.length if request.stop is None else request.stop,
-            top_k=top_k,
-            num_queries=len(index),
-            chunk_index=_first_rows(index),
-            chunk_weight=_first_rows(result.chunk_weight),
-            recalled=recalled,
-        )
-        self._ring.append(recall)
-        return recall
+
+    def _keep_query(self, query: Floats) -> None:
+        if self._queries is None:  # now it is known how wide they are
+            self._queries = deque(maxlen=min(self._ring.maxlen or 0, QUERY_BYTES_KEPT // max(query.nbytes, 1)))
+        if self._queries.maxlen:
+            self._queries.append(query.copy())
 
     @property
     def is_kept(self) -> bool:
@@ -84,8 +91,12 @@ class RecallLog:
         return bool(self._ring.maxlen)
 
     def latest(self, limit: int) -> list[Recall]:
-        """The last accounts, newest first."""
-        return list(self._ring)[: -limit - 1 : -1]
+        """The last accounts, newest first; the first of them with their queries."""
+        self._settle()
+        recalls = list(self._ring)[: -limit - 1 : -1]
+        for place, query in enumerate(itertools.islice(reversed(self._queries or ()), len(recalls))):
+            recalls[place] = recalls[place]._replace(query=query)
+        return recalls
 
     def of_chunk(self, index: int) -> tuple[int, float, float | None]:
         """How often chunk `index` was taken, the mass it received, and when last."""
@@ -126,6 +137,8 @@ class RecallLog:
 
     def _count(self) -> None:
         """Bring the counters up to date: for many attends at once, because numpy takes its time to begin."""
+        if self._new:
+            self._settle()
         if not self._uncounted:
             return
         index = np.concatenate([index.ravel() for index, _, _ in self._uncounted])
@@ -148,6 +161,28 @@ class RecallLog:
         self._num_recalls = np.pad(self._num_recalls, (0, more))
         self._mass = np.pad(self._mass, (0, more))
         self._last_at = np.pad(self._last_at, (0, more))
+
+
+def account(request: AttendRequest, result: AttendResult, *, model: str, top_k: int, now: float) -> Recall:
+    """The account of one attend, without its query."""
+    index, rows = result.chunk_index, result.recalled
+    return Recall(
+        at=now,
+        request_id=request.request_id,
+        note=request.note,
+        query=None,
+        episodes=request.episodes,
+        is_masked=request.mask is not None or request.chunk_mask is not None,
+        model=model,
+        length=result.length,
+        start=request.start,
+        stop=result.length if request.stop is None else request.stop,
+        top_k=top_k,
+        num_queries=len(index),
+        chunk_index=_first_rows(index),
+        chunk_weight=_first_rows(result.chunk_weight),
+        recalled=None if rows is None else [_without_payloads(row[:TOKENS_KEPT]) for row in rows[:QUERIES_KEPT]],
+    )
 
 
 def _first_rows(array: npt.NDArray[ScalarT]) -> npt.NDArray[ScalarT]:

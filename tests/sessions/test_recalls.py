@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from htm_service.records import AttendRequest, AttendResult
-from htm_service.sessions.recalls import QUERIES_KEPT, TRIMMED_TOGETHER, RecallLog
+from htm_service.sessions.recalls import QUERIES_KEPT, QUERY_BYTES_KEPT, TRIMMED_TOGETHER, RecallLog
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ def test_attends_without_chunks_are_not_kept_for_counting() -> None:
     oldest = weakref.ref(indexes[0])
     while indexes:
         add(log, indexes.pop(0))
-    assert oldest() is None and len(log.latest(5)) == 2
+    assert len(log.latest(5)) == 2 and oldest() is None
 
 
 def test_an_account_keeps_its_rows_only() -> None:
@@ -82,3 +82,17 @@ def test_counters_begin_with_the_first_chunk_that_is_left(traced: None) -> None:
     add(log, np.array([[10**9 + 1, 10**9 + 2]]))
     assert log.of_chunk(10**9 + 2) == (1, 1.0, 5.0)
     assert held_bytes() < 1 << 20
+
+
+def test_the_last_recalls_keep_their_queries_within_bounds() -> None:
+    """As many as QUERY_BYTES_KEPT holds, the newest; they are copies, and no output is kept with them."""
+    log, width = RecallLog(64), QUERY_BYTES_KEPT // 4 // 10
+    for number in range(40):
+        queries = np.full((2, width), number, np.float32)
+        result = AttendResult(queries, np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32), None, 7)
+        log.add(AttendRequest(queries=queries), result, model="retrieval", top_k=1, now=5.0)
+    recalls = log.latest(64)
+    kept = [recall.query for recall in recalls if recall.query is not None]
+    assert len(recalls) == 40 and len(kept) == 10
+    assert [query[0] for query in kept] == list(range(39, 29, -1))
+    assert all(query.base is None and query.shape == (width,) for query in kept)
