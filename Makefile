@@ -47,7 +47,7 @@ serve: $(STAMP)  ## Serve on 127.0.0.1:8000 (ARGS="--data DIR")
 test: $(STAMP)  ## Run all tests with coverage (ARGS="-k arena")
 	$(BIN)/python -m pytest --cov $(ARGS)
 
-faults: $(STAMP)  ## Provoke R1 to R14 in full, up to half an hour; make test has a little of each (ARGS="-k r1_")
+faults: $(STAMP)  ## Provoke R1 to R14 and R16 in full, up to half an hour; make test has a little of each (ARGS="-k r1_")
 	@$(BIN)/python -m pytest tests/faults --full -q $(ARGS)
 
 fuzz: $(STAMP)  ## R13 in full: requests made of openapi.json and bodies of the binary format, 10,000 in all
