@@ -1,10 +1,11 @@
-"""A database that the first version's own engine wrote is served by today's: same tokens, same answers."""
+"""Databases that earlier engines wrote themselves are served by today's: same tokens, same answers."""
 
 import hashlib
 import shutil
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from htm_service.records import AppendRequest, CreateRequest
 from storage.resolve import open_store
@@ -13,14 +14,19 @@ from tests.engine.test_attend import DIM, SIZE, vectors
 from tests.engine.test_sessions import QUERY, right
 from tests.names import named
 
-KEPT = Path(__file__).parent / "data" / "v0001.sqlite3"
-"""Written before schema 0002 by eight appends of `vectors(1, 23, 13)`, three tokens each. Never made again."""
-KEPT_SHA256 = "e2a4a41cc03d4545c24eff28162f44342fb530305fa368b236cb30fb87944b33"
+DATA = Path(__file__).parent / "data"
+KEPT = {
+    "v0001": "e2a4a41cc03d4545c24eff28162f44342fb530305fa368b236cb30fb87944b33",
+    "v0010": "b0f2fb29af45cde77fa0de7ecac61c9ce726f3cdef868abfdea21666e846c023",
+}
+"""By eight appends of `vectors(1, 23, 13)`, three tokens each, each by the engine of its schema. Never made again."""
 
 
-async def test_a_database_of_the_first_version_is_served(make_engine: MakeEngine, tmp_path: Path) -> None:
-    assert hashlib.sha256(KEPT.read_bytes()).hexdigest() == KEPT_SHA256, "the kept file must stay as it is"
-    shutil.copy(KEPT, tmp_path / "htm.sqlite3")
+@pytest.mark.parametrize("version", KEPT)
+async def test_a_database_of_an_earlier_engine_is_served(version: str, make_engine: MakeEngine, tmp_path: Path) -> None:
+    kept = DATA / f"{version}.sqlite3"
+    assert hashlib.sha256(kept.read_bytes()).hexdigest() == KEPT[version], "the kept file must stay as it is"
+    shutil.copy(kept, tmp_path / "htm.sqlite3")
     tokens = vectors(1, 30, DIM)
     for restart in range(2):
         store = open_store(f"sqlite:///{tmp_path}/htm.sqlite3")
