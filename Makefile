@@ -13,7 +13,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup browser demo serve test faults fuzz report check format bench bench-breakdown bench-gpu gpu-check bench-peers bench-plots image clean
+.PHONY: help setup browser promtool demo serve test faults fuzz report check format bench bench-breakdown bench-gpu gpu-check bench-peers bench-plots image clean
 
 help:  ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s%s\n", $$1, $$2 }' Makefile
@@ -37,6 +37,13 @@ browser: $(STAMP)  ## What the tests of the page need: Chromium from Debian's pa
 		|| echo "Chromium is not there and cannot be installed: the tests of the page are left out" >&2
 	@npm install --prefix $(VENV)/npm --no-save --no-audit --no-fund --ignore-scripts --silent axe-core@$(AXE) \
 		|| echo "axe-core cannot be had from npm: the tests of accessibility are left out" >&2
+
+# Taken out of the package and not installed, because that would start a Prometheus.
+promtool: $(STAMP)  ## What the tests of deploy/ need: promtool, from Debian's package prometheus
+	@command -v promtool >/dev/null || [ -x $(VENV)/promtool/usr/bin/promtool ] || { command -v apt-get >/dev/null \
+		&& { [ "$$(id -u)" != 0 ] || apt-get update -qq; } && cd $(VENV) \
+		&& apt-get download -qq prometheus 2>/dev/null && dpkg-deb -x prometheus_*.deb promtool && rm prometheus_*.deb; } \
+		|| echo "promtool is not there and cannot be fetched: its tests of deploy/ are left out" >&2
 
 demo: $(STAMP)  ## Start a server, let agents fill it with Python's documentation, ask it questions (ARGS="--keep")
 	@$(BIN)/python -m examples.demo $(ARGS)
@@ -71,7 +78,7 @@ format: $(STAMP)  ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## S1 to S12, S21, S22, C1 and C2, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
+bench: $(STAMP)  ## S1 to S12, S21, S22, A1, C1 and C2, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
 	@$(BIN)/python -m bench $(ARGS)
 
 bench-breakdown: $(STAMP)  ## Where the time goes, and how it grows: the tables of docs/performance.md (ARGS=--quick)
