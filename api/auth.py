@@ -57,6 +57,7 @@ ROLES: Mapping[str, Role] = {
     "list_recalls": "read",
     "session_heat": "read",
     "explain": "read",
+    "select": "read",
     "events": "read",
     "delete_sessions": "write",
     "list_keys": "admin",

@@ -16,6 +16,10 @@ MAX_RECALLED = 1_024
 """Tokens per query that one attend lists."""
 MAX_RANKED = 10_000
 """Chunks that one explanation lists."""
+MAX_SELECTED_CHUNKS = 4_096
+"""That one select answers with their keys or tokens."""
+MAX_SELECTED_BYTES = 256 << 20
+"""Of one select's answer."""
 MAX_NOTE_CHARS = 1_000
 MAX_BINS = 4_096
 """Runs of chunks in one heat strip."""

@@ -29,6 +29,7 @@ from htm_service.memory.loader import Loader
 from htm_service.metrics import Metrics
 from htm_service.reads.attends import Attends
 from htm_service.reads.runner import Runner
+from htm_service.reads.selects import Selects
 from htm_service.reads.worker import DeviceWorker, Job
 from htm_service.records import (
     AppendRequest,
@@ -48,6 +49,7 @@ from htm_service.records import (
     Quota,
     QuotaInfo,
     Recall,
+    SelectResult,
     SessionChange,
     SessionInfo,
     SessionKey,
@@ -112,6 +114,7 @@ class Engine:
         self.directory = Directory(store, self.committer.write, clock, config.recalls_per_session, self.feed)
 
         self._attends = Attends(config, self._models, self.worker, store, self.feed, clock)
+        self._selects = Selects(config, self._models, self.worker, self._attends)
         self._appends = Appends(self.committer, self.feed, clock)
         self._steps = Steps(self._attends, self._appends)
         self._inspection = Inspection(store, self.worker, config.max_answer_bytes)
@@ -253,6 +256,14 @@ class Engine:
         """Answer queries with HTM attention over the session as it is now, or as it was at `stop`."""
         session = await self._session(name)
         return await self._attends.attend(session, validation.check_attend(request, session.settings.dim))
+
+    async def select(
+        self, name: SessionKey, request: AttendRequest, *, keys: bool = True, tokens: bool = True
+    ) -> SelectResult:
+        """Which chunks queries in key space take, and what these hold, for whoever attends elsewhere."""
+        session = await self._session(name)
+        checked = validation.check_attend(request, session.settings.dim)
+        return await self._selects.select(session, checked, keys=keys, tokens=tokens)
 
     async def step(
         self, name: SessionKey, attend: AttendRequest, append: AppendRequest

@@ -216,6 +216,36 @@ class AttendResult(NamedTuple):
     ranking: Ranking | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """The chunks that the queries of a select take, each once: `index` [U], ascending; `key` [U, D] of what is visible;
+    `tokens` [U, C, D] in float32, 0 where nothing is visible, and `visible` [U, C]; each when asked for.
+    """
+
+    index: Ints
+    key: Floats | None
+    tokens: Floats | None
+    visible: Bools | None
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all its arrays."""
+        arrays = (self.index, self.key, self.tokens, self.visible)
+        return sum(array.nbytes for array in arrays if array is not None)
+
+
+class SelectResult(NamedTuple):
+    """`chunk_index` and `chunk_logit` [Q, K], best first, -1 and 0 where fewer chunks are visible; what these hold in
+    `taken`, when asked for; `length` the session had.
+    """
+
+    chunk_index: Ints
+    chunk_logit: Floats
+    taken: Taken | None
+    length: int
+    timing: Timing = Timing()
+
+
 class Explanation(NamedTuple):
     """Why one query takes the chunks it takes, with the model and the `top_k` that it was answered with."""
 

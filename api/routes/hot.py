@@ -1,4 +1,4 @@
-"""The calls with tensors: append, read back, attend, explain, step. Does not know: what the engine does with a request.
+"""The calls with tensors: append, read back, attend, explain, select, step. Does not know what becomes of them.
 
 Plain Starlette routes, because FastAPI's own handling costs as much again as everything else that a small attend does
 here; `hot_openapi.py` documents them.
@@ -35,6 +35,7 @@ def routes() -> list[Route]:
     return [
         Route(f"{session}/attend", attend, methods=["POST"]),
         Route(f"{session}/explain", explain, methods=["POST"]),
+        Route(f"{session}/select", select, methods=["POST"]),
         Route(f"{session}/step", step, methods=["POST"]),
         Route(f"{session}/memories", memories, methods=["GET", "POST"]),
     ]
@@ -76,6 +77,24 @@ async def explain(request: Request) -> Response:
         lambda raw: answers.explain_parts(found, asked, wanted.payloads, raw),
         answers.attend_bytes(found.attended) + found.ranking.index.nbytes,
         answers.timing_headers(measured_of(request).worked(found.attended.timing)),
+    )
+
+
+async def select(request: Request) -> Response:
+    """Which chunks queries in key space take, with their keys and tokens."""
+    begin(request, "select")
+    query.check_names(request, ("encoding",))
+    wire = wire_of(request)
+    reply = answers.reply_of(request, wire)
+    request_id = request_id_of(request)
+    wanted, asked = await parse(request, wire, lambda body: hot_bodies.select(body, request_id))
+    work = engine_of(request).select(key_of(request), wanted, keys=asked.keys, tokens=asked.tokens)
+    result = await watch_of(request).unless_gone(request, work)
+    return await answers.respond(
+        reply,
+        lambda raw: answers.select_parts(result, asked),
+        answers.select_bytes(result),
+        answers.timing_headers(measured_of(request).worked(result.timing)),
     )
 
 

@@ -27,6 +27,16 @@ _EXPLAINED = {
     "recalled": _ATTENDED["recalled"],
     "length": 280,
 }
+_SELECTED = {
+    "chunks": {"index": [[1, 0]], "logit": [[0.98, 0.91]]},
+    "unique": {
+        "index": [0, 1],
+        "key": [[0.7, 0.7], [0.6, 0.8]],
+        "tokens": [[[1.0, 0.0], [0.4, 1.4]], [[0.6, 0.8], [0.0, 0.0]]],
+        "visible": [[True, True], [True, False]],
+    },
+    "length": 3,
+}
 _READ = {
     "start": 0,
     "stop": 1,
@@ -104,6 +114,20 @@ def calls() -> list[HotCall]:
             tensors="Which chunks one query takes and which nearly, as an attend would now; it is no recall. "
             "Binary: tensors `queries`, `mask`, `chunk_mask`; `chunks.index`, `chunks.logit`, `chunks.weight`, "
             "`output`.",
+            codes=_ATTEND_CODES,
+        ),
+        HotCall(
+            path=f"{session}/select",
+            method="post",
+            operation_id="select",
+            summary="Which chunks a query in key space takes",
+            body=bodies.SelectBody,
+            body_example={"queries": [[0.6, 0.8]], "top_k": 2},
+            answer=bodies.SelectAnswer,
+            example=_SELECTED,
+            tensors="For whoever computes attention with weights of their own; it is no recall. "
+            "Binary: tensors `queries`, `mask`, `chunk_mask`; `chunks.index`, `chunks.logit`, `unique.index`, "
+            "`unique.key`, `unique.tokens`, `unique.visible`.",
             codes=_ATTEND_CODES,
         ),
         HotCall(

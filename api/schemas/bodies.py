@@ -156,6 +156,22 @@ class AttendBody(Body):
     )
 
 
+class SelectBody(Body):
+    """Queries in key space, and what they may see: fields as in an attend."""
+
+    queries: Tensor = Field(description="`[Q, D]`, or `[D]` for one query; chunk i's logit is `<query, s_i>`.")
+    top_k: int | None = Field(None, description="Chunks to take, 1..256; that of the session's model, if left out.")
+    start: int = Field(0, description="First visible position.")
+    stop: int | None = Field(None, description="End of the visible positions; the length, if left out.")
+    episodes: list[int] | None = Field(None, description="Only tokens appended under these episode numbers.")
+    mask: Mask | None = Field(None, description="`[n]` bool: which tokens are visible.")
+    chunk_mask: Mask | None = Field(None, description="`[M]` or `[Q, M]` bool: which chunks are visible.")
+    return_: list[Literal["chunks", "keys", "tokens"]] = Field(
+        default=["chunks", "keys", "tokens"], alias="return", description="What the answer holds."
+    )
+    timeout_ms: Number | None = Field(None, description="504 when the work has not begun after that.")
+
+
 class ExplainBody(AttendBody):
     """One query, and what it may see: as in an attend. `chunks` are always in the answer."""
 
@@ -227,6 +243,30 @@ class ExplainAnswer(Body):
     chunks: RankedChunks
     output: list[Row] | Base64Tensor | None = None
     recalled: list[list[RecalledToken]] | None = None
+    length: int
+
+
+class SelectedChunks(Body):
+    """The chunks that each query takes, `[Q, K]`, best first: -1 and 0 where fewer are visible."""
+
+    index: list[list[int]] | Base64Tensor
+    logit: list[Row] | Base64Tensor
+
+
+class UniqueChunks(Body):
+    """The U chunks that the queries take, each once, by ascending index; what `return` asked for."""
+
+    index: list[int] | Base64Tensor
+    key: list[Row] | Base64Tensor | None = Field(None, description="`[U, D]`, means of what is visible.")
+    tokens: list[list[Row]] | Base64Tensor | None = Field(None, description="`[U, C, D]`, 0 where nothing is visible.")
+    visible: list[list[bool]] | Base64Tensor | None = Field(None, description="`[U, C]`, with the tokens.")
+
+
+class SelectAnswer(Body):
+    """What `return` asked for, and the session length this answer saw."""
+
+    chunks: SelectedChunks | None = None
+    unique: UniqueChunks | None = None
     length: int
 
 

@@ -20,10 +20,19 @@ from starlette.responses import Response
 from api.errors import shorten
 from api.wire import safetensors
 from api.wire.body import THREAD_BYTES
-from api.wire.hot_bodies import Asked, Wire
+from api.wire.hot_bodies import Asked, Selected, Wire
 from api.wire.tensors import to_base64, to_lists
 from htm_service.errors import InvalidArgument
-from htm_service.records import AppendResult, AttendResult, Explanation, Memories, Recalled, Timing, recalled_bytes
+from htm_service.records import (
+    AppendResult,
+    AttendResult,
+    Explanation,
+    Memories,
+    Recalled,
+    SelectResult,
+    Timing,
+    recalled_bytes,
+)
 
 Reply = Literal["lists", "b64", "safetensors"]
 """How an answer is written."""
@@ -161,6 +170,12 @@ def attend_bytes(result: AttendResult) -> int:
     return sum(array.nbytes for array in tensors) + recalled_bytes(result.recalled)
 
 
+def select_bytes(result: SelectResult) -> int:
+    """About how many bytes a select's answer has."""
+    taken = 0 if result.taken is None else result.taken.num_bytes
+    return result.chunk_index.nbytes + result.chunk_logit.nbytes + taken
+
+
 def read_bytes(found: Memories) -> int:
     """About how many bytes the answer has that reads tokens back."""
     num_bytes = 0 if found.embeddings is None else found.embeddings.nbytes
@@ -197,6 +212,17 @@ def explain_parts(found: Explanation, asked: Asked, payloads: bool, raw: Raw) ->
     tensors |= {"chunks.index": ranking.index, "chunks.logit": ranking.logit, "chunks.weight": ranking.weight}
     counts = {"num_taken": ranking.num_taken, "num_visible": ranking.num_visible}
     return tensors, {"model": found.model, "top_k": found.top_k, **counts, **params}
+
+
+def select_parts(result: SelectResult, wanted: Selected) -> tuple[Tensors, Params]:
+    """Tensors and params of a select's answer: what `return` asked for, and `length`."""
+    tensors: Tensors = {}
+    if wanted.chunks:
+        tensors |= {"chunks.index": result.chunk_index, "chunks.logit": result.chunk_logit}
+    if (taken := result.taken) is not None:
+        unique = {"index": taken.index, "key": taken.key, "tokens": taken.tokens, "visible": taken.visible}
+        tensors |= {f"unique.{name}": array for name, array in unique.items() if array is not None}
+    return tensors, {"length": result.length}
 
 
 def step_parts(

@@ -45,9 +45,23 @@ ATTEND = Table(
     },
     tensors={"queries": floats, "mask": bools, "chunk_mask": bools},
 )
+
+
+def select_returns(name: str, value: Any) -> set[str]:
+    """The field `return` of a select."""
+    return fields.some_of(name, value, ("chunks", "keys", "tokens"))
+
+
 EXPLAIN = Table(params={**ATTEND.params, "limit": fields.integer}, tensors=ATTEND.tensors)
 RANKED = 100
 """Chunks that an explanation lists when it does not say."""
+SELECT = Table(
+    params={
+        "return": select_returns,
+        **{name: ATTEND.params[name] for name in ("top_k", "start", "stop", "episodes", "timeout_ms")},
+    },
+    tensors=ATTEND.tensors,
+)
 APPEND = Table(
     params={
         "payloads": fields.payloads,
@@ -67,6 +81,14 @@ class Asked(NamedTuple):
 
     output: bool
     chunks: bool
+
+
+class Selected(NamedTuple):
+    """What a select's `return` asks for."""
+
+    chunks: bool
+    keys: bool
+    tokens: bool
 
 
 def read_body(body: bytes | bytearray, wire: Wire, max_header_bytes: int) -> HotBody:
@@ -96,6 +118,15 @@ def explain(body: HotBody, request_id: str) -> tuple[AttendRequest, Asked, int]:
     limit: int = found.pop("limit", RANKED)
     found.setdefault("return", set())
     return *_asked(found, body, request_id), limit
+
+
+def select(body: HotBody, request_id: str) -> tuple[AttendRequest, Selected]:
+    """The body of a select: of an attend's fields those that say what is seen, and how many chunks are taken."""
+    body.check_tensors(SELECT.tensors.keys())
+    found = body.read(SELECT)
+    wanted = found.pop("return", {"chunks", "keys", "tokens"})
+    request, _ = _asked(found, body, request_id)
+    return request, Selected("chunks" in wanted, "keys" in wanted, "tokens" in wanted)
 
 
 def append(body: HotBody, idempotency_key: str | None) -> AppendRequest:

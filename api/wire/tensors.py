@@ -119,7 +119,7 @@ def to_base64(array: npt.NDArray[Any]) -> dict[str, Any]:
 
 
 def to_lists(array: npt.NDArray[Any]) -> bytes:
-    """JSON text of an array of one or two dimensions; in pieces, so that other threads get their turn."""
+    """JSON text of an array of one dimension or more; in pieces, so that other threads get their turn."""
     array = np.ascontiguousarray(array)
     if array.size <= PIECE:
         return orjson.dumps(array, option=orjson.OPT_SERIALIZE_NUMPY)

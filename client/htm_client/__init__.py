@@ -28,6 +28,7 @@ from htm_client.results import (
     Memories,
     Recall,
     Recalled,
+    Selected,
     SessionInfo,
     Stepped,
 )
@@ -51,6 +52,7 @@ __all__ = [
     "Recall",
     "Recalled",
     "RequestRefused",
+    "Selected",
     "ServerUnavailable",
     "SessionConflict",
     "SessionInfo",

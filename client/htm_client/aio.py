@@ -22,6 +22,7 @@ from htm_client.options import (
     ExplainOptions,
     Payloads,
     RecallOptions,
+    SelectOptions,
     SessionChanges,
     SessionOptions,
 )
@@ -35,6 +36,7 @@ from htm_client.results import (
     Memories,
     Recall,
     Recalled,
+    Selected,
     SessionInfo,
     Stepped,
 )
@@ -145,6 +147,10 @@ class AsyncHTMClient:
     async def explain(self, session: str, query: Any, **options: Unpack[ExplainOptions]) -> Explained:
         """How `query` [D] ranks the chunks it sees, and which it would take; it does not count as a recall."""
         return await self._send(self._requests.explain(session, query, options))
+
+    async def select(self, session: str, queries: Any, **options: Unpack[SelectOptions]) -> Selected:
+        """Which chunks `queries` [Q, D] in key space take, with their keys and tokens; it is no recall."""
+        return await self._send(self._requests.select(session, queries, options))
 
     async def step(
         self,

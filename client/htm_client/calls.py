@@ -21,7 +21,7 @@ from htm_client.arrays import bools, floats
 from htm_client.errors import InvalidArgument, UnreadableAnswer, from_answer
 from htm_client.json_text import dumps
 from htm_client.options import AppendConditions, AppendOptions
-from htm_client.results import Appended, Attended, ChunkDetail, Explained, Memories, Recalled, Stepped
+from htm_client.results import Appended, Attended, ChunkDetail, Explained, Memories, Recalled, Selected, Stepped
 from htm_client.results import Chunk as ChunkResult
 
 JSON = "application/json"
@@ -30,7 +30,11 @@ _IDEMPOTENCY_KEY = re.compile(r"[\x20-\x7e]{1,255}")
 Params = dict[str, Any]
 Tensors = dict[str, npt.NDArray[Any]]
 
-TENSORS = frozenset({"output", "embeddings", "chunks.index", "chunks.logit", "chunks.weight"})
+UNIQUE = ("index", "key", "tokens", "visible")
+"""What a select answers of the chunks taken, under `unique.`."""
+TENSORS = frozenset({"output", "embeddings", "chunks.index", "chunks.logit", "chunks.weight"}).union(
+    f"unique.{name}" for name in UNIQUE
+)
 """Where answers hold tensors; in a step's answer under `attend.`. Elsewhere such an object is the caller's own data."""
 
 
@@ -105,6 +109,10 @@ class Codec:
     def explain(self, session: str, tensors: Tensors, params: Params) -> Call:
         """An explanation, of `attend_parts`."""
         return self._post(session, "explain", tensors, params, None, {})
+
+    def select(self, session: str, tensors: Tensors, params: Params) -> Call:
+        """A select, of `attend_parts`."""
+        return self._post(session, "select", tensors, params, None, {})
 
     def step(self, session: str, attend: tuple[Tensors, Params], embeddings: Any, options: AppendOptions) -> Call:
         """A step: an attend of `attend_parts`, then an append."""
@@ -248,6 +256,17 @@ def explained(answer: Answer) -> Explained:
     )
 
 
+def selected(answer: Answer) -> Selected:
+    """The result of a select."""
+    tensors = answer.tensors
+    return Selected(
+        chunk_index=tensors.get("chunks.index"),
+        chunk_logit=tensors.get("chunks.logit"),
+        **{f"unique_{name}": tensors.get(f"unique.{name}") for name in UNIQUE},
+        length=answer.params["length"],
+    )
+
+
 def stepped(answer: Answer) -> Stepped:
     """The result of a step."""
     return Stepped(attended(answer, "attend."), Appended.of(answer.params["append"]))
@@ -302,7 +321,7 @@ def _take_tensors(params: Params, prefix: str = "") -> Tensors:
             dtype = np.dtype(value["dtype"]).newbyteorder("<")
             tensors[place] = np.frombuffer(base64.b64decode(value["b64"]), dtype).reshape(value["shape"])
             del params[name]
-        elif name in {"chunks", "attend"}:
+        elif name in {"chunks", "attend", "unique"}:
             tensors |= _take_tensors(value, f"{place}.")
     return tensors
 

@@ -21,6 +21,7 @@ from htm_client.options import (
     ExplainOptions,
     Payloads,
     RecallOptions,
+    SelectOptions,
     SessionChanges,
     SessionOptions,
 )
@@ -34,6 +35,7 @@ from htm_client.results import (
     Memories,
     Recall,
     Recalled,
+    Selected,
     SessionInfo,
     Stepped,
 )
@@ -141,6 +143,10 @@ class HTMClient:
     def explain(self, session: str, query: Any, **options: Unpack[ExplainOptions]) -> Explained:
         """How `query` [D] ranks the chunks it sees, and which it would take; it does not count as a recall."""
         return self._send(self._requests.explain(session, query, options))
+
+    def select(self, session: str, queries: Any, **options: Unpack[SelectOptions]) -> Selected:
+        """Which chunks `queries` [Q, D] in key space take, with their keys and tokens; it is no recall."""
+        return self._send(self._requests.select(session, queries, options))
 
     def step(
         self,

@@ -74,6 +74,19 @@ class ExplainOptions(AttendOptions, total=False):
     limit: int
 
 
+class SelectOptions(TypedDict, total=False):
+    """Beside the queries [Q, D] of a select: what they may see, how many chunks they take, and what to answer."""
+
+    top_k: int
+    start: int
+    stop: int
+    episodes: Sequence[int]
+    mask: Any
+    chunk_mask: Any
+    timeout_ms: float
+    returns: Sequence[Literal["chunks", "keys", "tokens"]]
+
+
 def check(call: str, options: Mapping[str, Any], known: type, *named: str) -> None:
     """Raises TypeError for an option that a call does not have; `named` are those with a parameter of their own."""
     names: frozenset[str] = known.__optional_keys__  # type: ignore[attr-defined]

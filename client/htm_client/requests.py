@@ -21,6 +21,7 @@ from htm_client.options import (
     ExplainOptions,
     Payloads,
     RecallOptions,
+    SelectOptions,
     SessionChanges,
     SessionOptions,
     check,
@@ -34,6 +35,7 @@ from htm_client.results import (
     Memories,
     Recall,
     Recalled,
+    Selected,
     SessionInfo,
     Stepped,
 )
@@ -113,6 +115,12 @@ class Requests:
         check("explain", options, ExplainOptions)
         explained: ExplainOptions = {"returns": [], **options}
         return Request(self._codec.explain(session, *attend_parts(query, **explained)), calls.explained)
+
+    def select(self, session: str, queries: Any, options: SelectOptions) -> Request[Selected]:
+        """Ask which chunks are taken, and what they hold."""
+        check("select", options, SelectOptions)
+        everything: SelectOptions = {"returns": ["chunks", "keys", "tokens"], **options}
+        return Request(self._codec.select(session, *attend_parts(queries, **everything)), calls.selected)
 
     def step(
         self, session: str, queries: Any, embeddings: Any, attend: AttendOptions, append: AppendOptions

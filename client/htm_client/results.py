@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
+Bools = npt.NDArray[np.bool_]
 
 
 class _FromJSON:
@@ -116,6 +117,23 @@ class Explained:
     top_k: int
     output: Floats | None
     recalled: Sequence[Recalled] | None
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class Selected:
+    """`chunk_index`, `chunk_logit` [Q, K], best first, -1 and 0 where fewer chunks are visible.
+
+    Of the U chunks taken, each once: `unique_index` [U], ascending, `unique_key` [U, D], `unique_tokens` [U, C, D],
+    0 where nothing is visible, `unique_visible` [U, C]. Each when asked for.
+    """
+
+    chunk_index: Ints | None
+    chunk_logit: Floats | None
+    unique_index: Ints | None
+    unique_key: Floats | None
+    unique_tokens: Floats | None
+    unique_visible: Bools | None
     length: int
 
 

@@ -119,6 +119,16 @@ def test_the_life_of_a_session(client: Any) -> None:
     assert (np.diff(why.chunk_logit) <= 0).all() and len(set(why.chunk_index.tolist())) == 3 and why.output is None
     attended = client.attend("a", tokens[5], top_k=2, returns=["chunks", "payloads"], max_recalled=1)
     assert [list(why.chunk_index[:2])] == attended.chunk_index.tolist() and why.recalled == attended.recalled[0]
+    selected = client.select("a", tokens[[5, 6]], top_k=2, stop=10)
+    assert selected.chunk_index.shape == selected.chunk_logit.shape == (2, 2) and selected.length == 12
+    num_unique = len(selected.unique_index)
+    assert selected.unique_key.shape == (num_unique, DIM) and selected.unique_visible.dtype == bool
+    np.testing.assert_array_equal(
+        selected.unique_tokens[selected.unique_visible],
+        [tokens[at] for chunk in selected.unique_index for at in range(3 * chunk, min(3 * chunk + 3, 10))],
+    )
+    only = client.select("a", tokens[5], returns=["chunks"])
+    assert only.unique_index is only.unique_tokens is None and only.chunk_index.shape == (1, 4)
     client.create_session("b", dim=DIM, labels={"team": "y"})
     assert client.delete_sessions(label={"team": "y"}) == 1 and client.delete_sessions(prefix="b") == 0
 

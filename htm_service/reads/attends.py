@@ -15,11 +15,19 @@ from htm_service.attention.model import Model
 from htm_service.attention.registry import ModelRegistry
 from htm_service.config import EngineConfig
 from htm_service.errors import InvalidArgument, LengthConflict, SessionDamaged
-from htm_service.reads.cost import merge, products_per_query, split
+from htm_service.reads.cost import merge, merge_selects, products_per_query, split
 from htm_service.reads.runner import Attend
 from htm_service.reads.visibility import Trimmed
 from htm_service.reads.worker import DeviceWorker
-from htm_service.records import RECALLED_BYTES, AttendRequest, AttendResult, Event, Explanation, recalled_bytes
+from htm_service.records import (
+    RECALLED_BYTES,
+    AttendRequest,
+    AttendResult,
+    Event,
+    Explanation,
+    SelectResult,
+    recalled_bytes,
+)
 from htm_service.sessions.feed import Feed
 from htm_service.sessions.recalls import account
 from htm_service.sessions.session import Session
@@ -80,7 +88,8 @@ class Attends:
     ) -> AttendResult:
         self._check_answer(session, request, top_k)
         try:
-            result = await self._compute(session, model, request, top_k, num_ranked)
+            result = await self.compute(session, Attend(session.resident, model, request, top_k, num_ranked))
+            assert isinstance(result, AttendResult)
             return await self._with_payloads(session, result) if request.payloads else result
         except SessionDamaged as error:
             session.damage = error.detail
@@ -111,19 +120,18 @@ class Attends:
                 f"this step was made when the session's length was {position}, and {error}", length=session.length
             ) from None
 
-    async def _compute(
-        self, session: Session, model: Model, request: AttendRequest, top_k: int, num_ranked: int
-    ) -> AttendResult:
-        """Over what is left of the tokens as of its admission when the device comes to it.
+    async def compute(self, session: Session, asked: Attend) -> AttendResult | SelectResult:
+        """What `asked`, which is copied, finds in what is left of the tokens as of its admission.
 
         Where nothing is left of them it is admitted anew. Raises LengthConflict when its masks forbid that.
         """
+        request = asked.request
         timeout_s = request.timeout_s or self._config.default_timeout_s
         deadline = asyncio.get_running_loop().time() + timeout_s  # one for all that is tried
         is_masked = request.mask is not None or request.chunk_mask is not None
         length, was_torn = session.length, False
         while True:
-            attend = Attend(session.resident, model, request, top_k, num_ranked)
+            attend = replace(asked)
             if is_masked and request.stop is None:  # masks are as long as the session is now, however long it waits
                 attend.see_as_of(length)
             cost, at_once, room = self._cost(session, attend)
@@ -162,13 +170,10 @@ class Attends:
 
     async def _in_parts(
         self, attend: Attend, length: int, cost: int, max_queries: int, deadline: float, timeout_s: float
-    ) -> AttendResult | None:
+    ) -> AttendResult | SelectResult | None:
         """Several attends that see one length, as one; None when a trim came between them. Raises Trimmed."""
-        parts = [
-            Attend(attend.resident, attend.model, part, attend.top_k, length=length)
-            for part in split(attend.request, max_queries, length)
-        ]
-        futures: list[asyncio.Future[AttendResult]] = []
+        parts = [attend.part(part, length) for part in split(attend.request, max_queries, length)]
+        futures: list[asyncio.Future[AttendResult | SelectResult]] = []
         try:
             for part in parts:
                 futures.append(self._worker.submit(part, cost * len(part.request.queries)))
@@ -177,8 +182,12 @@ class Attends:
             for future in futures:
                 future.cancel()
             raise
-        is_torn = len({part.seen.start for part in parts}) > 1
-        return None if is_torn else merge(results, length)
+        if len({part.seen.start for part in parts}) > 1:
+            return None
+        selects = [result for result in results if isinstance(result, SelectResult)]
+        if selects:
+            return merge_selects(selects, length)
+        return merge([result for result in results if isinstance(result, AttendResult)], length)
 
     async def _with_payloads(self, session: Session, result: AttendResult) -> AttendResult:
         """The result with the payloads of its recalled tokens."""

@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from htm_service.attention.model_config import ModelConfig
-from htm_service.records import AttendRequest, AttendResult, Timing
+from htm_service.records import AttendRequest, AttendResult, SelectResult, Timing
 
 PRODUCTS_OF_ANY_QUERY = 1 << 20
 """What a query costs before any arithmetic, in multiply-adds: about 30 us of a core."""
@@ -44,6 +44,7 @@ def split(request: AttendRequest, max_queries: int, length: int) -> list[AttendR
 def merge(results: Sequence[AttendResult], length: int) -> AttendResult:
     """The parts' results as that of the whole, which saw `length` tokens."""
     first = results[0]
+    timing = _merged_timing([result.timing for result in results])
     recalled = None if first.recalled is None else [row for result in results for row in result.recalled or ()]
     return AttendResult(
         output=np.concatenate([result.output for result in results]),
@@ -51,9 +52,20 @@ def merge(results: Sequence[AttendResult], length: int) -> AttendResult:
         chunk_weight=np.concatenate([result.chunk_weight for result in results]),
         recalled=recalled,
         length=length,
-        timing=Timing(
-            queue_s=first.timing.queue_s,
-            compute_s=sum(result.timing.compute_s for result in results),
-            batch_size=first.timing.batch_size,
-        ),
+        timing=timing,
     )
+
+
+def merge_selects(results: Sequence[SelectResult], length: int) -> SelectResult:
+    """The same of selects, which in parts say which chunks they take, and no more."""
+    return SelectResult(
+        chunk_index=np.concatenate([result.chunk_index for result in results]),
+        chunk_logit=np.concatenate([result.chunk_logit for result in results]),
+        taken=None,
+        length=length,
+        timing=_merged_timing([result.timing for result in results]),
+    )
+
+
+def _merged_timing(timings: Sequence[Timing]) -> Timing:
+    return timings[0]._replace(compute_s=sum(timing.compute_s for timing in timings))

@@ -2,7 +2,8 @@
 
 Shapes: R rows (all queries of a group), Q queries of one attend, D width, H heads, C chunk size, M chunks,
 K selected chunks.
-For each group of attends that share a model and an arena: have the model answer the queries with the kernel.
+For each group of attends that share a model and an arena: have the model answer the queries with the kernel. A select
+is an attend that ends where its chunks are chosen: their keys and tokens are the answer.
 Everything else about a request is decided before (`attends.py`, `worker.py`) or after (recalls).
 Does not know: queues, storage, payloads, times of day.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple, Self, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +21,7 @@ from einops import rearrange
 from torch import Tensor
 
 from htm_service.attention.model import Model
+from htm_service.config import MAX_SELECTED_BYTES, MAX_SELECTED_CHUNKS
 from htm_service.errors import HTMError, InvalidArgument
 from htm_service.kernels.base import Attended, Kernel, Search, View
 from htm_service.kernels.reference import ranked
@@ -27,7 +29,17 @@ from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.memory.resident import Resident
 from htm_service.reads.visibility import Visibility, partial_keys, seen_in_part
-from htm_service.records import AttendRequest, AttendResult, Bools, Floats, Ints, Ranking, Recalled
+from htm_service.records import (
+    AttendRequest,
+    AttendResult,
+    Bools,
+    Floats,
+    Ints,
+    Ranking,
+    Recalled,
+    SelectResult,
+    Taken,
+)
 
 T = TypeVar("T")
 
@@ -75,6 +87,10 @@ class Attend:
         if self.request.stop is None:
             self.request = replace(self.request, stop=self.length)
 
+    def part(self, request: AttendRequest, length: int) -> Self:
+        """One with some of its queries, which sees this length."""
+        return replace(self, request=request, length=length)
+
     @property
     def chunks(self) -> Chunks:
         """Those of its session, which is resident."""
@@ -87,13 +103,36 @@ class Attend:
         return self.visibility
 
 
+@dataclass(slots=True, eq=False)
+class Select(Attend):
+    """One select on its way. What it takes is answered with `keys` or `tokens`, or only named."""
+
+    keys: bool = True
+    tokens: bool = True
+
+    def part(self, request: AttendRequest, length: int) -> Self:
+        """A part only says what it takes; that is brought afterwards, each chunk once for all parts."""
+        return replace(self, request=request, length=length, keys=False, tokens=False)
+
+    def excess(self, num_chunks: int) -> InvalidArgument | None:
+        """What is wrong where so many chunks are more than one answer may hold."""
+        dim, size = self.resident.settings.dim, self.resident.settings.chunk_size
+        num_bytes = num_chunks * 4 * dim * (self.keys + self.tokens * size)
+        if not num_bytes or (num_chunks <= MAX_SELECTED_CHUNKS and num_bytes <= MAX_SELECTED_BYTES):
+            return None
+        return InvalidArgument(
+            f"the queries take {num_chunks} chunks, which have {num_bytes} bytes in the answer; the limits of one "
+            f"select are {MAX_SELECTED_CHUNKS} and {MAX_SELECTED_BYTES}: ask fewer queries at once, or a smaller top_k"
+        )
+
+
 class Runner:
     """Runs batches of attends with one kernel, on one thread."""
 
     def __init__(self, kernel: Kernel) -> None:
         self.kernel = kernel
 
-    def run(self, attends: Sequence[Attend]) -> list[AttendResult | Exception]:
+    def run(self, attends: Sequence[Attend]) -> list[AttendResult | SelectResult | Exception]:
         """One result per attend, in order; a attend that fails by itself gets its own error.
 
         Every chunk that an attend takes or sees in part must have its page; see `missing`.
@@ -123,11 +162,8 @@ class Runner:
         chosen: list[Missing] = []
         if ready:
             attends = [attend for together in ready for attend in together]
-            index = attends[0].model.select(_stack_queries(attends), _view(ready, attends), self.kernel).cpu().numpy()
-            stop = 0
-            for attend in attends:
-                rows = index[stop : (stop := stop + len(attend.request.queries))]
-                chosen.append(Missing(attend.chunks.missing(np.unique(rows[rows >= 0]).tolist()), in_part=False))
+            for attend, rows in zip(attends, self._choose(ready, attends), strict=True):
+                chosen.append(Missing(_missing_contents(attend, np.unique(rows[rows >= 0])), in_part=False))
         found = iter(chosen)
         return [
             Missing(missing, in_part=True) if missing else next(found)
@@ -135,10 +171,17 @@ class Runner:
             for _ in together
         ]
 
-    def _run_group(self, alike: list[list[Attend]]) -> list[AttendResult | Exception]:
+    def _choose(self, alike: list[list[Attend]], attends: list[Attend]) -> list[Ints]:
+        """The chunks [Q, K] that each of the `attends` of `alike` takes, -1 for none."""
+        index = attends[0].model.select(_stack_queries(attends), _view(alike, attends), self.kernel).cpu().numpy()
+        return np.split(index, np.cumsum([len(attend.request.queries) for attend in attends])[:-1])
+
+    def _run_group(self, alike: list[list[Attend]]) -> list[AttendResult | SelectResult | Exception]:
         attends = [attend for together in alike for attend in together]
+        if isinstance(attends[0], Select):
+            return list(map(_take, attends, self._choose(alike, attends)))
         attended, output = attends[0].model.answer(_stack_queries(attends), _view(alike, attends), self.kernel)
-        results = _split(attends, output, attended)
+        results: list[AttendResult | SelectResult | Exception] = list(_split(attends, output, attended))
         for place, (attend, result) in enumerate(zip(attends, results, strict=True)):
             if attend.num_ranked and isinstance(result, AttendResult):
                 results[place] = result._replace(ranking=_explain(attend, result, self.kernel))
@@ -173,6 +216,13 @@ def _missing_in_part(attend: Attend) -> list[int]:
     if in_part is None:
         return []
     return attend.chunks.missing([chunk for chunk in in_part.chunks.tolist() if chunk not in attend.known_keys])
+
+
+def _missing_contents(attend: Attend, chunks: Ints) -> list[int]:
+    """Of the chunks that an attend takes, those whose contents it needs and that are not here."""
+    if isinstance(attend, Select) and (not attend.tokens or attend.excess(len(chunks)) is not None):
+        return []
+    return attend.chunks.missing(chunks.tolist())
 
 
 def _search(together: list[Attend]) -> Search:
@@ -233,6 +283,41 @@ def _split(attends: list[Attend], output: Tensor, attended: Attended) -> list[At
         index_of, weight_of = indexes[rows, :width].copy(), weights[rows, :width].copy()
         results.append(AttendResult(outputs[rows], index_of, weight_of, recalled, attend.chunks.length))
     return results
+
+
+def _take(select: Attend, index: Ints) -> SelectResult | Exception:
+    """What a select takes: the chunks [Q, K] that were chosen for it."""
+    assert isinstance(select, Select)
+    search = _search([select])
+    index = index[:, : search.k]  # of its own search; the batch's may be wider
+    chunks, places = np.unique(index, return_inverse=True)  # -1, for none, comes first
+    num_none = int(index.size > 0 and chunks[0] < 0)
+    chunks = chunks[num_none:]
+    at = torch.from_numpy(chunks).to(search.keys.device)
+    keys = search.keys[at - search.first]
+    logits = (_stack_queries([select]) @ keys.T).cpu().numpy()
+    logit = np.take_along_axis(np.pad(logits, ((0, 0), (num_none, 0))), places.reshape(index.shape), axis=1)
+    num_visible = np.full(len(index), len(search.keys))
+    if search.hidden is not None:
+        num_visible = num_visible - search.hidden.sum(dim=-1).cpu().numpy()
+    is_whole = (index >= 0).sum(axis=1) == np.minimum(num_visible, search.k)
+    if not (finite := np.isfinite(logit).all(axis=1) & is_whole).all():  # a query whose logits overflow takes no chunk
+        return _overflow(select, ~finite, index, np.full(index.shape, np.nan, np.float32))
+    if (excess := select.excess(len(chunks))) is not None:
+        return excess
+    taken = _bring(select, at, keys) if select.keys or select.tokens else None
+    return SelectResult(index, logit, taken, select.chunks.length)
+
+
+def _bring(select: Select, chunks: Tensor, keys: Tensor) -> Taken:
+    """What a select asks for of the `chunks` [U] that it takes, whose keys [U, D] are known."""
+    tokens: Floats | None = None
+    visible: Bools | None = None
+    if select.tokens:
+        slots = select.seen.slots(chunks, select.chunks.chunk_size)
+        visible = slots.cpu().numpy()
+        tokens = select.chunks.contents(chunks).float().masked_fill_(~slots[..., None], 0.0).cpu().numpy()
+    return Taken(chunks.cpu().numpy(), keys.cpu().numpy() if select.keys else None, tokens, visible)
 
 
 def _explain(attend: Attend, result: AttendResult, kernel: Kernel) -> Ranking:

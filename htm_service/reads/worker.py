@@ -26,7 +26,7 @@ from htm_service.memory.loader import Fetch, Loader
 from htm_service.memory.resident import Resident
 from htm_service.reads.runner import Attend, Runner
 from htm_service.reads.visibility import Trimmed, keys_of, plan_visibility
-from htm_service.records import AttendResult, Timing
+from htm_service.records import AttendResult, SelectResult, Timing
 from htm_service.threads.batcher import LATER, Batcher, Outcome, Ticket
 
 T = TypeVar("T")
@@ -53,8 +53,8 @@ class DeviceWorker:
         self.loader = loader
         self.runner = runner
 
-    def submit(self, attend: Attend, cost: int) -> asyncio.Future[AttendResult]:
-        """Admit an attend (the loop). Raises Overloaded, Draining or Unhealthy."""
+    def submit(self, attend: Attend, cost: int) -> asyncio.Future[AttendResult | SelectResult]:
+        """Admit an attend or a select (the loop). Raises Overloaded, Draining or Unhealthy."""
         return self.queue.submit(attend, cost=cost, lane=attend.resident.sid)
 
     async def ask(self, resident: Resident, question: Callable[[Chunks], T]) -> T:
@@ -183,14 +183,14 @@ class DeviceWorker:
     def _deliver(
         self,
         ready: list[tuple[JobTicket, Attend]],
-        results: Sequence[AttendResult | Exception],
+        results: Sequence[AttendResult | SelectResult | Exception],
         compute_s: float,
         outcomes: dict[JobTicket, Outcome[Any]],
     ) -> None:
         """The results with their timings as outcomes; what they took counts as used now."""
         batch_size = sum(len(attend.request.queries) for _, attend in ready)
         for (ticket, attend), result in zip(ready, results, strict=True):
-            if isinstance(result, AttendResult):
+            if isinstance(result, AttendResult | SelectResult):
                 self.cache.touch(attend.resident, result.chunk_index)
                 length = result.length if attend.length is None else attend.length
                 result = result._replace(length=length, timing=Timing(ticket.queue_s, compute_s, 0.0, batch_size))

@@ -57,6 +57,7 @@ CALLS: Mapping[str, Call] = {
     "read_memories": Call("GET", "/v1/sessions/s/memories"),
     "attend": Call("POST", "/v1/sessions/s/attend", 200, ATTEND),
     "explain": Call("POST", "/v1/sessions/s/explain", 200, {"queries": [1, 0, 0], "return": ["output", "payloads"]}),
+    "select": Call("POST", "/v1/sessions/s/select", 200, {"queries": [1, 0, 0]}),
     "step": Call("POST", "/v1/sessions/s/step", 200, {"attend": ATTEND, "append": APPEND}),
     "list_chunks": Call("GET", "/v1/sessions/s/chunks?include=keys"),
     "inspect_chunk": Call("GET", "/v1/sessions/s/chunks/1?include=embeddings,key"),

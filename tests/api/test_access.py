@@ -40,6 +40,7 @@ NEEDS: Mapping[str, str] = {
     "list_recalls": "read",
     "session_heat": "read",
     "explain": "read",
+    "select": "read",
     "events": "read",
     "delete_sessions": "write",
     "list_keys": "admin",

@@ -16,7 +16,7 @@ from api.wire.tensors import floats, to_base64
 from tests.api.conftest import Serve
 from tests.api.test_errors import check_problem
 
-ATTEND, MEMORIES, STEP = (f"/v1/sessions/s/{name}" for name in ("attend", "memories", "step"))
+ATTEND, MEMORIES, SELECT, STEP = (f"/v1/sessions/s/{name}" for name in ("attend", "memories", "select", "step"))
 BINARY = {"content-type": wire.MEDIA_TYPE}
 JSON = {"content-type": "application/json"}
 
@@ -92,6 +92,46 @@ async def test_only_what_return_asks_for(client: httpx.AsyncClient) -> None:
     assert full.keys() == {"recalled", "length"}
     found = {item["position"]: item["payload"] for item in full["recalled"][0]}
     assert found == {0: {"n": 0}, 1: {"n": 1}, 2: {"n": 2}, 3: {"n": 3}, 4: None}
+
+
+async def test_select_answers_the_same_in_every_format(client: httpx.AsyncClient) -> None:
+    queries = np.array([[1, 0, 0], [0, 0.6, 0.8]], np.float32)
+    lists = (await client.post(SELECT, json={"queries": queries.tolist(), "top_k": 2, "start": 1})).json()
+    assert lists.keys() == {"chunks", "unique", "length"} and lists["length"] == 5
+    assert lists["unique"].keys() == {"index", "key", "tokens", "visible"}
+    tokens = np.array((await client.get(MEMORIES)).json()["embeddings"], np.float32)
+    for index, rows, visible in zip(*(lists["unique"][name] for name in ("index", "tokens", "visible")), strict=True):
+        for slot in range(2):
+            position = 2 * index + slot
+            assert visible[slot] == (1 <= position < 5)
+            np.testing.assert_array_equal(np.float32(rows[slot]), tokens[position] if visible[slot] else np.zeros(3))
+
+    b64 = (
+        await client.post(f"{SELECT}?encoding=b64", json={"queries": queries.tolist(), "top_k": 2, "start": 1})
+    ).json()
+    found = b64["unique"]["tokens"]
+    assert found["shape"] == [len(lists["unique"]["index"]), 2, 3] and b64["unique"]["visible"]["dtype"] == "bool"
+    np.testing.assert_array_equal(
+        np.frombuffer(base64.b64decode(found["b64"]), "<f4").reshape(found["shape"]),
+        np.float32(lists["unique"]["tokens"]),
+    )
+
+    body = wire.build({"queries": queries}, {"top_k": 2, "start": 1})
+    tensors, params = unpack((await client.post(SELECT, content=body, headers=BINARY)).content)
+    assert params == {"length": 5} and tensors["unique.index"].dtype == np.int64
+    for place, name in [("chunks", "index"), ("chunks", "logit"), *(("unique", name) for name in lists["unique"])]:
+        np.testing.assert_array_equal(tensors[f"{place}.{name}"], np.array(lists[place][name]).astype(np.float32))
+
+    for wanted, keys in (
+        (["chunks"], set()),
+        (["keys"], {"index", "key"}),
+        (["tokens"], {"index", "tokens", "visible"}),
+    ):
+        answer = (await client.post(SELECT, json={"queries": [1, 0, 0], "return": wanted})).json()
+        assert ("chunks" in answer) == (wanted == ["chunks"]) and answer.get("unique", {}).keys() == keys
+    for wrong in ({"return": ["output"]}, {"model": "retrieval"}, {"note": "why"}, {"top_k": 0}):
+        check_problem(await client.post(SELECT, json={"queries": [1, 0, 0], **wrong}), 422, "invalid_argument")
+    assert (await client.get("/v1/sessions/s/recalls")).json()["recalls"] == []
 
 
 async def test_fields_reach_the_engine(client: httpx.AsyncClient) -> None:

@@ -32,6 +32,7 @@ INJECTED = {
     "idempotency_mismatch",
     "chunk_not_found",
     "length_conflict",
+    "model_not_found",
 }
 """Codes that are raised by an engine made for it; the others from the real one, `rate_limited` in test_access.py."""
 BY_HOST = {"forbidden", "misdirected_request"}

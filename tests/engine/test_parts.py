@@ -11,7 +11,7 @@ import pytest
 from htm_service.errors import DeadlineExceeded, InvalidArgument
 from htm_service.reads.cost import PRODUCTS_OF_ANY_QUERY
 from htm_service.reads.runner import Attend
-from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest
+from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest, SelectResult
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_attend import DIM, SIZE, fill, vectors
 from tests.names import named
@@ -61,7 +61,7 @@ async def test_all_parts_have_one_deadline(make_engine: MakeEngine, monkeypatch:
     await fill(engine, "s", vectors(0, 47, DIM))
     run = engine.worker.runner.run
 
-    def slow(reads: Sequence[Attend]) -> list[AttendResult | Exception]:
+    def slow(reads: Sequence[Attend]) -> list[AttendResult | SelectResult | Exception]:
         time.sleep(0.1)
         return run(reads)
 
@@ -132,7 +132,7 @@ async def test_all_parts_begin_where_the_others_do(
     await engine.append(named("s"), AppendRequest(embeddings=tokens[25:30]))
     run, loop, sizes = engine.worker.runner.run, asyncio.get_running_loop(), list[int]()
 
-    def trim_between(attends: Sequence[Attend]) -> list[AttendResult | Exception]:
+    def trim_between(attends: Sequence[Attend]) -> list[AttendResult | SelectResult | Exception]:
         results = run(attends)
         sizes.extend(len(attend.request.queries) for attend in attends)
         if len(sizes) == 1:
