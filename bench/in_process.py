@@ -201,4 +201,4 @@ async def _median(call: Callable[[], Awaitable[Any]], repeats: int) -> float:
 
 def _read_blocks(path: Path) -> int:
     with sqlite3.connect(path) as connection:
-        return sum(len(data) for (data,) in connection.execute("SELECT data FROM blocks ORDER BY sid, start"))
+        return sum(len(data) for (data,) in connection.execute("SELECT data FROM blocks ORDER BY log, start"))

@@ -210,6 +210,14 @@ class Block(NamedTuple):
     data: bytes
     episode: int | None = None
 
+    def within(self, start: int, stop: int) -> Block:
+        """What it has of positions start .. stop-1, of which it has some."""
+        low, high = max(start, self.start), min(stop, self.start + self.num_tokens)
+        if high - low == self.num_tokens:
+            return self
+        size = len(self.data) // self.num_tokens
+        return Block(low, high - low, self.data[(low - self.start) * size : (high - self.start) * size], self.episode)
+
 
 @dataclass(frozen=True, slots=True)
 class Summary:
@@ -220,6 +228,15 @@ class Summary:
     first: int
     num_chunks: int
     data: bytes
+
+    def within(self, first: int, last: int | None) -> Summary:
+        """What it keeps of the chunks first .. last-1 (to its end when None), of which it has some."""
+        end = self.first + self.num_chunks
+        low, high = max(first, self.first), end if last is None else min(last, end)
+        if (low, high) == (self.first, end):
+            return self
+        size = len(self.data) // self.num_chunks
+        return Summary(low, high - low, self.data[(low - self.first) * size : (high - self.first) * size])
 
 
 @dataclass(frozen=True, slots=True)
@@ -293,6 +310,34 @@ class Compact:
 
 
 @dataclass(frozen=True, slots=True)
+class Fork:
+    """Create `row` with the first `length` tokens of a session (all when None), whose contents are not copied: both
+    have them until neither does. Of `row`, `sid` and what tells of tokens are the store's to fill in.
+
+    Refused: NoSuchSession, SessionExists, WrongLength (the session is shorter, or begins later), QuotaExceeded.
+    """
+
+    sid: int
+    row: SessionRow
+    chunk_size: int
+    length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Truncate:
+    """Forget the tokens of a session from position `length` on, with their payloads, their summaries, and the
+    idempotency keys whose append reached beyond. What other sessions share stays theirs.
+
+    Refused: NoSuchSession, WrongLength (it is not `if_length`, is shorter, or begins later: all of it may always go).
+    """
+
+    sid: int
+    length: int
+    chunk_size: int
+    if_length: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class CreateKey:
     """Let someone call. Refused: KeyExists."""
 
@@ -324,10 +369,10 @@ class SetQuota:
 
 
 KeyWrite = CreateKey | DeleteKey | UseKey
-Write = CreateSession | UpdateSession | DeleteSession | Append | Compact | KeyWrite | SetQuota
+Write = CreateSession | UpdateSession | DeleteSession | Append | Compact | Fork | Truncate | KeyWrite | SetQuota
 WriteResult = SessionRow | Appended | KeyRow | Quota | Refused
-"""CreateSession, UpdateSession and Compact answer the SessionRow as it is now, DeleteSession the one it was; writes of
-keys the KeyRow in the same way."""
+"""CreateSession, UpdateSession, Compact and Truncate answer the SessionRow as it is now, Fork the new one,
+DeleteSession the one it was; writes of keys the KeyRow in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +414,12 @@ def first_to_keep(length: int, num_tokens: int, max_tokens: int, chunk_size: int
     return first if first <= length else None
 
 
+def wrong_cut(row: SessionRow, length: int, if_length: int | None = None) -> WrongLength | None:
+    """Why a session cannot be cut at `length`, or None."""
+    is_right = if_length in (None, row.length) and row.first_position <= length <= row.length
+    return None if is_right else WrongLength(row.length)
+
+
 # --- the contract ---------------------------------------------------------------------------------
 
 
@@ -396,7 +447,8 @@ class Store(ABC):
 
     @abstractmethod
     def purge(self, sid: int | None = None) -> bool:
-        """A small transaction that deletes bytes a deleted session left (this one, or any); True when there are more.
+        """A small transaction that deletes bytes that a session (this one, or any) left when it was deleted, truncated
+        or trimmed, and that no other one has; True when there are more.
 
         Deleting takes a session away at once, but not more of its bytes than others can wait for. Called from the
         thread that writes; what is left when the process ends is found by the next one. Raises as `write` does.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
@@ -22,6 +22,7 @@ from storage.base import (
     Damage,
     DeleteKey,
     DeleteSession,
+    Fork,
     KeyExists,
     KeyReused,
     KeyRow,
@@ -39,6 +40,7 @@ from storage.base import (
     Store,
     Summary,
     Totals,
+    Truncate,
     UpdateSession,
     UseKey,
     Write,
@@ -46,6 +48,7 @@ from storage.base import (
     WrongLength,
     first_to_keep,
     within,
+    wrong_cut,
 )
 
 
@@ -74,6 +77,21 @@ class _Session:
         num_bytes = sum(len(block.data) for block in self.blocks)
         self.row = replace(self.row, first_position=first_position, num_bytes=num_bytes)
         return self.row
+
+    def until(self, length: int, chunk_size: int) -> _Session:
+        """Its tokens before a position, as a session of its own; contents are not copied."""
+        last, first = length // chunk_size, min(self.row.first_position, length)
+        num_blocks = bisect_left(self.blocks, length, key=lambda block: block.start)
+        blocks = self.blocks[:num_blocks]
+        blocks[-1:] = [block.within(0, length) for block in blocks[-1:]]
+        num_bytes = sum(len(block.data) for block in blocks)
+        return _Session(
+            replace(self.row, length=length, first_position=first, num_bytes=num_bytes),
+            blocks,
+            [summary.within(0, last) for summary in self.summaries if summary.first < last],
+            {position: body for position, body in self.payloads.items() if position < length},
+            {key: kept for key, kept in self.keys.items() if kept[1].length <= length},
+        )
 
 
 class MemoryStore(Store):
@@ -226,6 +244,10 @@ class MemoryStore(Store):
             if write.summary.first != end:
                 return WrongLength(end)
             session.summaries.append(write.summary)
+        elif isinstance(write, Fork):
+            return self._fork(session, write)
+        elif isinstance(write, Truncate):
+            return self._truncate(session, write, now)
         else:
             return self._append(session, write, now)
         return session.row
@@ -245,18 +267,45 @@ class MemoryStore(Store):
         used = self._keys[write.namespace, write.name] = replace(known, last_used_at=write.at)
         return used
 
-    def _create(self, row: SessionRow) -> WriteResult:
+    def _create(self, row: SessionRow, of: _Session | None = None) -> WriteResult:
+        """A new session, with the tokens of another one."""
+        held = _Session(replace(row, length=0, num_bytes=0, first_position=0)) if of is None else of
+        length, first, num_bytes = held.row.length, held.row.first_position, held.row.num_bytes
         if row.key in self._sids:
             return SessionExists(f"there is a session {row.id!r}")
-        if (refused := self._beyond_quota(row.namespace, num_sessions=1)) is not None:
+        more = {"num_sessions": 1, "num_tokens": length - first, "num_bytes": num_bytes}
+        if (refused := self._beyond_quota(row.namespace, **more)) is not None:
             return refused
         self._last_sid += 1
-        updated_at = row.updated_at or row.created_at
-        settings = dict(row.settings)
-        row = replace(row, sid=self._last_sid, length=0, num_bytes=0, settings=settings, updated_at=updated_at)
-        self._by_sid[row.sid] = _Session(row)
-        self._sids[row.key] = row.sid
-        return row
+        held.row = replace(
+            row,
+            sid=self._last_sid,
+            length=length,
+            first_position=first,
+            num_bytes=num_bytes,
+            settings=dict(row.settings),
+            updated_at=row.updated_at or row.created_at,
+        )
+        self._by_sid[held.row.sid] = held
+        self._sids[row.key] = held.row.sid
+        return held.row
+
+    def _fork(self, parent: _Session, write: Fork) -> WriteResult:
+        length = parent.row.length if write.length is None else write.length
+        if (refused := wrong_cut(parent.row, length)) is not None:
+            return refused
+        child = parent.until(length, write.chunk_size)
+        child.keys = {}
+        return self._create(write.row, child)
+
+    def _truncate(self, session: _Session, write: Truncate, now: float) -> WriteResult:
+        row = session.row
+        if (refused := wrong_cut(row, write.length or row.first_position, write.if_length)) is not None:
+            return refused
+        kept = session.until(write.length, write.chunk_size)
+        kept.row = replace(kept.row, updated_at=now)
+        self._by_sid[row.sid] = kept
+        return kept.row
 
     def _beyond_quota(
         self, namespace: str, *, num_sessions: int = 0, num_tokens: int = 0, num_bytes: int = 0

@@ -15,33 +15,52 @@ from sqlalchemy import Connection, delete, func, insert, select
 from storage.base import Compact, Refused, WrongLength
 from storage.sql.prepared import Values
 from storage.sql.rows import BLOCK_BYTES, INSERT_BLOCKS
+from storage.sql.spans import Layout, layout_of
 from storage.sql.tables import blocks, summaries
 
 
-def compact(connection: Connection, write: Compact, first_position: int) -> Refused | None:
-    """Keep the summary and join the blocks of its chunks; None, or why not. The session begins at `first_position`."""
-    table, summary = summaries.c, write.summary
-    last = select(func.max(table.first + table.num_chunks)).where(table.sid == write.sid)
-    end = max(connection.execute(last).scalar() or 0, first_position // write.chunk_size)
-    if summary.first != end:
+def compact(connection: Connection, write: Compact) -> Refused | None:
+    """Keep the summary and join the blocks of its chunks; None, or why not.
+
+    What lies in a log that others read too is compacted for them as well: they see the same tokens there.
+    """
+    layout, summary, size = layout_of(connection, write.sid), write.summary, write.chunk_size
+    assert layout is not None, "it was looked up"
+    if summary.first != (end := _end(connection, layout, size)):
         return WrongLength(end)
-    values = {
-        "sid": write.sid,
-        "first": summary.first,
-        "num_chunks": summary.num_chunks,
-        "checksum": zlib.crc32(summary.data),
-        "data": summary.data,
-    }
-    connection.execute(insert(summaries).values(values))
-    start = summary.first * write.chunk_size
-    _join(connection, write.sid, start, start + summary.num_chunks * write.chunk_size)
+    for log, first_chunk, last_chunk in layout.chunk_spans(size):
+        if summary.first + summary.num_chunks > first_chunk and (last_chunk is None or summary.first < last_chunk):
+            part = summary.within(first_chunk, last_chunk)
+            values = {
+                "log": log,
+                "first": part.first,
+                "num_chunks": part.num_chunks,
+                "checksum": zlib.crc32(part.data),
+                "data": part.data,
+            }
+            connection.execute(insert(summaries).values(values))
+            _join(connection, log, part.first * size, (part.first + part.num_chunks) * size)
     return None
 
 
-def _join(connection: Connection, sid: int, start: int, stop: int) -> None:
-    """Join the blocks that lie wholly within positions start .. stop-1."""
+def _end(connection: Connection, layout: Layout, chunk_size: int) -> int:
+    """The first chunk of a session that has no summary."""
+    table, end = summaries.c, layout.first_position // chunk_size
+    for log, _, last_chunk in layout.chunk_spans(chunk_size):
+        here = select(func.max(table.first + table.num_chunks)).where(table.log == log)
+        if last_chunk is None:
+            return max(end, connection.execute(here).scalar() or 0)
+        found = connection.execute(here.where(table.first < last_chunk)).scalar() or 0
+        end = max(end, min(found, last_chunk))
+        if end < last_chunk:
+            break
+    return end
+
+
+def _join(connection: Connection, log: int, start: int, stop: int) -> None:
+    """Join the blocks of a log that lie wholly within positions start .. stop-1."""
     columns = blocks.c
-    inside = (columns.sid == sid, columns.start >= start, columns.start + columns.num_tokens <= stop)
+    inside = (columns.log == log, columns.start >= start, columns.start + columns.num_tokens <= stop)
     count, num_bytes = connection.execute(
         select(func.count(), func.coalesce(func.sum(func.length(columns.data)), 0)).where(*inside)
     ).one()
@@ -79,6 +98,6 @@ def joined(rows: Iterable[Any]) -> Iterator[Values]:
 def _joined(together: Sequence[Any]) -> Values:
     first = together[0]
     if len(together) == 1:
-        return first.sid, first.start, first.num_tokens, first.episode, first.checksum, first.data
+        return first.log, first.start, first.num_tokens, first.episode, first.checksum, first.data
     data = b"".join(row.data for row in together)
-    return first.sid, first.start, sum(row.num_tokens for row in together), first.episode, zlib.crc32(data), data
+    return first.log, first.start, sum(row.num_tokens for row in together), first.episode, zlib.crc32(data), data

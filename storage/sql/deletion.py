@@ -1,46 +1,57 @@
-"""The rows of deleted sessions, deleted a few at a time, so that no other write waits long.
+"""What deleted, truncated and trimmed sessions left in their logs, removed a few rows at a time, so that no other write
+waits long.
 
 A deleted session is gone at once: its row is. What does not go with it in the same transaction is found again
-through `deleted_sessions`, by whatever server comes next. Runs within a transaction. Does not know what rows say.
+through `leftovers`, by whatever server comes next. Runs within a transaction. Does not know what rows say.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from sqlalchemy import Connection, delete, insert, select
 
-from storage.sql.tables import blocks, deleted_sessions, idempotency, payloads, summaries
+from storage.sql.removal import remove
+from storage.sql.spans import needs_of
+from storage.sql.tables import idempotency, leftovers, sessions
 
-ROWS_AT_ONCE = {
-    blocks.c.start: 64,  # of at most rows.BLOCK_BYTES each, or one token: 4 MiB
-    summaries.c.first: 32,
-    payloads.c.position: 512,
-    idempotency.c.key: 512,
-}
-"""Per table, by the column that is its key within a session: how many rows one step deletes."""
+KEYS_AT_ONCE = 512
+"""Idempotency keys that one step deletes."""
 
 
-def leave(connection: Connection, sid: int) -> None:
-    """Begin to purge a session whose row is gone; what is left is remembered."""
-    if _purge(connection, sid):
-        connection.execute(insert(deleted_sessions).values(sid=sid))
+def leave(connection: Connection, sid: int, logs: Iterable[int], chunk_size: int | None) -> None:
+    """Begin to purge what a session does not need any more of logs; what is left is remembered."""
+    for log in sorted(logs):
+        if _purge(connection, log, chunk_size):
+            connection.execute(delete(leftovers).where(leftovers.c.log == log, leftovers.c.sid == sid))
+            connection.execute(insert(leftovers).values(log=log, sid=sid, chunk_size=chunk_size))
 
 
 def purge_more(connection: Connection, sid: int | None) -> bool | None:
-    """One step more, of this session or of any; whether there is more to do, None when there was nothing."""
-    waiting = select(deleted_sessions.c.sid).order_by(deleted_sessions.c.sid).limit(2)
-    sids = connection.execute(waiting if sid is None else waiting.where(deleted_sessions.c.sid == sid)).scalars().all()
-    if not sids:
+    """One step more, of what this session left or any; whether there is more to do, None when there was nothing."""
+    waiting = select(leftovers).order_by(leftovers.c.log).limit(2)
+    rows = connection.execute(waiting if sid is None else waiting.where(leftovers.c.sid == sid)).all()
+    if not rows:
         return None
-    if _purge(connection, sids[0]):
+    log, of_sid, chunk_size = rows[0]
+    if _purge(connection, log, chunk_size):
         return True
-    connection.execute(delete(deleted_sessions).where(deleted_sessions.c.sid == sids[0]))
-    return len(sids) > 1
+    connection.execute(delete(leftovers).where(leftovers.c.log == log, leftovers.c.sid == of_sid))
+    return len(rows) > 1
 
 
-def _purge(connection: Connection, sid: int) -> bool:
-    is_left = False
-    for key, num_rows in ROWS_AT_ONCE.items():
-        of_session = key.table.c.sid == sid
-        some = select(key).where(of_session).order_by(key).limit(num_rows)
-        is_left |= connection.execute(delete(key.table).where(of_session, key.in_(some))).rowcount == num_rows
+def _purge(connection: Connection, log: int, chunk_size: int | None) -> bool:
+    """A step through what nobody needs of a log, and of the keys of the session of its number, if that is gone."""
+    keys = idempotency.c.sid == log, idempotency.c.sid.not_in(select(sessions.c.sid).where(sessions.c.sid == log))
+    some = select(idempotency.c.key).where(*keys).order_by(idempotency.c.key).limit(KEYS_AT_ONCE)
+    deleted = connection.execute(delete(idempotency).where(*keys, idempotency.c.key.in_(some)))
+    is_left = deleted.rowcount == KEYS_AT_ONCE
+    needs, end = needs_of(connection, log), 0
+    gaps: list[tuple[int, int | None]] = []
+    for start, stop in needs.ranges:
+        gaps += [(end, start)] if end < start else []
+        end = stop if stop is not None else -1
+    gaps += [(end, None)] if end >= 0 else []
+    for first, last in gaps:
+        is_left |= remove(connection, log, first, last, needs.chunk_size or chunk_size, in_steps=True)[1]
     return is_left

@@ -6,15 +6,17 @@ known what will be lost. Does not repair the structure of a file: that is SQLite
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass
 
-from sqlalchemy import Connection, Row, String, cast, delete, or_, select, update
+from sqlalchemy import Connection, Row, String, cast, delete, select, update
 
 from storage.base import CheckSettings, SessionKey
-from storage.sql.deletion import leave
+from storage.sql.branches import delete_branch, truncate
 from storage.sql.failures import trouble_with
-from storage.sql.tables import blocks, deleted_sessions, idempotency, payloads, sessions, summaries
+from storage.sql.snapshot import row_of
+from storage.sql.spans import known_logs, layout_of
+from storage.sql.tables import blocks, idempotency, leftovers, payloads, sessions, spans, summaries
+from storage.sql.verification import outside, stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,23 +43,25 @@ def plan(connection: Connection, check_settings: CheckSettings) -> list[Repair]:
 def carry_out(connection: Connection, repairs: list[Repair]) -> None:
     """Do what was planned, and delete what belongs to no session or lies outside of one."""
     for repair in repairs:
-        of_session = sessions.c.sid == repair.sid
         if repair.length is None:
-            connection.execute(delete(sessions).where(of_session))
-            leave(connection, repair.sid)
+            delete_branch(connection, repair.sid)
             continue
+        of_session = sessions.c.sid == repair.sid
+        row = row_of(connection.execute(select(sessions).where(of_session)).one())
+        layout = layout_of(connection, repair.sid)
+        assert layout is not None, "it was found damaged"
+        connection.execute(delete(summaries).where(summaries.c.log.in_(layout.logs)))  # they are computed again
+        if repair.length < row.length:  # a repeated append must write again what is lost: its key goes too
+            truncate(connection, row, repair.length, layout.chunk_size or 1)
         connection.execute(update(sessions).where(of_session).values(length=repair.length, num_bytes=repair.num_bytes))
-        connection.execute(delete(blocks).where(blocks.c.sid == repair.sid, blocks.c.start >= repair.length))
-        connection.execute(delete(summaries).where(summaries.c.sid == repair.sid))  # they are computed again
-        # A repeated append must write again what is lost.
-        lost = idempotency.c.sid == repair.sid, idempotency.c.length > repair.length
-        connection.execute(delete(idempotency).where(*lost))
-    known = select(sessions.c.sid).union(select(deleted_sessions.c.sid))
-    for table in (blocks, summaries, payloads, idempotency):
-        connection.execute(delete(table).where(table.c.sid.not_in(known)))
-    for row in connection.execute(select(sessions.c.sid, sessions.c.length, sessions.c.first_position)).all():
-        outside = or_(payloads.c.position < row.first_position, payloads.c.position >= row.length)
-        connection.execute(delete(payloads).where(payloads.c.sid == row.sid, outside))
+    connection.execute(delete(spans).where(spans.c.sid.not_in(select(sessions.c.sid))))
+    for table in (blocks, summaries, payloads):
+        connection.execute(delete(table).where(table.c.log.not_in(known_logs())))
+    known = select(sessions.c.sid).union(select(leftovers.c.log))
+    connection.execute(delete(idempotency).where(idempotency.c.sid.not_in(known)))
+    for sid in connection.execute(select(sessions.c.sid)).scalars().all():
+        if (layout := layout_of(connection, sid)) is not None:
+            connection.execute(delete(payloads).where(*outside(connection, layout)))
 
 
 def _of_session(connection: Connection, row: Row[tuple[object, ...]], check_settings: CheckSettings) -> Repair | None:
@@ -77,15 +81,11 @@ def _of_session(connection: Connection, row: Row[tuple[object, ...]], check_sett
 def _readable(connection: Connection, row: Row[tuple[object, ...]]) -> tuple[int, int, str]:
     """Up to which position a session's tokens are whole, how many bytes that is, and why no more."""
     end, num_bytes = row.first_position, 0
-    columns = (blocks.c.start, blocks.c.num_tokens, blocks.c.checksum, blocks.c.data)
-    query = select(*columns).where(blocks.c.sid == row.sid).order_by(blocks.c.start)
-    with connection.execute(query, execution_options={"yield_per": 64}) as rows:
-        for start, num_tokens, checksum, data in rows:
-            is_first = num_bytes == 0 and start < row.first_position < start + num_tokens
-            if start != end and not is_first:
-                return end, num_bytes, f"those from {end} to {start - 1} are missing"
-            if zlib.crc32(data) != checksum:
-                return end, num_bytes, f"the block at position {start} does not match its checksum"
-            end = start + num_tokens
-            num_bytes += len(data)
+    for block in stored(connection, row.sid):
+        if block.start != end:
+            return end, num_bytes, f"those from {end} to {block.start - 1} are missing"
+        if not block.is_sound:
+            return end, num_bytes, f"the block at position {block.start} does not match its checksum"
+        end = block.start + block.num_tokens
+        num_bytes += block.num_bytes
     return end, num_bytes, f"those from {end} on are missing"

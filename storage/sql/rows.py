@@ -23,8 +23,8 @@ BLOCK_BYTES = 64 << 10
 SIDS_AT_ONCE = 500
 """Sessions looked up by one statement: databases bound the number of parameters."""
 
-INSERT_BLOCKS = Prepared(insert(blocks), "sid", "start", "num_tokens", "episode", "checksum", "data")
-_INSERT_PAYLOADS = Prepared(insert(payloads), "sid", "position", "body")
+INSERT_BLOCKS = Prepared(insert(blocks), "log", "start", "num_tokens", "episode", "checksum", "data")
+_INSERT_PAYLOADS = Prepared(insert(payloads), "log", "position", "body")
 _INSERT_KEYS = Prepared(insert(idempotency), "sid", "key", "digest", "start", "length", "created_at")
 _UPDATE_LENGTH = Prepared(
     update(sessions)
@@ -48,9 +48,9 @@ class Rows:
     keys: list[Values] = field(default_factory=list)
     lengths: list[Values] = field(default_factory=list)
 
-    def add_payloads(self, sid: int, start: int, bodies: Sequence[bytes | None]) -> None:
+    def add_payloads(self, log: int, start: int, bodies: Sequence[bytes | None]) -> None:
         """The payloads of tokens that follow each other from `start` on."""
-        self.payloads.extend((sid, position, body) for position, body in enumerate(bodies, start) if body is not None)
+        self.payloads.extend((log, position, body) for position, body in enumerate(bodies, start) if body is not None)
 
     def insert(self, connection: Connection) -> None:
         """Insert blocks, payloads and keys."""

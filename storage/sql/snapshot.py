@@ -9,9 +9,10 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, Table, and_, exists, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, or_, select
 
 from storage.base import Block, KeyRow, Quota, SessionKey, SessionRow, StoreDamaged, Summary
+from storage.sql.spans import Span, cut, layout_of
 from storage.sql.tables import blocks, keys, payloads, quotas, sessions, summaries
 
 ROWS_AT_ONCE = 64
@@ -42,55 +43,67 @@ class Snapshot:
 
     def blocks(self, sid: int, start: int, stop: int | None) -> Iterator[Block]:
         """See `Store.read_blocks`."""
-        end: int | None = None
-        for block, checksum in self._stored_blocks(sid, start, stop):
-            if end is None and block.start > start:  # the session begins there, or tokens are lost
-                begin = select(sessions.c.first_position).where(sessions.c.sid == sid)
-                end = max(start, self.connection.execute(begin).scalar_one())
-            if end is not None and block.start > end:
-                raise self._damaged(sid, end, f"the next tokens are those from {block.start} on")
-            if zlib.crc32(block.data) != checksum:
-                raise self._damaged(sid, block.start, "its checksum is wrong")
-            end = block.start + block.num_tokens
-            yield block
+        if (layout := layout_of(self.connection, sid)) is None:
+            return
+        end = max(start, layout.first_position)
+        for span in layout.spans:
+            for block, checksum in self._stored_blocks(span, start, stop):
+                if block.start > end:
+                    raise self._damaged(sid, end, f"the next tokens are those from {block.start} on")
+                if zlib.crc32(block.data) != checksum:
+                    raise self._damaged(sid, max(block.start, span.start), "its checksum is wrong")
+                block = block.within(span.start, span.stop)
+                end = block.start + block.num_tokens
+                yield block
 
     def episodes(self, sid: int, stop: int) -> list[tuple[int, int | None]]:
         """See `Store.read_episodes`."""
-        place, before = (
-            func.lag(column).over(order_by=blocks.c.start) for column in (blocks.c.start, blocks.c.episode)
-        )
-        inner = select(blocks.c.start, blocks.c.episode, place.label("place"), before.label("before"))
-        rows = inner.where(*_of(blocks, sid), blocks.c.start < stop).subquery()
-        changed = or_(rows.c.place.is_(None), rows.c.episode.is_distinct_from(rows.c.before))
-        query = select(rows.c.start, rows.c.episode).where(changed).order_by(rows.c.start)
-        return [(start, episode) for start, episode in self.connection.execute(query)]
+        layout = layout_of(self.connection, sid)
+        runs: list[tuple[int, int | None]] = []
+        for span in cut(() if layout is None else layout.spans, 0, stop):
+            for start, episode in self.connection.execute(_episodes_query(span)).all():
+                if not runs or runs[-1][1] != episode:
+                    runs.append((max(start, span.start), episode))
+        return runs
 
     def summaries(self, sid: int) -> Iterator[Summary]:
         """See `Store.read_summaries`."""
+        if (layout := layout_of(self.connection, sid)) is None:
+            return
         end: int | None = None
-        columns = (summaries.c.first, summaries.c.num_chunks, summaries.c.checksum, summaries.c.data)
-        query = select(*columns).where(*_of(summaries, sid)).order_by(summaries.c.first)
-        with self.connection.execute(query, **_streamed(ROWS_AT_ONCE)) as rows:
-            for first, num_chunks, checksum, data in rows:
-                if end not in (None, first) or zlib.crc32(data) != checksum:
-                    return  # nothing is lost: what follows is computed again
-                yield Summary(first, num_chunks, data)
-                end = first + num_chunks
+        for log, first_chunk, last_chunk in layout.chunk_spans(layout.chunk_size):
+            query = _summaries_query(log, first_chunk, last_chunk)
+            with self.connection.execute(query, **_streamed(ROWS_AT_ONCE)) as rows:
+                for first, num_chunks, checksum, data in rows:
+                    if end not in (None, max(first, first_chunk)) or zlib.crc32(data) != checksum:
+                        return  # nothing is lost: what follows is computed again
+                    summary = Summary(first, num_chunks, data).within(first_chunk, last_chunk)
+                    end = summary.first + summary.num_chunks
+                    yield summary
+            if last_chunk is not None and (first_chunk if end is None else end) < last_chunk:
+                return
 
     def payloads(self, sid: int, positions: Sequence[int]) -> Generator[tuple[int, bytes], None, None]:
         """Those at these positions, one after the other."""
-        for place in range(0, len(positions), POSITIONS_AT_ONCE):
-            some = positions[place : place + POSITIONS_AT_ONCE]
-            yield from self._payloads(payloads.c.position.in_(some), sid, len(some))
+        for span in self._spans(sid):
+            inside = [position for position in positions if span.start <= position < span.stop]
+            for place in range(0, len(inside), POSITIONS_AT_ONCE):
+                some = inside[place : place + POSITIONS_AT_ONCE]
+                yield from self._payloads(payloads.c.position.in_(some), span.log, len(some))
 
     def payload_range(self, sid: int, start: int, stop: int) -> Generator[tuple[int, bytes], None, None]:
         """Those at positions start .. stop-1, one after the other."""
-        inside = and_(payloads.c.position >= start, payloads.c.position < stop)
-        return self._payloads(inside, sid, stop - start)
+        for log, low, high in cut(self._spans(sid), start, stop):
+            yield from self._payloads(and_(payloads.c.position >= low, payloads.c.position < high), log, high - low)
 
-    def _payloads(self, where: ColumnElement[bool], sid: int, most: int) -> Generator[tuple[int, bytes], None, None]:
+    def _spans(self, sid: int) -> Sequence[Span]:
+        """Where a session's tokens are; nowhere when it is deleted, of which some rows may be left."""
+        layout = layout_of(self.connection, sid)
+        return () if layout is None else layout.spans
+
+    def _payloads(self, where: ColumnElement[bool], log: int, most: int) -> Generator[tuple[int, bytes], None, None]:
         options = {} if most <= PAYLOADS_AT_ONCE else _streamed(PAYLOADS_AT_ONCE)
-        query = select(payloads.c.position, payloads.c.body).where(*_of(payloads, sid), where)
+        query = select(payloads.c.position, payloads.c.body).where(payloads.c.log == log, where)
         with self.connection.execute(query, **options) as rows:
             yield from rows
 
@@ -114,13 +127,13 @@ class Snapshot:
         row = self.connection.execute(query).mappings().first()
         return Quota(namespace) if row is None else Quota(**row)
 
-    def _stored_blocks(self, sid: int, start: int, stop: int | None) -> Iterator[tuple[Block, int]]:
-        """The blocks that overlap positions start .. stop-1, each with its checksum."""
-        if stop is not None and stop <= start:
+    def _stored_blocks(self, span: Span, start: int, stop: int | None) -> Iterator[tuple[Block, int]]:
+        """The blocks of a span that overlap positions start .. stop-1, as they are stored, each with its checksum."""
+        start, stop = max(start, span.start), span.stop if stop is None else min(stop, span.stop)
+        if stop <= start:
             return
-        is_small = stop is not None and stop - start <= ROWS_AT_ONCE  # no block is without a token
-        options = {} if is_small else _streamed(ROWS_AT_ONCE)
-        with self.connection.execute(_blocks_query(sid, start, stop), **options) as rows:
+        options = {} if stop - start <= ROWS_AT_ONCE else _streamed(ROWS_AT_ONCE)  # no block is without a token
+        with self.connection.execute(_blocks_query(span.log, start, stop), **options) as rows:
             for first, num_tokens, episode, checksum, data in rows:
                 if first + num_tokens > start:
                     yield Block(first, num_tokens, data, episode), checksum
@@ -151,16 +164,30 @@ def _streamed(num_rows: int) -> dict[str, Any]:
     return {"execution_options": {"yield_per": num_rows}}
 
 
-def _of(table: Table, sid: int) -> tuple[ColumnElement[bool], ColumnElement[bool]]:
-    """That a row is this session's, and the session is there: of a deleted one some rows may be left."""
-    return table.c.sid == sid, exists(select(sessions.c.sid).where(sessions.c.sid == sid))
-
-
-def _blocks_query(sid: int, start: int, stop: int | None) -> Select[tuple[int, int, int | None, int, bytes]]:
-    """The blocks from the one that holds position `start` on."""
+def _blocks_query(log: int, start: int, stop: int) -> Select[tuple[int, int, int | None, int, bytes]]:
+    """The blocks of a log from the one that holds position `start` on."""
     columns = (blocks.c.start, blocks.c.num_tokens, blocks.c.episode, blocks.c.checksum, blocks.c.data)
-    query = select(*columns).where(*_of(blocks, sid)).order_by(blocks.c.start)
+    query = select(*columns).where(blocks.c.log == log, blocks.c.start < stop).order_by(blocks.c.start)
     if start > 0:
-        first = select(func.max(blocks.c.start)).where(blocks.c.sid == sid, blocks.c.start <= start)
+        first = select(func.max(blocks.c.start)).where(blocks.c.log == log, blocks.c.start <= start)
         query = query.where(blocks.c.start >= func.coalesce(first.scalar_subquery(), 0))
-    return query if stop is None else query.where(blocks.c.start < stop)
+    return query
+
+
+def _episodes_query(span: Span) -> Select[int, int | None]:
+    """Where, in a span, the episode changes."""
+    place, before = (func.lag(column).over(order_by=blocks.c.start) for column in (blocks.c.start, blocks.c.episode))
+    inside = blocks.c.log == span.log, blocks.c.start < span.stop, blocks.c.start + blocks.c.num_tokens > span.start
+    rows = select(blocks.c.start, blocks.c.episode, place.label("place"), before.label("before")).where(*inside)
+    found = rows.subquery()
+    changed = or_(found.c.place.is_(None), found.c.episode.is_distinct_from(found.c.before))
+    return select(found.c.start, found.c.episode).where(changed).order_by(found.c.start)
+
+
+def _summaries_query(log: int, first: int, last: int | None) -> Select[int, int, int, bytes]:
+    """The summaries that have chunks of first .. last-1."""
+    table = summaries.c
+    inside = [table.log == log, table.first + table.num_chunks > first]
+    if last is not None:
+        inside.append(table.first < last)
+    return select(table.first, table.num_chunks, table.checksum, table.data).where(*inside).order_by(table.first)

@@ -32,7 +32,7 @@ sessions = Table(
 blocks = Table(
     "blocks",
     metadata,
-    Column("sid", Sid, primary_key=True, autoincrement=False),
+    Column("log", Sid, primary_key=True, autoincrement=False),
     Column("start", BigInteger, primary_key=True, autoincrement=False),
     Column("num_tokens", BigInteger, nullable=False),
     Column("episode", BigInteger),
@@ -43,7 +43,7 @@ blocks = Table(
 summaries = Table(
     "summaries",
     metadata,
-    Column("sid", Sid, primary_key=True, autoincrement=False),
+    Column("log", Sid, primary_key=True, autoincrement=False),
     Column("first", BigInteger, primary_key=True, autoincrement=False),
     Column("num_chunks", BigInteger, nullable=False),
     Column("checksum", BigInteger, nullable=False),
@@ -53,7 +53,7 @@ summaries = Table(
 payloads = Table(
     "payloads",
     metadata,
-    Column("sid", Sid, primary_key=True, autoincrement=False),
+    Column("log", Sid, primary_key=True, autoincrement=False),
     Column("position", BigInteger, primary_key=True, autoincrement=False),
     Column("body", LargeBinary, nullable=False),
     sqlite_with_rowid=False,
@@ -104,5 +104,24 @@ quotas = Table(
     Column("max_bytes", BigInteger),
 )
 
-# Sessions whose row is gone and whose other rows are not, all of them.
-deleted_sessions = Table("deleted_sessions", metadata, Column("sid", Sid, primary_key=True, autoincrement=False))
+# Where the tokens of a session that was forked, or truncated where others share, lie: its positions start .. stop-1 are
+# in `log`, to which nobody appends for it any more; those without a stop are in the log that it appends to. A session
+# without such rows appends to the log of its own number, from where its spans end.
+spans = Table(
+    "spans",
+    metadata,
+    Column("sid", Sid, primary_key=True, autoincrement=False),
+    Column("start", BigInteger, primary_key=True, autoincrement=False),
+    Column("stop", BigInteger),
+    Column("log", Sid, nullable=False, index=True),
+    Column("chunk_size", BigInteger, nullable=False),
+)
+
+# Logs of which rows may be left that nobody needs, and the session that left them.
+leftovers = Table(
+    "leftovers",
+    metadata,
+    Column("log", Sid, primary_key=True, autoincrement=False),
+    Column("sid", Sid, primary_key=True, autoincrement=False),
+    Column("chunk_size", BigInteger),
+)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 import zlib
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
-from sqlalchemy import Connection, Row, String, cast, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, String, cast, func, or_, select
 from sqlalchemy.exc import DatabaseError
 
 from storage.base import CheckSettings, Damage, SessionKey
 from storage.sql.failures import is_damage, trouble_with
-from storage.sql.tables import blocks, deleted_sessions, idempotency, payloads, sessions, summaries
+from storage.sql.spans import Layout, Span, known_logs, layout_of, needs_of, shared_until
+from storage.sql.tables import blocks, idempotency, leftovers, payloads, sessions, spans, summaries
 
 
 def problems(
@@ -32,39 +34,84 @@ def problems(
             if (trouble := trouble_with(row.settings, check_settings)) is not None:
                 yield Damage(session, trouble)
             yield from _of_blocks(connection, session, row)
-            outside = or_(payloads.c.position < row.first_position, payloads.c.position >= row.length)
-            found = select(func.count()).select_from(payloads).where(payloads.c.sid == row.sid, outside)
-            if count := connection.execute(found).scalar_one():
+            if count := connection.execute(_payloads_outside(connection, row.sid)).scalar_one():
                 yield Damage(session, f"{count} payloads lie outside its tokens, {row.first_position} to {row.length}")
-        known = select(sessions.c.sid).union(select(deleted_sessions.c.sid))
-        for table in (blocks, summaries, payloads, idempotency):
-            orphans = select(func.count()).select_from(table).where(table.c.sid.not_in(known))
-            if count := connection.execute(orphans).scalar_one():
-                yield Damage(None, f"{count} rows of table {table.name} belong to no session")
+        yield from _orphans(connection)
     except DatabaseError as error:
         if not is_damage(error):
             raise
         yield Damage(None, f"the database file is damaged: {error.orig}")
 
 
+def _payloads_outside(connection: Connection, sid: int) -> Select[int]:
+    """How many payloads are in a session's own log that are neither its own nor anybody else's."""
+    layout = layout_of(connection, sid)
+    assert layout is not None, "in this snapshot it is there"
+    return select(func.count()).select_from(payloads).where(*outside(connection, layout))
+
+
+def _orphans(connection: Connection) -> Iterator[Damage]:
+    """Rows that belong to nobody."""
+    known = select(sessions.c.sid)
+    for table, column, owners in (
+        *((table, table.c.log, known_logs()) for table in (blocks, summaries, payloads)),
+        (idempotency, idempotency.c.sid, known.union(select(leftovers.c.log))),
+        (spans, spans.c.sid, known),
+    ):
+        orphans = select(func.count()).select_from(table).where(column.not_in(owners))
+        if count := connection.execute(orphans).scalar_one():
+            yield Damage(None, f"{count} rows of table {table.name} belong to no session")
+
+
+def outside(connection: Connection, layout: Layout) -> tuple[ColumnElement[bool], ...]:
+    """That a payload is in a session's own log, before or after all that this session or another one has there."""
+    ranges = needs_of(connection, layout.log).ranges
+    first = ranges[0][0]
+    last = max(layout.length, *(stop or 0 for _, stop in ranges))
+    return payloads.c.log == layout.log, or_(payloads.c.position < first, payloads.c.position >= last)
+
+
 def _of_blocks(connection: Connection, session: SessionKey, row: Row[Any]) -> Iterator[Damage]:
-    length, num_bytes, first = row.length, row.num_bytes, row.first_position
-    expected, total = None, 0
-    columns = (blocks.c.start, blocks.c.num_tokens, blocks.c.checksum, blocks.c.data)
-    query = select(*columns).where(blocks.c.sid == row.sid).order_by(blocks.c.start)
-    with connection.execute(query, execution_options={"yield_per": 64}) as rows:
-        for start, num_tokens, checksum, data in rows:
-            if (
-                expected is None
-            ):  # the first block may begin before the first position: it goes when all of it is trimmed
-                expected = start if start < first < start + num_tokens else first
-            if start != expected:
-                yield Damage(session, f"a block begins at position {start}, {expected} was expected")
-            if zlib.crc32(data) != checksum:
-                yield Damage(session, f"the block at position {start} does not match its checksum")
-            expected = start + num_tokens
-            total += len(data)
-    if (expected or first) != length:
-        yield Damage(session, f"its blocks end at position {expected or first}, its length is {length}")
+    length, num_bytes, expected, total = row.length, row.num_bytes, row.first_position, 0
+    for block in stored(connection, row.sid):
+        if block.start != expected:
+            yield Damage(session, f"a block begins at position {block.start}, {expected} was expected")
+        if not block.is_sound:
+            yield Damage(session, f"the block at position {block.start} does not match its checksum")
+        expected = block.start + block.num_tokens
+        total += block.num_bytes
+    if expected != length:
+        yield Damage(session, f"its blocks end at position {expected}, its length is {length}")
     if total != num_bytes:
         yield Damage(session, f"its blocks hold {total} bytes, {num_bytes} are recorded")
+
+
+class Stored(NamedTuple):
+    """What a session has of one block."""
+
+    start: int
+    num_tokens: int
+    num_bytes: int
+    is_sound: bool
+
+
+def stored(connection: Connection, sid: int) -> Iterator[Stored]:
+    """A session's blocks, the damaged ones too. Of a log that others share only what is the session's; else also what
+    should not be there.
+    """
+    layout = layout_of(connection, sid)
+    assert layout is not None, "in this snapshot it is there"
+    columns = (blocks.c.start, blocks.c.num_tokens, blocks.c.checksum, blocks.c.data)
+    is_shared = shared_until(connection, layout.log, sid) > 0
+    begin = max(layout.own_start, layout.first_position)
+    own = Span(layout.log, begin if is_shared else 0, sys.maxsize)
+    for span in (*layout.shared, own):
+        least = begin if span is own else span.start
+        inside = blocks.c.log == span.log, blocks.c.start < span.stop, blocks.c.start + blocks.c.num_tokens > span.start
+        query = select(*columns).where(*inside).order_by(blocks.c.start)
+        with connection.execute(query, execution_options={"yield_per": 64}) as rows:
+            for start, num_tokens, checksum, data in rows:
+                is_begun = start < least < start + num_tokens  # earlier versions left it so where it was damaged
+                first, last = least if is_begun else start, min(start + num_tokens, span.stop)
+                num_bytes = len(data) * (last - first) // num_tokens
+                yield Stored(first, last - first, num_bytes, zlib.crc32(data) == checksum)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
@@ -23,6 +23,7 @@ from storage.base import (
     CreateSession,
     DeleteKey,
     DeleteSession,
+    Fork,
     KeyReused,
     NoSuchSession,
     Refused,
@@ -30,22 +31,25 @@ from storage.base import (
     SessionFull,
     SessionRow,
     SetQuota,
+    Truncate,
     UpdateSession,
     UseKey,
     Write,
     WriteResult,
     WrongLength,
     first_to_keep,
+    wrong_cut,
 )
+from storage.sql.branches import delete_branch, fork, held_until, truncate
 from storage.sql.compaction import compact
-from storage.sql.deletion import leave
 from storage.sql.keys import apply_to_key
 from storage.sql.prepared import Values
 from storage.sql.quotas import Usages
 from storage.sql.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, portions
 from storage.sql.snapshot import row_of
+from storage.sql.spans import has_branched, own_log
 from storage.sql.tables import idempotency, sessions
-from storage.sql.trimming import trim
+from storage.sql.trimming import trim, trim_branch
 
 PURGE_LIMIT = 500
 """Expired idempotency keys deleted with one group that brings new ones."""
@@ -71,8 +75,14 @@ class Tally:
     first_position: int
     stored: int
     namespace: str
+    log: int
+    """To which it appends."""
+    has_branched: bool = False
+    """Whether others may share tokens of it."""
     trim_chunk: int | None = None
     """Set when `first_position` has moved and what lies before it is still there."""
+    token_bytes: int = 0
+    """Of one token, set with it."""
 
 
 class WriteGroup:
@@ -96,7 +106,7 @@ class WriteGroup:
         """Those with tokens that were gathered."""
         self._keys: dict[tuple[int, str], tuple[bytes, Appended]] = {}
         self.has_deleted = False
-        """Whether a session was deleted or trimmed."""
+        """Whether a session was deleted, truncated or trimmed."""
 
     def run(self) -> list[WriteResult]:
         """Decide what becomes of each write, and write it; one result for each."""
@@ -157,6 +167,7 @@ class WriteGroup:
             usage.add(0, num_more, len(write.data))  # what a trim takes is known when it was made
         if first_position != tally.first_position:
             tally.first_position, tally.trim_chunk = first_position, write.trim_chunk
+            tally.token_bytes = len(write.data) // write.num_tokens
         answer = Appended(tally.length, length, first_position=tally.first_position)
         self._gathered.append((write, answer))
         if key is not None:
@@ -169,10 +180,11 @@ class WriteGroup:
     def _look_up(self, sids: set[int]) -> None:
         table = sessions.c
         columns = (table.sid, table.length, table.num_bytes, table.max_tokens, table.first_position, table.namespace)
+        query = select(*columns, own_log().label("log"), has_branched().label("has_branched"))
         for some in portions(sids, SIDS_AT_ONCE):
-            for row in self._connection.execute(select(*columns).where(table.sid.in_(some))):
-                tally = Tally(row.length, row.num_bytes, row.max_tokens, row.first_position, row.length, row.namespace)
-                self._tallies[row.sid] = tally
+            for row in self._connection.execute(query.where(table.sid.in_(some))):
+                held = row.length, row.num_bytes, row.max_tokens, row.first_position
+                self._tallies[row.sid] = Tally(*held, row.length, row.namespace, row.log, row.has_branched)
 
     def _look_up_keys(self, keys: set[tuple[int, str]], horizon: float) -> None:
         if not keys:
@@ -192,7 +204,7 @@ class WriteGroup:
 
     # --- writing ---
 
-    def _change(self, write: UpdateSession | DeleteSession | Compact) -> WriteResult:
+    def _change(self, write: UpdateSession | DeleteSession | Compact | Fork | Truncate) -> WriteResult:
         """A write that looks at rows."""
         row = self._connection.execute(select(sessions).where(sessions.c.sid == write.sid)).first()
         if row is None:
@@ -203,8 +215,12 @@ class WriteGroup:
             )
             row = self._connection.execute(select(sessions).where(sessions.c.sid == write.sid)).one()
         elif isinstance(write, Compact):
-            if (refused := compact(self._connection, write, row.first_position)) is not None:
+            if (refused := compact(self._connection, write)) is not None:
                 return refused
+        elif isinstance(write, Fork):
+            return self._fork(write, row_of(row))
+        elif isinstance(write, Truncate):
+            return self._truncate(write, row_of(row))
         else:
             if (usage := self._usages.of(self._connection, row.namespace)) is not None:  # before it is gone
                 usage.add(-1, row.first_position - row.length, -row.num_bytes)
@@ -212,31 +228,63 @@ class WriteGroup:
         return row_of(row)
 
     def _create(self, row: SessionRow) -> WriteResult:
+        """A new session; what `row` says of its tokens is so."""
         of_key = sessions.c.namespace == row.namespace, sessions.c.id == row.id
         if self._connection.execute(select(sessions.c.sid).where(*of_key)).first() is not None:
             return SessionExists(f"there is a session {row.id!r}")
         usage = self._usages.of(self._connection, row.namespace)
         if usage is not None:
-            if (refused := usage.beyond(1, 0, 0)) is not None:
+            held = 1, row.length - row.first_position, row.num_bytes
+            if (refused := usage.beyond(*held)) is not None:
                 return refused
-            usage.add(1, 0, 0)
+            usage.add(*held)
         values = {
             "namespace": row.namespace,
             "id": row.id,
             "settings": dict(row.settings),
             "max_tokens": row.max_tokens,
-            "length": 0,
-            "num_bytes": 0,
+            "length": row.length,
+            "num_bytes": row.num_bytes,
+            "first_position": row.first_position,
             "created_at": row.created_at,
             "updated_at": row.updated_at or row.created_at,
         }
         created = self._connection.execute(insert(sessions).values(values).returning(sessions)).one()
-        self._tallies[created.sid] = Tally(0, 0, created.max_tokens, 0, 0, row.namespace)
+        counts = row.length, row.num_bytes, row.max_tokens, row.first_position
+        self._tallies[created.sid] = Tally(*counts, row.length, row.namespace, created.sid)
         return row_of(created)
 
+    def _fork(self, write: Fork, parent: SessionRow) -> WriteResult:
+        length = parent.length if write.length is None else write.length
+        if (refused := wrong_cut(parent, length)) is not None:
+            return refused
+        created = self._create(replace(write.row, **held_until(parent, length)))
+        if isinstance(created, SessionRow):
+            fork(self._connection, parent.sid, created.sid, length, write.chunk_size)
+            for sid in (parent.sid, created.sid):
+                if sid in self._tallies:
+                    self._tallies[sid].has_branched = True
+        return created
+
+    def _truncate(self, write: Truncate, row: SessionRow) -> WriteResult:
+        if (refused := wrong_cut(row, write.length or row.first_position, write.if_length)) is not None:
+            return refused
+        truncate(self._connection, row, write.length, write.chunk_size)
+        values = {**held_until(row, write.length), "updated_at": self._now}
+        self._connection.execute(update(sessions).where(sessions.c.sid == row.sid).values(values))
+        after = replace(row, **values)
+        if (usage := self._usages.of(self._connection, row.namespace)) is not None:
+            num_lost = row.length - row.first_position - (after.length - after.first_position)
+            usage.add(0, -num_lost, after.num_bytes - row.num_bytes)
+        self._look_up({row.sid})
+        lost = [key for key, (_, answer) in self._keys.items() if key[0] == row.sid and answer.length > write.length]
+        for key in lost:
+            del self._keys[key]
+        self.has_deleted = True
+        return after
+
     def _delete(self, write: DeleteSession) -> None:
-        self._connection.execute(delete(sessions).where(sessions.c.sid == write.sid))
-        leave(self._connection, write.sid)
+        delete_branch(self._connection, write.sid)
         self.has_deleted = True
         self._tallies.pop(write.sid, None)
 
@@ -246,17 +294,23 @@ class WriteGroup:
             return
         rows = Rows()
         for write, answer in self._gathered:
-            rows.blocks.extend(_rows_of(write, answer.start))
+            log = self._touched[write.sid].log
+            rows.blocks.extend(_rows_of(write, log, answer.start))
             if write.payloads is not None:
-                rows.add_payloads(write.sid, answer.start, write.payloads)
+                rows.add_payloads(log, answer.start, write.payloads)
             if write.idempotency_key is not None:
                 key = write.sid, write.idempotency_key
                 rows.keys.append((*key, write.digest, answer.start, answer.length, self._now))
         trimming = {sid: tally for sid, tally in self._touched.items() if tally.trim_chunk is not None}
+        branches: list[tuple[int, int]] = []
         rows.insert(self._connection)
         for sid, tally in trimming.items():
             assert tally.trim_chunk is not None
-            num_cut = trim(self._connection, sid, tally.first_position, tally.trim_chunk)
+            if tally.has_branched:
+                branches.append((sid, tally.trim_chunk))
+                num_cut = tally.num_bytes - tally.token_bytes * (tally.length - tally.first_position)
+            else:
+                num_cut = trim(self._connection, tally.log, tally.first_position, tally.trim_chunk)
             tally.num_bytes -= num_cut
             if (usage := self._usages.of(self._connection, tally.namespace)) is not None:
                 usage.add(0, 0, -num_cut)
@@ -267,13 +321,15 @@ class WriteGroup:
             for sid, tally in self._touched.items()
         )
         rows.update(self._connection)
+        for sid, chunk_size in branches:
+            trim_branch(self._connection, sid, chunk_size)
         for tally in self._touched.values():
             tally.stored = tally.length
         self._gathered.clear()
         self._touched.clear()
 
 
-def _rows_of(write: Append, start: int) -> Iterator[Values]:
+def _rows_of(write: Append, log: int, start: int) -> Iterator[Values]:
     """An append as rows of the table, each of at most BLOCK_BYTES, or one token."""
     token_bytes = len(write.data) // write.num_tokens
     step = max(1, BLOCK_BYTES // max(1, token_bytes))
@@ -281,4 +337,4 @@ def _rows_of(write: Append, start: int) -> Iterator[Values]:
         stop = min(first + step, write.num_tokens)
         is_whole = stop - first == write.num_tokens
         data = write.data if is_whole else write.data[first * token_bytes : stop * token_bytes]
-        yield write.sid, start + first, stop - first, write.episode, zlib.crc32(data), data
+        yield log, start + first, stop - first, write.episode, zlib.crc32(data), data

@@ -116,7 +116,7 @@ async def test_a_lost_row_is_its_sessions_trouble(
         shutil.copy(path.with_name(path.name + suffix), left)
     with contextlib.closing(sqlite3.connect(left / path.name)) as connection, connection:
         bad = "(SELECT sid FROM sessions WHERE id = 'bad')"
-        connection.execute(f"DELETE FROM blocks WHERE sid = {bad} AND start = ?", [lost])
+        connection.execute(f"DELETE FROM blocks WHERE log = {bad} AND start = ?", [lost])
     engine = await make_engine(open_store(f"sqlite:///{left / path.name}"))
     with pytest.raises(SessionDamaged, match="'bad' is damaged at position"):
         await engine.attend(named("bad"), QUERY)

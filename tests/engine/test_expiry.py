@@ -102,7 +102,7 @@ async def test_a_large_session_goes_by_steps_that_appends_come_between(
     await expiring
     first, last = order.index("purge"), len(order) - order[::-1].index("purge")
     assert order[first:last].count("purge") >= 3 and "write" in order[first:last]
-    assert num_rows(tmp_path / "htm.sqlite3", "deleted_sessions") == 0
+    assert num_rows(tmp_path / "htm.sqlite3", "leftovers") == 0
     assert (tmp_path / "htm.sqlite3").stat().st_size < 9 << 20, "of 16 MB, the free space that is kept"
 
 

@@ -123,10 +123,10 @@ async def test_r12_a_damaged_row_concerns_its_session_alone(start_server: StartS
     await asyncio.to_thread(server.end, signal.SIGTERM)
     with contextlib.closing(sqlite3.connect(server.data / "htm.sqlite3")) as database, database:
         sid = database.execute("SELECT sid FROM sessions WHERE id = 's3'").fetchone()[0]
-        (start, data) = database.execute("SELECT start, data FROM blocks WHERE sid = ?", [sid]).fetchone()
+        (start, data) = database.execute("SELECT start, data FROM blocks WHERE log = ?", [sid]).fetchone()
         flipped = bytes([data[1000] ^ 1])
         changed = data[:1000] + flipped + data[1001:]
-        database.execute("UPDATE blocks SET data = ? WHERE sid = ? AND start = ?", [changed, sid, start])
+        database.execute("UPDATE blocks SET data = ? WHERE log = ? AND start = ?", [changed, sid, start])
     checked = await asyncio.to_thread(
         subprocess.run,
         [sys.executable, "-m", "api", "verify", str(server.data)],

@@ -8,10 +8,11 @@ import pytest
 
 from storage.base import Store
 from storage.resolve import open_store
+from tests.storage.branch_contract import BranchContract
 from tests.storage.contract import StoreContract, append, create
 
 
-class TestMemoryStore(StoreContract):
+class TestMemoryStore(StoreContract, BranchContract):
     @pytest.fixture
     def store(self) -> Iterator[Store]:
         store = open_store("memory://")

@@ -40,6 +40,7 @@ from storage.resolve import open_for_repair, open_readonly, open_store
 from storage.sql.failures import is_damage
 from storage.sql.tables import metadata
 from tests.names import named
+from tests.storage.branch_contract import BranchContract
 from tests.storage.contract import StoreContract, append, create, ids, read, token, write
 from tests.storage.test_state_machine import SETTINGS, StoreMachine
 
@@ -53,7 +54,7 @@ def postgresql_store(postgresql_url: str) -> Iterator[Store]:
     store.close()
 
 
-class TestPostgresqlStore(StoreContract):
+class TestPostgresqlStore(StoreContract, BranchContract):
     @pytest.fixture
     def store(self, postgresql_store: Store) -> Iterator[Store]:
         yield postgresql_store
@@ -562,7 +563,7 @@ def test_damage_is_repaired(postgresql_url: str) -> None:
         with pytest.raises(StoreUnavailable, match="in use by another server"):
             open_for_repair(postgresql_url)
     with psql(postgresql_url) as connection:
-        connection.execute(f"UPDATE blocks SET checksum = 0 WHERE sid = {sids[0]} AND start = 2")
+        connection.execute(f"UPDATE blocks SET checksum = 0 WHERE log = {sids[0]} AND start = 2")
         connection.execute(f"UPDATE sessions SET settings = '1' WHERE sid = {sids[1]}")
     with contextlib.closing(open_for_repair(postgresql_url)) as store:
         repairs = store.plan_repair()

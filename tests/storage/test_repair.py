@@ -37,13 +37,13 @@ def damaged(path: Path, *statements: str) -> None:
 @pytest.mark.parametrize(
     ("statement", "message", "length"),
     [
-        ("UPDATE blocks SET data = zeroblob(14) WHERE sid = 1 AND start = 8",
+        ("UPDATE blocks SET data = zeroblob(14) WHERE log = 1 AND start = 8",
          "the tokens 8 to 11, 4 of 12, because the block at position 8 does not match its checksum", 8),
-        ("UPDATE blocks SET data = zeroblob(42) WHERE sid = 1 AND start = 0",
+        ("UPDATE blocks SET data = zeroblob(42) WHERE log = 1 AND start = 0",
          "the tokens 0 to 11, 12 of 12, because the block at position 0 does not match its checksum", 0),
-        ("DELETE FROM blocks WHERE sid = 1 AND start = 6",
+        ("DELETE FROM blocks WHERE log = 1 AND start = 6",
          "the tokens 6 to 11, 6 of 12, because those from 6 to 7 are missing", 6),
-        ("DELETE FROM blocks WHERE sid = 1 AND start = 10",
+        ("DELETE FROM blocks WHERE log = 1 AND start = 10",
          "the tokens 10 to 11, 2 of 12, because those from 10 on are missing", 10),
         ("UPDATE sessions SET num_bytes = 5 WHERE sid = 1", "nothing; its record of length or bytes is put right", 12),
         ("UPDATE sessions SET length = 11 WHERE sid = 1", "nothing; its record of length or bytes is put right", 12),
@@ -72,7 +72,7 @@ def test_what_has_no_readable_settings_and_what_belongs_to_nobody_goes(path: Pat
         path,
         f"UPDATE sessions SET settings = '{settings}' WHERE sid = 1",
         "INSERT INTO payloads VALUES (99, 0, x'00')",
-        "UPDATE payloads SET position = 12 WHERE sid = 2 AND position = 11",
+        "UPDATE payloads SET position = 12 WHERE log = 2 AND position = 11",
     )
     with contextlib.closing(open_for_repair(path)) as store:
         (repair,) = store.plan_repair()

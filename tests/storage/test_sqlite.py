@@ -34,10 +34,11 @@ from storage.resolve import open_readonly, open_store
 from storage.sql.rows import BLOCK_BYTES
 from storage.sql.store import KEPT_FREE_BYTES
 from tests.names import named
+from tests.storage.branch_contract import BranchContract
 from tests.storage.contract import NOW, StoreContract, append, create, ids, read, token, write
 
 
-class TestSqliteStore(StoreContract):
+class TestSqliteStore(StoreContract, BranchContract):
     @pytest.fixture
     def store(self, sqlite_store: Store) -> Iterator[Store]:
         yield sqlite_store
@@ -171,7 +172,7 @@ def test_what_a_killed_server_did_not_purge_the_next_one_does(path: Path) -> Non
         while store.purge():
             pass
     with contextlib.closing(sqlite3.connect(path)) as connection:
-        for table in ("blocks", "deleted_sessions"):
+        for table in ("blocks", "leftovers"):
             assert connection.execute(f"SELECT count(*) FROM {table}").fetchone()[0] == 0
 
 
@@ -265,7 +266,7 @@ def test_a_newer_database_is_refused(path: Path) -> None:
     open_store(f"sqlite:///{path}").close()
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         connection.execute("UPDATE alembic_version SET version_num = '9999'")
-    refused_unchanged(path, "has schema version 9999, this release knows up to 0010: it is newer")
+    refused_unchanged(path, "has schema version 9999, this release knows up to 0012: it is newer")
 
 
 def test_an_unusable_directory_is_refused(tmp_path: Path) -> None:
@@ -391,7 +392,7 @@ def test_a_damaged_block_is_named_and_the_rest_is_read(path: Path, sqlite_store:
         append(sqlite_store, sid, 2, value)
         append(sqlite_store, other, 2, value)
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
-        connection.execute("UPDATE blocks SET data = zeroblob(14) WHERE sid = ? AND start = 2", [sid])
+        connection.execute("UPDATE blocks SET data = zeroblob(14) WHERE log = ? AND start = 2", [sid])
     found = sqlite_store.read_blocks(sid)
     assert next(found).start == 0
     with pytest.raises(StoreDamaged, match='session "it\'s damaged" is damaged at position 2'):

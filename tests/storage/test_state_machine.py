@@ -25,6 +25,7 @@ from storage.base import (
     CreateSession,
     DeleteKey,
     DeleteSession,
+    Fork,
     KeyReused,
     NoSuchSession,
     Refused,
@@ -35,6 +36,7 @@ from storage.base import (
     Store,
     StoreError,
     Summary,
+    Truncate,
     UpdateSession,
     UseKey,
     Write,
@@ -63,6 +65,12 @@ class Session:
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
     num_sealed: int = 0
     """Chunks of which summaries are kept, or were until they were trimmed."""
+    has_branched: bool = False
+    """Whether others may share its tokens: then their compaction is its own too."""
+
+
+UNKNOWN = SessionRow("unknown", {}, 0.0)
+"""What this model does not say of a compaction."""
 
 
 sids = st.integers(1, 3)
@@ -103,7 +111,21 @@ compacts = st.builds(
     st.integers(0, 3),
     st.integers(1, 2),
 )
-groups = st.lists(st.one_of(creates, appends, appends, appends, updates, deletes, compacts), max_size=9)
+lengths = st.integers(0, 13)
+forks = st.builds(
+    lambda sid, namespace, id_, length: Fork(
+        sid, SessionRow(id_, {"labels": {}}, 5.0, namespace=namespace), SIZE, length
+    ),
+    sids,
+    st.sampled_from(NAMESPACES),
+    st.sampled_from(IDS),
+    st.none() | lengths,
+)
+truncates = st.builds(
+    lambda sid, length, if_length: Truncate(sid, length, SIZE, if_length), sids, lengths, lengths | st.none()
+)
+changes = st.one_of(creates, appends, appends, appends, updates, deletes, compacts, forks, truncates)
+groups = st.lists(changes, max_size=9)
 
 
 class StoreMachine(RuleBasedStateMachine):
@@ -133,8 +155,15 @@ class StoreMachine(RuleBasedStateMachine):
             if isinstance(wanted, Refused):
                 assert type(outcome) is type(wanted)
                 assert vars(outcome) == vars(wanted)
+            elif wanted is UNKNOWN:
+                assert isinstance(outcome, SessionRow | WrongLength)
             else:
                 assert known(outcome) == wanted
+
+    @rule()
+    def purge(self) -> None:
+        while self.store.purge():
+            pass
 
     @rule(seconds=st.sampled_from([3600.0, IDEMPOTENCY_SECONDS / 2, IDEMPOTENCY_SECONDS]))
     def wait(self, seconds: float) -> None:
@@ -206,15 +235,48 @@ class StoreMachine(RuleBasedStateMachine):
             return NoSuchSession()
         if isinstance(write, Append):
             return self.append(session, write)
+        if isinstance(write, Fork):
+            return self.fork(session, write)
+        if isinstance(write, Truncate):
+            return self.truncate(session, write)
         if isinstance(write, UpdateSession):
             session.row = replace(session.row, settings=write.settings)
         elif isinstance(write, Compact):
+            if session.has_branched:
+                return UNKNOWN
             end = max(session.num_sealed, session.row.first_position // SIZE)
             if write.summary.first != end:
                 return WrongLength(end)
             session.num_sealed = end + write.summary.num_chunks
         else:
             del self.model[write.sid]
+        return session.row
+
+    def fork(self, parent: Session, write: Fork) -> WriteResult:
+        length = parent.row.length if write.length is None else write.length
+        if not parent.row.first_position <= length <= parent.row.length:
+            return WrongLength(parent.row.length)
+        created = self.apply(CreateSession(write.row))
+        if isinstance(created, SessionRow):
+            row = replace(created, length=length, first_position=parent.row.first_position, updated_at=5.0)
+            tokens, payloads = parent.tokens[: length * len(TOKEN)], parent.payloads.items()
+            kept = {position: body for position, body in payloads if position < length}
+            self.model[row.sid] = Session(row, tokens, kept, has_branched=True)
+            parent.has_branched = True
+            return row
+        return created
+
+    def truncate(self, session: Session, write: Truncate) -> WriteResult:
+        row, length = session.row, write.length
+        is_right = length == 0 or row.first_position <= length <= row.length
+        if write.if_length not in (None, row.length) or not is_right:
+            return WrongLength(row.length)
+        session.tokens = session.tokens[: length * len(TOKEN)]
+        session.payloads = {at: body for at, body in session.payloads.items() if at < length}
+        session.keys = {key: kept for key, kept in session.keys.items() if kept[1].length <= length}
+        session.num_sealed = min(session.num_sealed, length // SIZE)
+        first = min(row.first_position, length)
+        session.row = replace(row, length=length, first_position=first, updated_at=self.now)
         return session.row
 
     def append(self, session: Session, write: Append) -> WriteResult:

@@ -26,9 +26,9 @@ from tests.storage.contract import append, create
         ("UPDATE sessions SET num_bytes = 43", "a", ["hold 42 bytes, 43 are recorded"]),
         ("UPDATE sessions SET settings = '{'", "a", ["settings cannot be read: they are no JSON object"]),
         ("UPDATE payloads SET position = 6", "a", ["1 payloads lie outside its tokens, 0 to 6"]),
-        ("UPDATE payloads SET sid = 99", None, ["1 rows of table payloads belong to no session"]),
+        ("UPDATE payloads SET log = 99", None, ["1 rows of table payloads belong to no session"]),
         ("INSERT INTO idempotency VALUES (99, 'k', x'00', 0, 1, 0)", None, ["1 rows of table idempotency belong"]),
-        ("UPDATE blocks SET sid = 99 WHERE start = 5", None, ["1 rows of table blocks belong to no session"]),
+        ("UPDATE blocks SET log = 99 WHERE start = 5", None, ["1 rows of table blocks belong to no session"]),
     ],
 )
 def test_each_kind_of_damage_is_found(path: Path, damage: str, session_id: str | None, messages: list[str]) -> None:
