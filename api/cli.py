@@ -232,7 +232,7 @@ def repair(
         with closing(open_for_repair(where)) as store:
             repairs = store.plan_repair(wrong_with)
             for item in repairs:
-                print(f"session {item.session} loses {item.message}")
+                print(item)
             if repairs and not yes:
                 typer.confirm("Is this to be written?", abort=True)
             store.carry_out_repair(repairs)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 import uuid
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -90,6 +90,14 @@ class NoSuchKey(Refused):
 
 class KeyExists(Refused):
     """A caller's key of this name is there already."""
+
+
+class NoSuchModel(Refused):
+    """No model has this name."""
+
+
+class ModelInUse(Refused):
+    """Sessions name the model, and what it is to become does not fit them."""
 
 
 class KeyReused(Refused):
@@ -183,7 +191,7 @@ class KeyRow:
 
 @dataclass(frozen=True, slots=True)
 class Quota:
-    """What a namespace may hold, None for no limit: sessions, their tokens, and the bytes of these."""
+    """What a namespace may hold, None for no limit: sessions, their tokens, and the bytes of these and of models."""
 
     namespace: str
     max_sessions: int | None = None
@@ -195,11 +203,30 @@ class Quota:
         for what, held, limit in (
             ("sessions", num_sessions, self.max_sessions),
             ("tokens", num_tokens, self.max_tokens),
-            ("bytes of tokens", num_bytes, self.max_bytes),
+            ("bytes", num_bytes, self.max_bytes),
         ):
             if limit is not None and held > limit:
                 return QuotaExceeded(what, held, limit)
         return None
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRow:
+    """A model as stored, without its bytes, which `version` stands for. Named by namespace and name, together."""
+
+    namespace: str
+    name: str
+    hash: str
+    config: Mapping[str, Any]
+    """JSON object; empty where it is damaged and cannot be read."""
+    num_bytes: int
+    created_at: float
+    version: int
+    """A number that no other bytes of a model had before."""
+
+
+MODEL_PART_BYTES = 1 << 20
+"""A model's bytes come in parts of so many, so that no other write waits for all of them."""
 
 
 class Block(NamedTuple):
@@ -368,11 +395,36 @@ class SetQuota:
     quota: Quota
 
 
+@dataclass(frozen=True, slots=True)
+class PutModel:
+    """Have a name stand for the bytes that `Store.add_model_part` kept as `row.version`; those before are to be purged.
+
+    Refused: ModelInUse when the settings of a session that names it are not as `must_fit` says, QuotaExceeded.
+    """
+
+    row: ModelRow
+    must_fit: Mapping[str, int]
+    everywhere: bool = False
+    """Whether sessions of all namespaces name it that have no model of this name themselves."""
+
+
+@dataclass(frozen=True, slots=True)
+class DeleteModel:
+    """Forget a model; its bytes are to be purged. Refused: NoSuchModel; ModelInUse while sessions name it."""
+
+    namespace: str
+    name: str
+    everywhere: bool = False
+
+
 KeyWrite = CreateKey | DeleteKey | UseKey
-Write = CreateSession | UpdateSession | DeleteSession | Append | Compact | Fork | Truncate | KeyWrite | SetQuota
-WriteResult = SessionRow | Appended | KeyRow | Quota | Refused
+ModelWrite = PutModel | DeleteModel
+BranchWrite = Fork | Truncate
+SessionWrite = CreateSession | UpdateSession | DeleteSession | Append | Compact | BranchWrite
+Write = SessionWrite | KeyWrite | SetQuota | ModelWrite
+WriteResult = SessionRow | Appended | KeyRow | Quota | ModelRow | Refused
 """CreateSession, UpdateSession, Compact and Truncate answer the SessionRow as it is now, Fork the new one,
-DeleteSession the one it was; writes of keys the KeyRow in the same way."""
+DeleteSession the one it was; writes of keys and of models their rows in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -385,6 +437,7 @@ class Totals:
     num_tokens: int
     num_bytes: int
     num_disk_bytes: int
+    num_model_bytes: int = 0
 
 
 CheckSettings = Callable[[Mapping[str, Any]], str | None]
@@ -452,6 +505,20 @@ class Store(ABC):
 
         Deleting takes a session away at once, but not more of its bytes than others can wait for. Called from the
         thread that writes; what is left when the process ends is found by the next one. Raises as `write` does.
+        """
+
+    @abstractmethod
+    def add_model_part(self, version: int, number: int, data: bytes) -> None:
+        """A small transaction that keeps part `number`, from 0 on, of the bytes of a model: at most MODEL_PART_BYTES.
+
+        Nobody finds them before a `PutModel` names the version. Called from the thread that writes. Raises as `write`.
+        """
+
+    @abstractmethod
+    def purge_models(self, unfinished: Collection[int] = ()) -> bool:
+        """A small transaction that deletes bytes that no model stands for; True when there are more. Called as `purge`.
+
+        `unfinished` are the versions of which parts are still to come.
         """
 
     @abstractmethod
@@ -523,6 +590,18 @@ class Store(ABC):
     @abstractmethod
     def list_keys(self) -> list[KeyRow]:
         """All callers' keys, by namespace and name."""
+
+    @abstractmethod
+    def list_models(self) -> list[ModelRow]:
+        """All models, by namespace and name."""
+
+    @abstractmethod
+    def read_model(self, row: ModelRow) -> bytes | None:
+        """A model's bytes; None when they were purged, because the name stands for others now. Raises StoreDamaged."""
+
+    @abstractmethod
+    def count_sessions(self, namespace: str, model: str | None = None) -> dict[str, int]:
+        """How many sessions of a namespace name each model, or this one; none of those that nobody names."""
 
     @abstractmethod
     def get_quota(self, namespace: str) -> Quota:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
+from typing import Any
 
 from storage.base import (
     FIRST_KEY,
@@ -21,14 +23,20 @@ from storage.base import (
     CreateSession,
     Damage,
     DeleteKey,
+    DeleteModel,
     DeleteSession,
     Fork,
     KeyExists,
     KeyReused,
     KeyRow,
     KeyWrite,
+    ModelInUse,
+    ModelRow,
+    ModelWrite,
     NoSuchKey,
+    NoSuchModel,
     NoSuchSession,
+    PutModel,
     Quota,
     QuotaExceeded,
     Refused,
@@ -107,6 +115,9 @@ class MemoryStore(Store):
         self._last_sid = 0
         self._keys: dict[tuple[str, str], KeyRow] = {}
         self._quotas: dict[str, Quota] = {}
+        self._models: dict[tuple[str, str], ModelRow] = {}
+        self._model_bytes: dict[int, bytes] = {}
+        """By version."""
 
     def write(self, writes: Sequence[Write], *, now: float) -> list[WriteResult]:
         """See `Store.write`; nothing here can fail half-way."""
@@ -115,6 +126,18 @@ class MemoryStore(Store):
 
     def purge(self, sid: int | None = None) -> bool:
         """A deleted session leaves nothing."""
+        return False
+
+    def add_model_part(self, version: int, number: int, data: bytes) -> None:
+        """See `Store.add_model_part`."""
+        with self._lock:
+            self._model_bytes[version] = self._model_bytes.get(version, b"") + data
+
+    def purge_models(self, unfinished: Collection[int] = ()) -> bool:
+        """See `Store.purge_models`; all at once."""
+        with self._lock:
+            kept = {row.version for row in self._models.values()} | set(unfinished)
+            self._model_bytes = {version: data for version, data in self._model_bytes.items() if version in kept}
         return False
 
     def give_back(self) -> bool:
@@ -189,6 +212,23 @@ class MemoryStore(Store):
         with self._lock:
             return [self._keys[name] for name in sorted(self._keys)]
 
+    def list_models(self) -> list[ModelRow]:
+        """See `Store.list_models`."""
+        with self._lock:
+            return [self._models[name] for name in sorted(self._models)]
+
+    def read_model(self, row: ModelRow) -> bytes | None:
+        """See `Store.read_model`."""
+        with self._lock:
+            return self._model_bytes.get(row.version)
+
+    def count_sessions(self, namespace: str, model: str | None = None) -> dict[str, int]:
+        """See `Store.count_sessions`."""
+        with self._lock:
+            rows = [one.row for one in self._by_sid.values() if one.row.namespace == namespace]
+        names = (row.settings.get("model") for row in rows)
+        return dict(Counter(name for name in names if name is not None and model in (None, name)))
+
     def get_quota(self, namespace: str) -> Quota:
         """See `Store.get_quota`."""
         with self._lock:
@@ -198,9 +238,9 @@ class MemoryStore(Store):
         """See `Store.totals`."""
         with self._lock:
             rows = [one.row for one in self._by_sid.values() if namespace in (None, one.row.namespace)]
-        return Totals(
-            len(rows), sum(row.length - row.first_position for row in rows), sum(row.num_bytes for row in rows), 0
-        )
+            model_bytes = self._held_by_models(namespace)
+        num_tokens = sum(row.length - row.first_position for row in rows)
+        return Totals(len(rows), num_tokens, sum(row.num_bytes for row in rows), 0, model_bytes)
 
     def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Damage]:
         """Nothing at rest, nothing to find."""
@@ -213,6 +253,8 @@ class MemoryStore(Store):
             self._sids.clear()
             self._keys.clear()
             self._quotas.clear()
+            self._models.clear()
+            self._model_bytes.clear()
 
     def _payloads(self, sid: int, positions: Sequence[int]) -> dict[int, bytes]:
         with self._lock:
@@ -228,6 +270,8 @@ class MemoryStore(Store):
             return self._create(write.row)
         if isinstance(write, CreateKey | DeleteKey | UseKey):
             return self._apply_to_key(write)
+        if isinstance(write, PutModel | DeleteModel):
+            return self._apply_to_model(write)
         if isinstance(write, SetQuota):
             self._quotas[write.quota.namespace] = write.quota
             return write.quota
@@ -266,6 +310,39 @@ class MemoryStore(Store):
             return self._keys.pop((write.namespace, write.name))
         used = self._keys[write.namespace, write.name] = replace(known, last_used_at=write.at)
         return used
+
+    def _apply_to_model(self, write: ModelWrite) -> WriteResult:
+        named = write.row if isinstance(write, PutModel) else write
+        key = named.namespace, named.name
+        before = self._models.get(key)
+        if isinstance(write, DeleteModel):
+            if before is None:
+                return NoSuchModel(f"there is no model {write.name!r}")
+            if any(self._naming(key, everywhere=write.everywhere)):
+                return ModelInUse("sessions name it")
+            return self._models.pop(key)
+        for settings in self._naming(key, everywhere=write.everywhere):
+            for field_, value in write.must_fit.items():
+                if (has := settings.get(field_)) != value:
+                    return ModelInUse(f"its {field_} would be {value}, and a session that names it has {has}")
+        num_more = write.row.num_bytes - (0 if before is None else before.num_bytes)
+        if num_more > 0 and (refused := self._beyond_quota(write.row.namespace, num_bytes=num_more)) is not None:
+            return refused
+        self._models[key] = write.row
+        return write.row
+
+    def _naming(self, key: tuple[str, str], *, everywhere: bool) -> Iterator[Mapping[str, Any]]:
+        """The settings of the sessions that name a model."""
+        namespace, name = key
+        own = {other for other, its in self._models if its == name and other != namespace}
+        for session in self._by_sid.values():
+            row = session.row
+            is_here = row.namespace not in own if everywhere else row.namespace == namespace
+            if is_here and row.settings.get("model") == name:
+                yield row.settings
+
+    def _held_by_models(self, namespace: str | None) -> int:
+        return sum(row.num_bytes for row in self._models.values() if namespace in (None, row.namespace))
 
     def _create(self, row: SessionRow, of: _Session | None = None) -> WriteResult:
         """A new session, with the tokens of another one."""
@@ -315,6 +392,7 @@ class MemoryStore(Store):
             return None
         rows = [one.row for one in self._by_sid.values() if one.row.namespace == namespace]
         held = sum(row.length - row.first_position for row in rows), sum(row.num_bytes for row in rows)
+        num_bytes += self._held_by_models(namespace)
         return quota.check(len(rows) + num_sessions, held[0] + num_tokens, held[1] + num_bytes)
 
     def _append(self, session: _Session, write: Append, now: float) -> Appended | Refused:

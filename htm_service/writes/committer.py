@@ -27,6 +27,7 @@ from storage.base import (
     Block,
     DeleteSession,
     KeyRow,
+    ModelRow,
     Quota,
     Refused,
     SessionRow,
@@ -51,7 +52,7 @@ class Upkeep:
 
 
 Work = Change | Upkeep
-Written = SessionRow | Appended | KeyRow | Quota | bool
+Written = SessionRow | Appended | KeyRow | Quota | ModelRow | bool
 WorkTicket = Ticket[Work, Written]
 
 

@@ -11,13 +11,26 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from sqlalchemy import URL, Engine, ExceptionContext, NullPool, QueuePool, create_engine, event, inspect, make_url, text
+from sqlalchemy import (
+    URL,
+    Connection,
+    Engine,
+    ExceptionContext,
+    NullPool,
+    QueuePool,
+    create_engine,
+    event,
+    inspect,
+    make_url,
+    text,
+)
 from sqlalchemy.exc import ArgumentError, DisconnectionError
 
 from storage.base import StoreError, StoreUnavailable
 from storage.sql import schema
 from storage.sql.failures import closed_unless_opened, json_object, translated
 from storage.sql.ownership import Holder, Ownership
+from storage.sql.prepared import execute
 from storage.sql.reader import Upkeep
 from storage.sql.store import SqlStore
 from storage.sql.tables import metadata
@@ -120,13 +133,27 @@ def _upkeep(writer: Engine, readers: Engine) -> Upkeep:
     return Upkeep(
         disk_bytes=disk_bytes,
         give_back=lambda connection, keep_bytes: False,  # autovacuum does it
-        erase=lambda connection: True,  # and so does it that, as far as it can: see docs/storage.md
+        erase=_vacuum_models,  # the rest it does itself, as far as it can: see docs/storage.md
         is_lost=lambda connection: _is_lost(connection.connection.dbapi_connection),
         finish=lambda connection: None,
         release=lambda: None,
         structure=lambda connection: [],
         has_committed=lambda transaction: has_committed(writer, transaction),
     )
+
+
+def _vacuum_models(connection: Connection) -> bool:
+    """Make room of weights that are gone: who replaces large ones all the time would wait for a minute's worth of them.
+
+    Autovacuum looks at a table once a minute.
+    """
+    driver: Any = connection.connection.dbapi_connection
+    driver.autocommit = True
+    try:
+        execute(connection, "VACUUM model_parts").close()
+    finally:
+        driver.autocommit = False
+    return True
 
 
 def has_committed(writer: Engine, transaction: str | None) -> bool:

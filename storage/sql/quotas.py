@@ -50,7 +50,11 @@ class Usages:
         snapshot = Snapshot(connection)
         quota = snapshot.quota(namespace)
         has_limits = quota != Quota(namespace)
-        usage = self.known[namespace] = Usage(quota, *snapshot.sums(namespace)) if has_limits else None
+        usage = None
+        if has_limits:
+            num_sessions, num_tokens, num_bytes = snapshot.sums(namespace)
+            usage = Usage(quota, num_sessions, num_tokens, num_bytes + snapshot.model_bytes(namespace))
+        self.known[namespace] = usage
         return usage
 
     def set(self, connection: Connection, quota: Quota) -> Quota:

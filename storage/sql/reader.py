@@ -20,6 +20,7 @@ from storage.base import (
     CheckSettings,
     Damage,
     KeyRow,
+    ModelRow,
     Quota,
     SessionKey,
     SessionRow,
@@ -31,6 +32,7 @@ from storage.base import (
 )
 from storage.sql import verification
 from storage.sql.failures import translated
+from storage.sql.models import read_parts
 from storage.sql.snapshot import Snapshot
 from storage.sql.tables import sessions
 
@@ -139,6 +141,21 @@ class SqlReader(Store):
         with self._snapshot() as snapshot:
             return snapshot.keys()
 
+    def list_models(self) -> list[ModelRow]:
+        """See `Store.list_models`."""
+        with self._snapshot() as snapshot:
+            return snapshot.models()
+
+    def read_model(self, row: ModelRow) -> bytes | None:
+        """See `Store.read_model`."""
+        with self._snapshot() as snapshot:
+            return read_parts(snapshot.connection, row)
+
+    def count_sessions(self, namespace: str, model: str | None = None) -> dict[str, int]:
+        """See `Store.count_sessions`."""
+        with self._snapshot() as snapshot:
+            return snapshot.session_counts(namespace, model)
+
     def get_quota(self, namespace: str) -> Quota:
         """See `Store.get_quota`."""
         with self._snapshot() as snapshot:
@@ -147,7 +164,8 @@ class SqlReader(Store):
     def totals(self, namespace: str | None = None) -> Totals:
         """See `Store.totals`."""
         with self._snapshot() as snapshot:
-            return Totals(*snapshot.sums(namespace), self._upkeep.disk_bytes() if namespace is None else 0)
+            disk_bytes = self._upkeep.disk_bytes() if namespace is None else 0
+            return Totals(*snapshot.sums(namespace), disk_bytes, snapshot.model_bytes(namespace))
 
     def verify(self, check_settings: CheckSettings = lambda settings: None) -> Iterator[Damage]:
         """See `Store.verify`; one snapshot."""

@@ -6,16 +6,18 @@ known what will be lost. Does not repair the structure of a file: that is SQLite
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sqlalchemy import Connection, Row, String, cast, delete, select, update
 
-from storage.base import CheckSettings, SessionKey
+from storage.base import CheckSettings, ModelRow, SessionKey
 from storage.sql.branches import delete_branch, truncate
 from storage.sql.failures import trouble_with
-from storage.sql.snapshot import row_of
+from storage.sql.models import damage_of
+from storage.sql.snapshot import Snapshot, row_of
 from storage.sql.spans import known_logs, layout_of
-from storage.sql.tables import blocks, idempotency, leftovers, payloads, sessions, spans, summaries
+from storage.sql.tables import blocks, idempotency, leftovers, models, payloads, sessions, spans, summaries
 from storage.sql.verification import outside, stored
 
 
@@ -29,20 +31,43 @@ class Repair:
     num_bytes: int
     message: str
 
+    def __str__(self) -> str:
+        """What is lost."""
+        return f"session {self.session} loses {self.message}"
 
-def plan(connection: Connection, check_settings: CheckSettings) -> list[Repair]:
-    """The repairs that are needed, in the order of the sessions' keys. Reads everything, changes nothing."""
+
+@dataclass(frozen=True, slots=True)
+class LostModel:
+    """A model whose bytes cannot be read: it goes, so that another may be put in its place."""
+
+    row: ModelRow
+    message: str
+
+    def __str__(self) -> str:
+        """What is lost."""
+        return f"model {self.row.name!r} of namespace {self.row.namespace!r} is lost: {self.message}"
+
+
+def plan(connection: Connection, check_settings: CheckSettings) -> list[Repair | LostModel]:
+    """The repairs that are needed, in the order of sessions' keys, then models. Reads everything, changes nothing."""
     key = sessions.c.namespace, sessions.c.id
     columns = (*key, sessions.c.sid, sessions.c.length, sessions.c.num_bytes, sessions.c.first_position)
     settings = cast(sessions.c.settings, String).label("settings")
     rows = connection.execute(select(*columns, settings).order_by(*key)).all()
     found = (_of_session(connection, row, check_settings) for row in rows)
-    return [repair for repair in found if repair is not None]
+    needed: list[Repair | LostModel] = [repair for repair in found if repair is not None]
+    for model in Snapshot(connection).models():
+        if (trouble := damage_of(connection, model)) is not None:
+            needed.append(LostModel(model, trouble))
+    return needed
 
 
-def carry_out(connection: Connection, repairs: list[Repair]) -> None:
+def carry_out(connection: Connection, repairs: Sequence[Repair | LostModel]) -> None:
     """Do what was planned, and delete what belongs to no session or lies outside of one."""
     for repair in repairs:
+        if isinstance(repair, LostModel):
+            connection.execute(delete(models).where(models.c.version == repair.row.version))
+            continue
         if repair.length is None:
             delete_branch(connection, repair.sid)
             continue

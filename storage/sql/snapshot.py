@@ -11,9 +11,9 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, or_, select
 
-from storage.base import Block, KeyRow, Quota, SessionKey, SessionRow, StoreDamaged, Summary
+from storage.base import Block, KeyRow, ModelRow, Quota, SessionKey, SessionRow, StoreDamaged, Summary
 from storage.sql.spans import Span, cut, layout_of
-from storage.sql.tables import blocks, keys, payloads, quotas, sessions, summaries
+from storage.sql.tables import blocks, keys, models, payloads, quotas, sessions, summaries
 
 ROWS_AT_ONCE = 64
 """Blocks fetched together while streaming; each is at most `rows.BLOCK_BYTES`, or one token."""
@@ -127,6 +127,25 @@ class Snapshot:
         row = self.connection.execute(query).mappings().first()
         return Quota(namespace) if row is None else Quota(**row)
 
+    def models(self) -> list[ModelRow]:
+        """See `Store.list_models`."""
+        query = select(models).order_by(models.c.namespace, models.c.name)
+        return [model_of(row) for row in self.connection.execute(query)]
+
+    def model_bytes(self, namespace: str | None) -> int:
+        """How many bytes models have, altogether or in one namespace."""
+        query = select(func.sum(models.c.num_bytes))
+        if namespace is not None:
+            query = query.where(models.c.namespace == namespace)
+        return int(self.connection.execute(query).scalar_one() or 0)
+
+    def session_counts(self, namespace: str, model: str | None) -> dict[str, int]:
+        """See `Store.count_sessions`."""
+        columns = sessions.c.model, func.count().label("num_sessions")
+        query = select(*columns).where(sessions.c.namespace == namespace)
+        query = query.where(sessions.c.model.is_not(None) if model is None else sessions.c.model == model)
+        return {row.model: row.num_sessions for row in self.connection.execute(query.group_by(sessions.c.model))}
+
     def _stored_blocks(self, span: Span, start: int, stop: int | None) -> Iterator[tuple[Block, int]]:
         """The blocks of a span that overlap positions start .. stop-1, as they are stored, each with its checksum."""
         start, stop = max(start, span.start), span.stop if stop is None else min(stop, span.stop)
@@ -157,6 +176,11 @@ def row_of(row: Row[Any]) -> SessionRow:
         first_position=row.first_position,
         namespace=row.namespace,
     )
+
+
+def model_of(row: Row[Any]) -> ModelRow:
+    """A row of the table as the contract's record."""
+    return ModelRow(row.namespace, row.name, row.hash, row.config or {}, row.num_bytes, row.created_at, row.version)
 
 
 def _streamed(num_rows: int) -> dict[str, Any]:

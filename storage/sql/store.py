@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TypeVar
 
 from sqlalchemy import Connection, Engine
@@ -19,10 +19,11 @@ from storage.base import CheckSettings, StoreDamaged, StoreError, StoreFenced, W
 from storage.sql import repair
 from storage.sql.deletion import purge_more
 from storage.sql.failures import translated
+from storage.sql.models import add_part, purge_parts
 from storage.sql.ownership import Ownership
 from storage.sql.quotas import Usages
 from storage.sql.reader import SqlReader, Upkeep
-from storage.sql.repair import Repair
+from storage.sql.repair import LostModel, Repair
 from storage.sql.write_group import Tally, WriteGroup
 
 T = TypeVar("T")
@@ -68,6 +69,16 @@ class SqlStore(SqlReader):
         self._has_deleted |= is_more is not None
         return bool(is_more)
 
+    def add_model_part(self, version: int, number: int, data: bytes) -> None:
+        """See `Store.add_model_part`."""
+        self._transact(lambda connection: add_part(connection, version, number, data))
+
+    def purge_models(self, unfinished: Collection[int] = ()) -> bool:
+        """See `Store.purge_models`."""
+        is_more = self._transact(lambda connection: purge_parts(connection, unfinished))
+        self._has_deleted |= is_more is not None
+        return bool(is_more)
+
     def give_back(self) -> bool:
         """See `Store.give_back`."""
         with self._writing() as (connection, _):
@@ -85,21 +96,22 @@ class SqlStore(SqlReader):
         if self._ownership is not None:
             self._ownership.watch(on_fenced)
 
-    def plan_repair(self, check_settings: CheckSettings = lambda settings: None) -> list[Repair]:
-        """What can be kept of each damaged session; one snapshot. Raises StoreDamaged when the file itself is."""
+    def plan_repair(self, check_settings: CheckSettings = lambda settings: None) -> list[Repair | LostModel]:
+        """What can be kept of what is damaged; one snapshot. Raises StoreDamaged when the file itself is."""
         with self._snapshot() as snapshot:
             for message in self._upkeep.structure(snapshot.connection):
                 raise StoreDamaged(f"the database itself is damaged: {message}; a backup may help")
             return repair.plan(snapshot.connection, check_settings)
 
-    def carry_out_repair(self, repairs: list[Repair]) -> None:
+    def carry_out_repair(self, repairs: Sequence[Repair | LostModel]) -> None:
         """Do what was planned, in one transaction, then delete what was left. No server may use the store."""
         self._transact(lambda connection: repair.carry_out(connection, repairs))
         self._tallies.clear()
         self._usages.known.clear()
         self._has_deleted = True
-        while self.purge():
-            pass
+        for purge in (self.purge, self.purge_models):
+            while purge():
+                pass
         self.erase()
 
     def close(self) -> None:

@@ -2,7 +2,19 @@
 
 from __future__ import annotations
 
-from sqlalchemy import JSON, BigInteger, Column, Float, Integer, LargeBinary, MetaData, String, Table, UniqueConstraint
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Float,
+    Index,
+    Integer,
+    LargeBinary,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
 
 metadata = MetaData()
 
@@ -25,7 +37,9 @@ sessions = Table(
     Column("updated_at", Float, nullable=False),
     Column("first_position", BigInteger, nullable=False, server_default="0"),
     Column("namespace", Name, nullable=False, server_default="default"),
+    Column("model", Name),
     UniqueConstraint("namespace", "id", name="uq_sessions_namespace_id"),
+    Index("ix_sessions_model", "model", "namespace"),
     sqlite_autoincrement=True,  # a sid is never used twice
 )
 
@@ -124,4 +138,26 @@ leftovers = Table(
     Column("log", Sid, primary_key=True, autoincrement=False),
     Column("sid", Sid, primary_key=True, autoincrement=False),
     Column("chunk_size", BigInteger),
+)
+
+models = Table(
+    "models",
+    metadata,
+    Column("namespace", Name, primary_key=True),
+    Column("name", Name, primary_key=True),
+    Column("hash", String, nullable=False),
+    Column("config", JSON, nullable=False),
+    Column("num_bytes", BigInteger, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("version", BigInteger, nullable=False),
+)
+
+# Of versions that no model has: bytes that came before them, or that were not all there when a server stopped.
+model_parts = Table(
+    "model_parts",
+    metadata,
+    Column("version", BigInteger, primary_key=True, autoincrement=False),
+    Column("number", BigInteger, primary_key=True, autoincrement=False),
+    Column("checksum", BigInteger, nullable=False),
+    Column("data", LargeBinary, nullable=False),
 )

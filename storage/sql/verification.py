@@ -12,6 +12,8 @@ from sqlalchemy.exc import DatabaseError
 
 from storage.base import CheckSettings, Damage, SessionKey
 from storage.sql.failures import is_damage, trouble_with
+from storage.sql.models import damage_of
+from storage.sql.snapshot import Snapshot
 from storage.sql.spans import Layout, Span, known_logs, layout_of, needs_of, shared_until
 from storage.sql.tables import blocks, idempotency, leftovers, payloads, sessions, spans, summaries
 
@@ -36,6 +38,7 @@ def problems(
             yield from _of_blocks(connection, session, row)
             if count := connection.execute(_payloads_outside(connection, row.sid)).scalar_one():
                 yield Damage(session, f"{count} payloads lie outside its tokens, {row.first_position} to {row.length}")
+        yield from _of_models(connection)
         yield from _orphans(connection)
     except DatabaseError as error:
         if not is_damage(error):
@@ -69,6 +72,13 @@ def outside(connection: Connection, layout: Layout) -> tuple[ColumnElement[bool]
     first = ranges[0][0]
     last = max(layout.length, *(stop or 0 for _, stop in ranges))
     return payloads.c.log == layout.log, or_(payloads.c.position < first, payloads.c.position >= last)
+
+
+def _of_models(connection: Connection) -> Iterator[Damage]:
+    """What is wrong with models' bytes; those of no model are purged by the next server."""
+    for model in Snapshot(connection).models():
+        if (trouble := damage_of(connection, model)) is not None:
+            yield Damage(None, f"model {model.name!r} of namespace {model.namespace!r} is damaged: {trouble}")
 
 
 def _of_blocks(connection: Connection, session: SessionKey, row: Row[Any]) -> Iterator[Damage]:

@@ -22,10 +22,12 @@ from storage.base import (
     CreateKey,
     CreateSession,
     DeleteKey,
+    DeleteModel,
     DeleteSession,
     Fork,
     KeyReused,
     NoSuchSession,
+    PutModel,
     Refused,
     SessionExists,
     SessionFull,
@@ -43,6 +45,7 @@ from storage.base import (
 from storage.sql.branches import delete_branch, fork, held_until, truncate
 from storage.sql.compaction import compact
 from storage.sql.keys import apply_to_key
+from storage.sql.models import apply_to_model
 from storage.sql.prepared import Values
 from storage.sql.quotas import Usages
 from storage.sql.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, portions
@@ -119,6 +122,8 @@ class WriteGroup:
                 results.append(self._create(write.row))
             elif isinstance(write, CreateKey | DeleteKey | UseKey):
                 results.append(apply_to_key(self._connection, write))
+            elif isinstance(write, PutModel | DeleteModel):
+                results.append(apply_to_model(self._connection, write, self._usages))
             elif isinstance(write, SetQuota):
                 self._write_appends()  # which what the namespace holds is counted with
                 results.append(self._usages.set(self._connection, write.quota))
@@ -211,7 +216,9 @@ class WriteGroup:
             return NoSuchSession(f"there is no session of key {write.sid}")
         if isinstance(write, UpdateSession):
             self._connection.execute(
-                update(sessions).where(sessions.c.sid == write.sid).values(settings=dict(write.settings))
+                update(sessions)
+                .where(sessions.c.sid == write.sid)
+                .values(settings=dict(write.settings), model=write.settings.get("model"))
             )
             row = self._connection.execute(select(sessions).where(sessions.c.sid == write.sid)).one()
         elif isinstance(write, Compact):
@@ -242,6 +249,7 @@ class WriteGroup:
             "namespace": row.namespace,
             "id": row.id,
             "settings": dict(row.settings),
+            "model": row.settings.get("model"),
             "max_tokens": row.max_tokens,
             "length": row.length,
             "num_bytes": row.num_bytes,

@@ -20,12 +20,17 @@ from storage.base import (
     CreateKey,
     CreateSession,
     DeleteKey,
+    DeleteModel,
     DeleteSession,
     KeyExists,
     KeyReused,
     KeyRow,
+    ModelInUse,
+    ModelRow,
     NoSuchKey,
+    NoSuchModel,
     NoSuchSession,
+    PutModel,
     Quota,
     QuotaExceeded,
     SessionExists,
@@ -67,6 +72,16 @@ def append(store: Store, sid: int, num_tokens: int, value: int = 0, **values: An
     now = values.pop("now", NOW)
     (outcome,) = write(store, Append(sid, num_tokens, token(value) * num_tokens, **values), now=now)
     return outcome
+
+
+def model(
+    store: Store, name: str, data: bytes, version: int, *, num_parts: int = 1, namespace: str = "default", **values: Any
+) -> ModelRow:
+    """The row of a model whose bytes are kept, in so many parts, but that is not put yet."""
+    size = -(-len(data) // num_parts)
+    for number in range(num_parts):
+        store.add_model_part(version, number, data[number * size : (number + 1) * size])
+    return ModelRow(namespace, name, f"hash{version}", values.pop("config", {}), len(data), NOW, version)
 
 
 def read(store: Store, sid: int) -> bytes:
@@ -244,6 +259,73 @@ class StoreContract:
         deleted, missing = write(store, DeleteKey("default", "a"), DeleteKey("default", "a"))
         assert deleted == used and isinstance(missing, NoSuchKey)
         assert store.list_keys() == [second]
+
+    # --- models ---
+
+    def test_a_model_is_its_name_and_bytes(self, store: Store) -> None:
+        first, second = (
+            model(store, "m", b"1" * 11, 1),
+            model(store, "m", b"2" * 13, 2, namespace="C", config={"dim": 3}),
+        )
+        assert write(store, PutModel(first, {}), PutModel(second, {})) == [first, second]
+        assert store.list_models() == [second, first]
+        assert store.read_model(first) == b"1" * 11 and store.read_model(second) == b"2" * 13
+        assert store.totals("C").num_model_bytes == 13 and store.totals().num_model_bytes == 24
+        gone, missing = write(store, DeleteModel("C", "m"), DeleteModel("C", "m"))
+        assert gone == second and isinstance(missing, NoSuchModel)
+        assert store.list_models() == [first] and list(store.verify()) == []
+
+    def test_a_model_of_several_parts_is_swapped_whole_and_the_old_bytes_go_by_and_by(self, store: Store) -> None:
+        """An upload that is under way, and one that nobody finished, are nobody's model; the one under way stays."""
+        old = model(store, "m", b"old" * 100, 1, num_parts=7)
+        write(store, PutModel(old, {}))
+        new = model(store, "m", b"new" * 100, 2, num_parts=7)
+        store.add_model_part(3, 0, b"of an upload that never ended")
+        assert store.list_models() == [old] and store.read_model(old) == b"old" * 100
+        while store.purge_models([2]):
+            pass
+        assert write(store, PutModel(new, {})) == [new]
+        num_steps = 1
+        while store.purge_models():
+            num_steps += 1
+        assert num_steps < 20
+        assert store.read_model(old) is None and store.read_model(replace(old, version=3)) is None
+        assert store.read_model(new) == b"new" * 100 and list(store.verify()) == []
+
+    def test_a_model_fits_the_sessions_that_name_it(self, store: Store) -> None:
+        """Those of its own namespace; of one that all may use, also those of namespaces without one of this name."""
+        for id_, namespace, dim in (("a", "default", 7), ("b", "default", 7), ("c", "C", 7), ("d", "D", 9)):
+            create(store, id_, settings={"dim": dim, "chunk_size": 3, "model": "m"}, namespace=namespace)
+        create(store, "other", settings={"dim": 5, "model": "n"})
+        create(store, "none", settings={"dim": 5})
+        assert store.count_sessions("default") == {"m": 2, "n": 1} and store.count_sessions("default", "m") == {"m": 2}
+        assert store.count_sessions("nobody") == store.count_sessions("default", "o") == {}
+        ours, theirs, all_ = (
+            model(store, "m", b"x", n, namespace=of) for n, of in enumerate(("default", "D", "shared"))
+        )
+        seven, nine = {"dim": 7, "chunk_size": 3}, {"dim": 9}
+        refused, put = write(store, PutModel(ours, nine), PutModel(ours, seven))
+        assert isinstance(refused, ModelInUse) and put == ours
+        assert str(refused) == "its dim would be 9, and a session that names it has 7"
+        refused, put = write(store, PutModel(all_, seven, everywhere=True), PutModel(theirs, nine))
+        assert isinstance(refused, ModelInUse) and put == theirs
+        assert write(store, PutModel(all_, seven, everywhere=True)) == [all_], "D has its own now"
+        for gone in (DeleteModel("default", "m"), DeleteModel("shared", "m", everywhere=True)):
+            assert isinstance(write(store, gone)[0], ModelInUse)
+        (c,) = store.list_sessions("C")
+        write(store, UpdateSession(c.sid, {"dim": 7, "model": "n"}))
+        assert store.count_sessions("C") == {"n": 1}
+        assert write(store, DeleteModel("shared", "m", everywhere=True)) == [all_]
+
+    def test_models_count_in_a_quota(self, store: Store) -> None:
+        write(store, SetQuota(Quota("default", max_bytes=2 * TOKEN_BYTES)))
+        small, large = model(store, "m", b"s" * TOKEN_BYTES, 1), model(store, "m", b"l" * 3 * TOKEN_BYTES, 2)
+        put, refused = write(store, PutModel(small, {}), PutModel(large, {}))
+        assert put == small and isinstance(refused, QuotaExceeded)
+        sid = create(store).sid
+        assert isinstance(append(store, sid, 1), Appended) and isinstance(append(store, sid, 1), QuotaExceeded)
+        write(store, DeleteModel("default", "m"))
+        assert isinstance(append(store, sid, 1), Appended)
 
     def test_a_namespace_holds_no_more_than_its_quota(self, store: Store) -> None:
         """Within a group and over groups, with what deletions and trims give back; another is not affected."""

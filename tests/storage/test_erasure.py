@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import Append, Compact, DeleteSession, SessionRow, Store, Summary
+from storage.base import Append, Compact, DeleteModel, DeleteSession, PutModel, SessionRow, Store, Summary
 from storage.databases.sqlite import REWRITTEN_BYTES
 from storage.resolve import back_up, open_store
 from tests.names import named
-from tests.storage.contract import create, write
+from tests.storage.contract import create, model, write
 
 TEXT, CHUNK, NUM_SESSIONS = 200, 8, 7
 
@@ -109,6 +109,30 @@ def test_what_was_trimmed_is_in_no_file(path: Path, sqlite_store: Store) -> None
         assert found(path.parent, name, 0, row.first_position) == []
         assert {kind for _, kind in found(path.parent, name, row.first_position)} == {"text", "embedding", "summary"}
     assert list(sqlite_store.verify()) == []
+
+
+def test_weights_that_were_replaced_or_deleted_are_in_no_file(path: Path, sqlite_store: Store) -> None:
+    def put(name: str, number: int) -> None:
+        """Bytes that say whose they are, in every line of them."""
+        data = b"".join(f"weights of {name}, {number}, line {line:06}. ".encode() for line in range(20_000))
+        row = model(sqlite_store, name, data, hash((name, number)) % 2**40, num_parts=3)
+        assert write(sqlite_store, PutModel(row, {})) == [row]
+        while sqlite_store.purge_models():
+            pass
+
+    def are_there(what: str) -> bool:
+        return any(what.encode() in file.read_bytes() for file in path.parent.iterdir())
+
+    for number in range(3):
+        put("a", number)
+        put("b", number)
+    write(sqlite_store, DeleteModel("default", "b"))
+    while sqlite_store.purge_models():
+        pass
+    assert are_there("weights of b")
+    assert sqlite_store.erase()
+    assert are_there("weights of a, 2,")
+    assert not are_there("weights of b") and not are_there("weights of a, 0,") and not are_there("weights of a, 1,")
 
 
 def test_readers_are_not_waited_for_and_what_they_need_goes_after_them(path: Path, sqlite_store: Store) -> None:

@@ -12,11 +12,12 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
-from storage.base import Append, Appended, Compact, StoreDamaged, StoreError, StoreUnavailable, Summary
+from storage.base import Append, Appended, Compact, PutModel, StoreDamaged, StoreError, StoreUnavailable, Summary
 from storage.databases import backup
 from storage.resolve import DATABASE_NAME, back_up, open_for_repair, open_readonly, open_store
+from storage.sql.repair import Repair
 from tests.names import named
-from tests.storage.contract import append, create, read, token, write
+from tests.storage.contract import append, create, model, read, token, write
 
 
 def damaged(path: Path, *statements: str) -> None:
@@ -54,6 +55,7 @@ def test_the_readable_beginning_is_kept(path: Path, statement: str, message: str
     with contextlib.closing(open_for_repair(path.parent)) as store:
         before = path.read_bytes()
         (repair,) = store.plan_repair()
+        assert isinstance(repair, Repair)
         assert (repair.session, repair.message, repair.length) == (named("a"), message, length)
         assert path.read_bytes() == before, "it is said before anything is written"
         store.carry_out_repair([repair])
@@ -64,6 +66,33 @@ def test_the_readable_beginning_is_kept(path: Path, statement: str, message: str
         assert list(store.read_summaries(2)) == [Summary(0, 2, b"keys")]
         repeated = append(store, 1, 2, 5, idempotency_key="5", digest=b"d")
         assert repeated == (Appended(10, 12, replayed=True) if length == 12 else Appended(length, length + 2))
+
+
+@pytest.mark.parametrize(
+    ("statement", "message"),
+    [
+        ("UPDATE model_parts SET data = zeroblob(10) WHERE version = 1 AND number = 1",
+         "part 1 of its bytes does not match its checksum"),
+        ("DELETE FROM model_parts WHERE version = 1 AND number = 1", "part 1 of its bytes is missing"),
+        ("DELETE FROM model_parts WHERE version = 1 AND number = 2", "it has 20 bytes, 30 are recorded"),
+        ("DELETE FROM model_parts WHERE version = 1", "its bytes are not there"),
+    ],
+)  # fmt: skip
+def test_a_model_that_cannot_be_read_goes_and_others_stay(path: Path, statement: str, message: str) -> None:
+    damaged(path)
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        rows = [model(store, name, b"0123456789" * 3, version, num_parts=3) for version, name in enumerate("ab", 1)]
+        write(store, *(PutModel(row, {}) for row in rows))
+    with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+        assert connection.execute(statement).rowcount > 0
+    with contextlib.closing(open_for_repair(path)) as store:
+        (found,) = store.verify()
+        assert found.message == f"model 'a' of namespace 'default' is damaged: {message}"
+        (repair,) = store.plan_repair()
+        assert str(repair) == f"model 'a' of namespace 'default' is lost: {message}"
+        store.carry_out_repair([repair])
+        assert list(store.verify()) == [] and store.list_models() == rows[1:]
+        assert store.read_model(rows[1]) == b"0123456789" * 3
 
 
 @pytest.mark.parametrize("settings", ["[]", "{"])

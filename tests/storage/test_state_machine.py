@@ -21,12 +21,12 @@ from storage.base import (
     Append,
     Appended,
     Compact,
-    CreateKey,
     CreateSession,
-    DeleteKey,
     DeleteSession,
     Fork,
     KeyReused,
+    KeyWrite,
+    ModelWrite,
     NoSuchSession,
     Refused,
     SessionExists,
@@ -38,7 +38,6 @@ from storage.base import (
     Summary,
     Truncate,
     UpdateSession,
-    UseKey,
     Write,
     WriteResult,
     WrongLength,
@@ -229,7 +228,7 @@ class StoreMachine(RuleBasedStateMachine):
             row = replace(write.row, sid=self.last_sid)
             self.model[row.sid] = Session(row)
             return row
-        assert not isinstance(write, CreateKey | DeleteKey | UseKey | SetQuota), "this machine is about sessions"
+        assert not isinstance(write, KeyWrite | SetQuota | ModelWrite), "this machine is about sessions"
         session = self.model.get(write.sid)
         if session is None:
             return NoSuchSession()
@@ -248,7 +247,7 @@ class StoreMachine(RuleBasedStateMachine):
             if write.summary.first != end:
                 return WrongLength(end)
             session.num_sealed = end + write.summary.num_chunks
-        else:
+        elif isinstance(write, DeleteSession):
             del self.model[write.sid]
         return session.row
 
