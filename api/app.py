@@ -19,7 +19,7 @@ from api.auth import Auth
 from api.disconnect import Watch
 from api.metrics import Metrics
 from api.middleware import Front
-from api.routes import events, hot, hot_openapi, inspection, keys, metrics, pages, quotas, server, sessions
+from api.routes import events, hot, hot_openapi, inspection, keys, metrics, pages, quotas, server, sessions, transfers
 from api.settings import Settings
 from api.tracing import Traces
 from htm_service.config import EngineConfig
@@ -101,6 +101,7 @@ def create_app(
         )
     app.router.routes.extend(hot_routes)  # for what the short way leaves: other methods are answered 405
     app.include_router(sessions.router())
+    app.include_router(transfers.router())
     app.include_router(inspection.router())
     app.include_router(events.router())
     app.include_router(keys.router())

@@ -60,6 +60,8 @@ ROLES: Mapping[str, Role] = {
     "select": "read",
     "events": "read",
     "delete_sessions": "write",
+    "export_session": "read",
+    "import_session": "write",
     "list_keys": "admin",
     "create_key": "admin",
     "revoke_key": "admin",

@@ -84,6 +84,7 @@ class BoundedProtocol(HttpToolsProtocol):
         if seen != self._seen:
             self._seen, self._seen_at = seen, now
         is_sending = self.cycle is not None and not self.cycle.response_complete and self.cycle.more_body
+        is_sending &= not self.flow.read_paused  # then it is the server that waits, for what it does with the rest
         is_silent = now - self._seen_at > MAX_SILENCE_S and (is_sending or seen[1] > 0)
         if is_silent or (self._head_since is not None and now - self._head_since > MAX_HEAD_S):
             self.transport.abort()

@@ -130,6 +130,11 @@ class Settings(BaseSettings):
         ge=1 << 10,
         description="Largest JSON body (parsing JSON stops everything else); more data goes as safetensors.",
     )
+    max_import_bytes: Bytes = Field(
+        default=1 << 40,
+        ge=1 << 10,
+        description="Largest session's file that `import` takes; it is read in portions, whatever it has.",
+    )
     max_answer_bytes: Bytes = Field(
         default=64 << 20,
         ge=1 << 10,

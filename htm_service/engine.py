@@ -13,7 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 
 from htm_service.attention.model import RetrievalModel
@@ -61,6 +61,8 @@ from htm_service.sessions.feed import Feed, Reader
 from htm_service.sessions.session import Session
 from htm_service.threads.batcher import Batcher
 from htm_service.threads.supervision import Supervisor, Worker
+from htm_service.transfers.exports import Export, Exports
+from htm_service.transfers.imports import Imports
 from htm_service.writes.appends import Appends
 from htm_service.writes.committer import Committer, Work, Written
 from htm_service.writes.compaction import Compaction
@@ -122,6 +124,10 @@ class Engine:
         self.compaction = Compaction(self.directory, self.worker, self.committer)
         workers: dict[str, Worker] = {"device": device, "store": writer, "loader": loader}
         self.keys = Keys(store, self.committer.write, clock)
+        self._exports = Exports(store, self.directory)
+        self.imports = Imports(
+            store, self.committer, self.directory, self._models, clock, max_payload_bytes=config.max_answer_bytes
+        )
         self._supervisor = Supervisor(workers, [device.fail, writer.fail], config.stuck_s)
         self._beside: list[asyncio.Task[None]] = []
 
@@ -137,6 +143,7 @@ class Engine:
             self.expiry.run(),
             self.compaction.run(),
             self.keys.run(),
+            self.imports.run(),
             self._supervisor.run(),
             self._change_kernel(),
         )
@@ -292,6 +299,20 @@ class Engine:
             payloads=payloads,
         )
 
+    # --- whole sessions ---
+
+    async def export_session(self, name: SessionKey) -> Export:
+        """A session's file as it is now, with everything in it; to be closed."""
+        return await self._exports.begin(await self._session(name))
+
+    async def import_session(
+        self, name: SessionKey, parts: AsyncIterator[bytes], num_bytes: int | None = None
+    ) -> SessionInfo:
+        """The session of a file whose bytes are `parts`, whole or not at all. Raises SessionConflict and others."""
+        self._check_open()
+        validation.check_key(name)
+        return (await self.imports.receive(name, self._while_open(parts), num_bytes)).info()
+
     # --- inspection ---
 
     async def explain(self, name: SessionKey, request: AttendRequest, limit: int = 100) -> Explanation:
@@ -388,6 +409,12 @@ class Engine:
             raise Unhealthy(reason)
         if self.is_draining:
             raise Draining("the server is stopping and takes no new work")
+
+    async def _while_open(self, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+        """A stream that takes long, until the server stops."""
+        async for part in parts:
+            self._check_open()
+            yield part
 
     async def _session(self, name: SessionKey) -> Session:
         self._check_open()

@@ -143,6 +143,10 @@ class SessionKey(NamedTuple):
 FIRST_KEY = SessionKey("", "")
 """Before the key of any session."""
 
+STAGED = ""
+"""The namespace of sessions that are being written and are not there yet; no caller's has an empty name. They are in no
+listing and no total but their own, until `Publish` gives them a name."""
+
 
 @dataclass(frozen=True, slots=True)
 class SessionRow:
@@ -268,7 +272,9 @@ class Summary:
 
 @dataclass(frozen=True, slots=True)
 class CreateSession:
-    """Create `row`; its `sid` and `length` are the store's to fill in. Refused: SessionExists, QuotaExceeded."""
+    """Create `row`, which begins at its `first_position`, without tokens; its `sid` and `length` are the store's to
+    fill in. Refused: SessionExists, QuotaExceeded.
+    """
 
     row: SessionRow
 
@@ -334,6 +340,25 @@ class Compact:
     sid: int
     summary: Summary
     chunk_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class AddPayloads:
+    """Give the tokens of a staged session from position `start` on their payloads. Refused: NoSuchSession."""
+
+    sid: int
+    start: int
+    payloads: Sequence[bytes | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Publish:
+    """Let a staged session be the one of this name: key, settings, times and `max_tokens` are those of `row` from now
+    on, and its tokens count. Refused: NoSuchSession, SessionExists, QuotaExceeded.
+    """
+
+    sid: int
+    row: SessionRow
 
 
 @dataclass(frozen=True, slots=True)
@@ -419,18 +444,19 @@ class DeleteModel:
 
 KeyWrite = CreateKey | DeleteKey | UseKey
 ModelWrite = PutModel | DeleteModel
+StagedWrite = AddPayloads | Publish
 BranchWrite = Fork | Truncate
-SessionWrite = CreateSession | UpdateSession | DeleteSession | Append | Compact | BranchWrite
+SessionWrite = CreateSession | UpdateSession | DeleteSession | Append | Compact | StagedWrite | BranchWrite
 Write = SessionWrite | KeyWrite | SetQuota | ModelWrite
 WriteResult = SessionRow | Appended | KeyRow | Quota | ModelRow | Refused
-"""CreateSession, UpdateSession, Compact and Truncate answer the SessionRow as it is now, Fork the new one,
-DeleteSession the one it was; writes of keys and of models their rows in the same way."""
+"""CreateSession, UpdateSession, Compact, AddPayloads, Publish and Truncate answer the SessionRow as it is now, Fork the
+new one, DeleteSession the one it was; writes of keys and of models their rows in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
-    """What a store, or a namespace of it, holds. `num_disk_bytes` is what its files take, 0 for a store without, and
-    for a namespace: it has none of its own.
+    """What a store holds, but for what is staged, or a namespace of it. `num_disk_bytes` is what its files take, 0 for
+    a store without, and for a namespace: it has none of its own.
     """
 
     num_sessions: int
@@ -548,7 +574,7 @@ class Store(ABC):
     ) -> list[SessionRow]:
         """Sessions in the order of their keys (by code point), from the first greater than `after` on.
 
-        Of one namespace, then `after` is of it too, or of all. Without those whose settings cannot be read.
+        Of one namespace, then `after` is of it too, or of all but STAGED. Without those whose settings cannot be read.
         Only ids that begin with `prefix`, and only sessions whose `settings["labels"]` hold all of `labels`.
         """
 

@@ -14,6 +14,8 @@ from storage.base import (
     FIRST_KEY,
     IDEMPOTENCY_SECONDS,
     NO_LIMIT,
+    STAGED,
+    AddPayloads,
     Append,
     Appended,
     Block,
@@ -36,6 +38,7 @@ from storage.base import (
     NoSuchKey,
     NoSuchModel,
     NoSuchSession,
+    Publish,
     PutModel,
     Quota,
     QuotaExceeded,
@@ -67,6 +70,10 @@ class _Session:
     summaries: list[Summary] = field(default_factory=list)
     payloads: dict[int, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
+
+    def add_payloads(self, start: int, payloads: Sequence[bytes | None]) -> None:
+        """Give tokens from position `start` on their payloads."""
+        self.payloads |= {place: body for place, body in enumerate(payloads, start) if body is not None}
 
     def trim(self, first_position: int, chunk_size: int) -> SessionRow:
         """Forget what lies before a position, a chunk's begin; as `trimming.trim`."""
@@ -167,7 +174,7 @@ class MemoryStore(Store):
         wanted = (labels or {}).items()
         with self._lock:
             keys = sorted(key for key in self._sids if key > after and key.id.startswith(prefix))
-            rows = (self._by_sid[self._sids[key]].row for key in keys if namespace in (None, key.namespace))
+            rows = (self._by_sid[self._sids[key]].row for key in keys if _is_of(key.namespace, namespace))
             return [row for row in rows if wanted <= row.settings.get("labels", {}).items()][:limit]
 
     def read_blocks(self, sid: int, start: int = 0, stop: int | None = None) -> Iterator[Block]:
@@ -237,7 +244,7 @@ class MemoryStore(Store):
     def totals(self, namespace: str | None = None) -> Totals:
         """See `Store.totals`."""
         with self._lock:
-            rows = [one.row for one in self._by_sid.values() if namespace in (None, one.row.namespace)]
+            rows = [one.row for one in self._by_sid.values() if _is_of(one.row.namespace, namespace)]
             model_bytes = self._held_by_models(namespace)
         num_tokens = sum(row.length - row.first_position for row in rows)
         return Totals(len(rows), num_tokens, sum(row.num_bytes for row in rows), 0, model_bytes)
@@ -288,6 +295,10 @@ class MemoryStore(Store):
             if write.summary.first != end:
                 return WrongLength(end)
             session.summaries.append(write.summary)
+        elif isinstance(write, AddPayloads):
+            session.add_payloads(write.start, write.payloads)
+        elif isinstance(write, Publish):
+            return self._publish(session, write.row)
         elif isinstance(write, Fork):
             return self._fork(session, write)
         elif isinstance(write, Truncate):
@@ -346,7 +357,7 @@ class MemoryStore(Store):
 
     def _create(self, row: SessionRow, of: _Session | None = None) -> WriteResult:
         """A new session, with the tokens of another one."""
-        held = _Session(replace(row, length=0, num_bytes=0, first_position=0)) if of is None else of
+        held = _Session(replace(row, length=row.first_position, num_bytes=0)) if of is None else of
         length, first, num_bytes = held.row.length, held.row.first_position, held.row.num_bytes
         if row.key in self._sids:
             return SessionExists(f"there is a session {row.id!r}")
@@ -384,6 +395,25 @@ class MemoryStore(Store):
         self._by_sid[row.sid] = kept
         return kept.row
 
+    def _publish(self, session: _Session, row: SessionRow) -> WriteResult:
+        if row.key in self._sids:
+            return SessionExists(f"there is a session {row.id!r}")
+        staged = session.row
+        held = {"num_tokens": staged.length - staged.first_position, "num_bytes": staged.num_bytes}
+        if (refused := self._beyond_quota(row.namespace, num_sessions=1, **held)) is not None:
+            return refused
+        self._sids[row.key] = self._sids.pop(staged.key)
+        session.row = replace(
+            staged,
+            namespace=row.namespace,
+            id=row.id,
+            settings=dict(row.settings),
+            max_tokens=row.max_tokens,
+            created_at=row.created_at,
+            updated_at=row.updated_at or row.created_at,
+        )
+        return session.row
+
     def _beyond_quota(
         self, namespace: str, *, num_sessions: int = 0, num_tokens: int = 0, num_bytes: int = 0
     ) -> QuotaExceeded | None:
@@ -419,12 +449,15 @@ class MemoryStore(Store):
         if first is not None and write.trim_chunk is not None:
             row = session.trim(first, write.trim_chunk)
         session.blocks.append(Block(row.length, write.num_tokens, write.data, write.episode))
-        for place, payload in enumerate(write.payloads or ()):
-            if payload is not None:
-                session.payloads[row.length + place] = payload
+        session.add_payloads(row.length, write.payloads or ())
         answer = Appended(row.length, length, first_position=row.first_position)
         session.row = replace(row, length=length, num_bytes=row.num_bytes + len(write.data), updated_at=now)
         if key is not None:
             session.keys = {k: v for k, v in session.keys.items() if v[2] > now - IDEMPOTENCY_SECONDS}
             session.keys[key] = (write.digest, answer, now)
         return answer
+
+
+def _is_of(namespace: str, wanted: str | None) -> bool:
+    """Whether what is of a namespace is of the one that is wanted, or of all but the staged."""
+    return namespace == wanted if wanted is not None else namespace != STAGED

@@ -40,6 +40,7 @@ ROOMS = {
     "storage": (("resolve",), ("databases",), ("sql", "in_memory"), ("base", "migrations")),
     "htm_service": (
         ("engine", "inspection"),
+        ("transfers",),
         ("writes",),
         ("reads",),
         ("sessions",),

@@ -39,6 +39,7 @@ from storage.base import (
     CreateSession,
     DeleteSession,
     NoSuchSession,
+    Publish,
     SessionExists,
     SessionKey,
     SessionRow,
@@ -128,26 +129,39 @@ class Directory:
                     await self._expire(expired)
             except SessionNotFound:
                 pass
-            row = SessionRow(
-                key.id,
-                settings.stored(),
-                now,
-                max_tokens=settings.max_tokens,
-                updated_at=now,
-                namespace=key.namespace,
-            )
             async with self._lock(key):
                 try:
-                    written = await self._write(CreateSession(row), None)
-                except base.QuotaExceeded as error:
-                    raise QuotaExceeded(str(error)) from None
+                    return await self._make(CreateSession(_row(key, settings, now))), True
                 except SessionExists:  # by a create that was faster: look again
                     continue
-                assert isinstance(written, SessionRow)
-                self._expired.pop(key, None)
-                session = self._add(written)
-                self._tell(session.key, "created")
-                return session, True
+
+    async def publish(self, key: SessionKey, sid: int, settings: SessionSettings) -> Session:
+        """The session that was staged as `sid`, by its own name from now on. Raises SessionConflict, QuotaExceeded."""
+        async with self._lock(key):
+            try:
+                return await self._make(Publish(sid, _row(key, settings, self._clock())))
+            except SessionExists:
+                raise taken(key) from None
+
+    async def check_free(self, key: SessionKey) -> None:
+        """Raise SessionConflict where there is a session of this name."""
+        try:
+            await self.get(key)
+        except (SessionNotFound, SessionExpired):
+            return
+        raise taken(key)
+
+    async def _make(self, write: CreateSession | Publish) -> Session:
+        """The session that is new with a write. Raises QuotaExceeded, SessionExists."""
+        try:
+            written = await self._write(write, None)
+        except base.QuotaExceeded as error:
+            raise QuotaExceeded(str(error)) from None
+        assert isinstance(written, SessionRow)
+        self._expired.pop(written.key, None)
+        session = self._add(written)
+        self._tell(session.key, "created")
+        return session
 
     async def update(self, session: Session, change: SessionChange) -> None:
         """Change labels, ttl_s or model, durably."""
@@ -348,6 +362,18 @@ class Directory:
             last_used_at=row.updated_at if self._started_at < row.updated_at <= self._clock() else self._started_at,
             recalls=RecallLog(self._recalls_per_session, row.first_position // settings.chunk_size),
         )
+
+
+def taken(key: SessionKey) -> SessionConflict:
+    """What is said where a name is not free."""
+    return SessionConflict(f"there is a session {key.id!r} already; delete it first, or name this one otherwise")
+
+
+def _row(key: SessionKey, settings: SessionSettings, now: float) -> SessionRow:
+    """A new session's."""
+    return SessionRow(
+        key.id, settings.stored(), now, max_tokens=settings.max_tokens, updated_at=now, namespace=key.namespace
+    )
 
 
 def compare(session: Session, wanted: SessionSettings, explicit: frozenset[str]) -> None:

@@ -16,6 +16,7 @@ from sqlalchemy import Connection, Engine, String, cast, select, tuple_
 from storage.base import (
     FIRST_KEY,
     NO_LIMIT,
+    STAGED,
     Block,
     CheckSettings,
     Damage,
@@ -92,7 +93,7 @@ class SqlReader(Store):
         columns = sessions.c.namespace, sessions.c.id
         query = select(sessions).where(sessions.c.id >= prefix).order_by(*columns)
         if namespace is None:
-            query = query.where(tuple_(*columns) > after)
+            query = query.where(tuple_(*columns) > after, sessions.c.namespace != STAGED)
         else:  # as two conditions, so that the index serves both
             query = query.where(sessions.c.namespace == namespace, sessions.c.id > after.id)
         if (end := _end_of(prefix)) is not None:

@@ -11,7 +11,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, or_, select
 
-from storage.base import Block, KeyRow, ModelRow, Quota, SessionKey, SessionRow, StoreDamaged, Summary
+from storage.base import STAGED, Block, KeyRow, ModelRow, Quota, SessionKey, SessionRow, StoreDamaged, Summary
 from storage.sql.spans import Span, cut, layout_of
 from storage.sql.tables import blocks, keys, models, payloads, quotas, sessions, summaries
 
@@ -111,8 +111,8 @@ class Snapshot:
         """How many sessions, tokens and bytes of tokens there are, altogether or in one namespace."""
         num_held = sessions.c.length - sessions.c.first_position
         sums = select(func.count(), func.sum(num_held), func.sum(sessions.c.num_bytes)).select_from(sessions)
-        if namespace is not None:
-            sums = sums.where(sessions.c.namespace == namespace)
+        of_namespace = sessions.c.namespace
+        sums = sums.where(of_namespace != STAGED if namespace is None else of_namespace == namespace)
         num_sessions, num_tokens, num_bytes = self.connection.execute(sums).one()
         return num_sessions, int(num_tokens or 0), int(num_bytes or 0)
 

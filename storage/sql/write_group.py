@@ -16,6 +16,7 @@ from sqlalchemy import Connection, bindparam, delete, insert, select, update
 
 from storage.base import (
     IDEMPOTENCY_SECONDS,
+    AddPayloads,
     Append,
     Appended,
     Compact,
@@ -27,6 +28,7 @@ from storage.base import (
     Fork,
     KeyReused,
     NoSuchSession,
+    Publish,
     PutModel,
     Refused,
     SessionExists,
@@ -51,6 +53,7 @@ from storage.sql.quotas import Usages
 from storage.sql.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, portions
 from storage.sql.snapshot import row_of
 from storage.sql.spans import has_branched, own_log
+from storage.sql.staging import add_payloads, publish
 from storage.sql.tables import idempotency, sessions
 from storage.sql.trimming import trim, trim_branch
 
@@ -209,7 +212,9 @@ class WriteGroup:
 
     # --- writing ---
 
-    def _change(self, write: UpdateSession | DeleteSession | Compact | Fork | Truncate) -> WriteResult:
+    def _change(
+        self, write: UpdateSession | DeleteSession | Compact | AddPayloads | Publish | Fork | Truncate
+    ) -> WriteResult:
         """A write that looks at rows."""
         row = self._connection.execute(select(sessions).where(sessions.c.sid == write.sid)).first()
         if row is None:
@@ -224,6 +229,11 @@ class WriteGroup:
         elif isinstance(write, Compact):
             if (refused := compact(self._connection, write)) is not None:
                 return refused
+        elif isinstance(write, AddPayloads):
+            add_payloads(self._connection, write)
+        elif isinstance(write, Publish):
+            self._tallies.pop(write.sid, None)  # it has another namespace now, and another limit
+            return publish(self._connection, write, row_of(row), self._usages)
         elif isinstance(write, Fork):
             return self._fork(write, row_of(row))
         elif isinstance(write, Truncate):
@@ -239,9 +249,10 @@ class WriteGroup:
         of_key = sessions.c.namespace == row.namespace, sessions.c.id == row.id
         if self._connection.execute(select(sessions.c.sid).where(*of_key)).first() is not None:
             return SessionExists(f"there is a session {row.id!r}")
+        length = max(row.length, row.first_position)  # a staged session begins where it is said to
         usage = self._usages.of(self._connection, row.namespace)
         if usage is not None:
-            held = 1, row.length - row.first_position, row.num_bytes
+            held = 1, length - row.first_position, row.num_bytes
             if (refused := usage.beyond(*held)) is not None:
                 return refused
             usage.add(*held)
@@ -251,15 +262,15 @@ class WriteGroup:
             "settings": dict(row.settings),
             "model": row.settings.get("model"),
             "max_tokens": row.max_tokens,
-            "length": row.length,
+            "length": length,
             "num_bytes": row.num_bytes,
             "first_position": row.first_position,
             "created_at": row.created_at,
             "updated_at": row.updated_at or row.created_at,
         }
         created = self._connection.execute(insert(sessions).values(values).returning(sessions)).one()
-        counts = row.length, row.num_bytes, row.max_tokens, row.first_position
-        self._tallies[created.sid] = Tally(*counts, row.length, row.namespace, created.sid)
+        counts = length, row.num_bytes, row.max_tokens, row.first_position
+        self._tallies[created.sid] = Tally(*counts, length, row.namespace, created.sid)
         return row_of(created)
 
     def _fork(self, write: Fork, parent: SessionRow) -> WriteResult:

@@ -13,6 +13,7 @@ from htm_service.errors import HTMError
 from htm_service.metrics import Metrics
 from htm_service.writes.keys import Keys
 from storage.in_memory import MemoryStore
+from tests.session_files import session_file
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,12 +25,15 @@ class Call:
     status: int = 200
     json: Any = None
     headers: Mapping[str, str] = field(default_factory=dict)
+    content: bytes | None = None
 
     async def send(self, client: httpx.AsyncClient, **changes: Any) -> httpx.Response:
         """Send it, with httpx arguments changed."""
         arguments: dict[str, Any] = {"headers": dict(self.headers)}
         if self.json is not None and "content" not in changes:
             arguments["json"] = self.json
+        if self.content is not None:
+            arguments["content"] = self.content
         headers = {**arguments["headers"], **changes.pop("headers", {})}
         return await client.request(
             self.method, changes.pop("path", self.path), **{**arguments, **changes, "headers": headers}
@@ -38,6 +42,8 @@ class Call:
 
 ATTEND = {"queries": [[1, 0, 0]], "return": ["output", "chunks", "payloads"]}
 APPEND = {"embeddings": [[1, 0, 0]], "payloads": [{"text": "hello"}]}
+
+FILE = {"content-type": "application/x-safetensors"}
 
 CALLS: Mapping[str, Call] = {
     "livez": Call("GET", "/livez"),
@@ -59,6 +65,8 @@ CALLS: Mapping[str, Call] = {
     "explain": Call("POST", "/v1/sessions/s/explain", 200, {"queries": [1, 0, 0], "return": ["output", "payloads"]}),
     "select": Call("POST", "/v1/sessions/s/select", 200, {"queries": [1, 0, 0]}),
     "step": Call("POST", "/v1/sessions/s/step", 200, {"attend": ATTEND, "append": APPEND}),
+    "export_session": Call("GET", "/v1/sessions/s/export"),
+    "import_session": Call("PUT", "/v1/sessions/imported/import", 201, None, FILE, session_file()),
     "list_chunks": Call("GET", "/v1/sessions/s/chunks?include=keys"),
     "inspect_chunk": Call("GET", "/v1/sessions/s/chunks/1?include=embeddings,key"),
     "session_heat": Call("GET", "/v1/sessions/s/heat"),

@@ -43,6 +43,8 @@ NEEDS: Mapping[str, str] = {
     "select": "read",
     "events": "read",
     "delete_sessions": "write",
+    "export_session": "read",
+    "import_session": "write",
     "list_keys": "admin",
     "create_key": "admin",
     "revoke_key": "admin",

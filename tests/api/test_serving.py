@@ -10,10 +10,12 @@ import threading
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 import uvicorn
+from uvicorn.server import ServerState
 
-from api import serving
+from api import protocol, serving
 from api.serving import EXIT_UNHEALTHY, STOP_MARGIN_S, Server, last_resort
 from storage.databases.sqlite import READERS_MS
 from storage.sql.store import CLOSE_SECONDS
@@ -123,3 +125,37 @@ async def test_an_engine_that_can_do_nothing_ends_the_process(
     await server.on_tick(1)
     assert codes == [EXIT_UNHEALTHY]
     assert len(caplog.records) == 1
+
+
+async def test_who_waits_for_the_server_is_not_ended_for_silence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The server had stopped reading a body, because what it did with it took longer than a client may be silent."""
+    monkeypatch.setattr(protocol, "MAX_SILENCE_S", 0.1)
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        await asyncio.sleep(0.5)
+        while (await receive()).get("more_body"):
+            pass
+        await send({"type": "http.response.start", "status": 204, "headers": []})
+        await send({"type": "http.response.body"})
+
+    config = uvicorn.Config(app, lifespan="off", http=protocol.BoundedProtocol, log_config=None)
+    config.load()
+    state = ServerState()
+    loop = asyncio.get_running_loop()
+    server = await loop.create_server(lambda: protocol.BoundedProtocol(config, state, {}), "127.0.0.1", 0)
+
+    async def look() -> None:
+        while True:
+            await asyncio.sleep(0.02)
+            for connection in list(state.connections):
+                assert isinstance(connection, protocol.BoundedProtocol)
+                connection.end_if_stuck()
+
+    looking = asyncio.create_task(look())
+    try:
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        async with httpx.AsyncClient(trust_env=False) as client:
+            assert (await client.put(url, content=bytes(1 << 20))).status_code == 204
+    finally:
+        looking.cancel()
+        server.close()

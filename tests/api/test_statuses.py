@@ -17,6 +17,7 @@ from api.wire.tensors import to_base64
 from tests.api.conftest import ADMIN_KEY, Serve, fill, make_key, talk_to
 from tests.api.exercised import CALLS, ON_SESSION, WITH_BODY, Call, FailingEngine, domain_error
 from tests.api.test_errors import check_problem
+from tests.session_files import parsed, session_file
 
 INJECTED = {
     "overloaded",
@@ -66,7 +67,7 @@ def at(session_id: str, *but: str) -> dict[str, dict[str, Any]]:
     return {name: {"path": CALLS[name].path.replace("/v1/sessions/s", place)} for name in ON_SESSION if name not in but}
 
 
-NEEDS_ARGUMENTS = {*ON_SESSION, "create_session", "list_sessions", "delete_sessions", "events"}
+NEEDS_ARGUMENTS = {*ON_SESSION, "create_session", "list_sessions", "delete_sessions", "events", "import_session"}
 """Calls that can be wrong by more than a query parameter that there is not."""
 BY_CALLER = [name for name in CALLS if name not in ("livez", "readyz")]
 
@@ -75,10 +76,11 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
         name: {"content": b'{"dim":', "headers": {"content-type": "application/json"}} for name in WITH_BODY
     },
     "body_too_large": {
-        name: {"content": b" " * 20_000, "headers": {"content-type": "application/json"}} for name in WITH_BODY
+        **{name: {"content": b" " * 20_000, "headers": {"content-type": "application/json"}} for name in WITH_BODY},
+        "import_session": {"content": b" " * 20_000},
     },
     "unsupported_media_type": {
-        name: {"content": b"{}", "headers": {"content-type": "text/plain"}} for name in WITH_BODY
+        name: {"content": b"{}", "headers": {"content-type": "text/plain"}} for name in [*WITH_BODY, "import_session"]
     },
     "session_not_found": at("nobody", "put_session"),
     "invalid_argument": {
@@ -87,6 +89,7 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
         "list_sessions": {"path": "/v1/sessions?limit=0"},
         "delete_sessions": {"path": "/v1/sessions"},
         "events": {"path": "/v1/events?seconds=0"},
+        "import_session": {"content": session_file()[:-1]},
         **{name: {"path": CALLS[name].path + "?verbose=1"} for name in CALLS if name not in NEEDS_ARGUMENTS},
     },
     "model_not_found": {
@@ -94,6 +97,7 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
         "create_session": {"json": {"dim": 3, "model": "nothing"}},
         "put_session": {"json": {"dim": 3, "model": "nothing"}},
         "update_session": {"json": {"model": "nothing"}},
+        "import_session": {"content": session_file(model="nothing")},
         "attend": {"json": {"queries": [1, 0, 0], "model": "nothing"}},
         "explain": {"json": {"queries": [1, 0, 0], "model": "nothing"}},
         "step": {"json": {"attend": {"queries": [1, 0, 0], "model": "nothing"}, "append": {"embeddings": [1, 0, 0]}}},
@@ -103,7 +107,7 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "misdirected_request": {name: {"headers": {"Host": "example.org:8000"}} for name in BY_CALLER},
     "key_not_found": {"revoke_key": {"path": "/v1/keys/nobody"}},
     "key_exists": {"create_key": {"json": {"name": "bob", "role": "read"}}},
-    "session_conflict": {"put_session": {"json": {"dim": 4}}},
+    "session_conflict": {"put_session": {"json": {"dim": 4}}, "import_session": {"path": "/v1/sessions/s/import"}},
     "length_conflict": {
         "append": {"json": {"embeddings": [1, 0, 0], "if_length": 99}},
         "step": {"json": {"attend": {"queries": [1, 0, 0]}, "append": {"embeddings": [1, 0, 0], "if_length": 99}}},
@@ -144,6 +148,10 @@ async def test_success(keyed: httpx.AsyncClient, name: str, document: dict[str, 
         assert name == "metrics"
         return
     documented = operation["responses"][str(answer.status_code)]["content"]
+    if answer.headers["content-type"] == "application/x-safetensors":
+        assert name == "export_session" and set(documented) == {"application/x-safetensors"}
+        assert parsed(answer.content)[1]["length"] == 5
+        return
     if "text/event-stream" in documented:
         assert answer.headers["content-type"].startswith("text/event-stream") and answer.text.startswith(": ")
         return
@@ -164,7 +172,8 @@ async def test_put_creates(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize("code", WRONG)
 async def test_real_failures(serve: Serve, code: str) -> None:
     """Each of them leaves the session as it was."""
-    async with serve(max_json_body_bytes=10_000, api_key=None if code in BY_HOST else ADMIN_KEY) as client:
+    limits = {"max_json_body_bytes": 10_000, "max_import_bytes": 10_000}
+    async with serve(**limits, api_key=None if code in BY_HOST else ADMIN_KEY) as client:
         client.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
         await fill(client)
         if code not in BY_HOST:

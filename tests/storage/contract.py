@@ -13,6 +13,8 @@ import pytest
 from storage.base import (
     FIRST_KEY,
     IDEMPOTENCY_SECONDS,
+    STAGED,
+    AddPayloads,
     Append,
     Appended,
     Block,
@@ -30,6 +32,7 @@ from storage.base import (
     NoSuchKey,
     NoSuchModel,
     NoSuchSession,
+    Publish,
     PutModel,
     Quota,
     QuotaExceeded,
@@ -704,3 +707,50 @@ class StoreContract:
         assert row == store.get_session(named("a"))
         assert list(store.read_summaries(sid)) == [Summary(10, 3, b"x")]
         assert list(store.verify()) == []
+
+    # --- staged sessions ---
+
+    def test_a_staged_session_is_nowhere_until_it_is_published(self, store: Store) -> None:
+        """Not listed, not counted; then whole, at once, from where it begins."""
+        write(store, SetQuota(Quota("default", max_sessions=1)))
+        staged = stage(store, first_position=6)
+        assert (staged.first_position, staged.length) == (6, 6)
+        assert append(store, staged.sid, 3, 5, if_length=6) == Appended(6, 9, first_position=6)
+        (told,) = write(store, AddPayloads(staged.sid, 6, [b"{}", None, b'{"n":8}']))
+        assert isinstance(told, SessionRow) and told.length == 9
+        assert store.list_sessions() == [] == store.list_sessions("default")
+        assert store.totals() == replace(store.totals(), num_sessions=0, num_tokens=0, num_bytes=0)
+        assert ids(store.list_sessions(STAGED)) == ["stage"]
+        row = SessionRow("a", {"dim": 7, "labels": {"k": "v"}}, NOW + 1, max_tokens=13, updated_at=NOW + 2)
+        (published,) = write(store, Publish(staged.sid, row))
+        expected = replace(row, sid=staged.sid, first_position=6, length=9, num_bytes=3 * TOKEN_BYTES)
+        assert published == expected == store.get_session(named("a"))
+        assert store.list_sessions() == [expected] and store.list_sessions(STAGED) == []
+        assert read(store, staged.sid) == token(5) * 3
+        assert store.read_payload_range(staged.sid, 0, 9) == {6: b"{}", 8: b'{"n":8}'}
+        assert store.totals("default").num_tokens == 3
+        assert isinstance(append(store, staged.sid, 11), SessionFull), "its max_tokens counts from now on"
+        assert isinstance(write(store, CreateSession(SessionRow("b", {}, NOW)))[0], QuotaExceeded)
+        assert list(store.verify()) == []
+
+    def test_a_staged_session_that_cannot_be_published_is_as_it_was(self, store: Store) -> None:
+        staged = stage(store)
+        append(store, staged.sid, 3)
+        write(store, SetQuota(Quota("small", max_tokens=2)))
+        (beyond,) = write(store, Publish(staged.sid, SessionRow("a", {}, NOW, namespace="small")))
+        assert isinstance(beyond, QuotaExceeded)
+        created = create(store, "a")
+        (taken,) = write(store, Publish(staged.sid, SessionRow("a", {}, NOW)))
+        assert isinstance(taken, SessionExists) and store.get_session(named("a")) == created
+        assert store.totals().num_tokens == 0 and ids(store.list_sessions(STAGED)) == ["stage"]
+        write(store, DeleteSession(staged.sid))
+        while store.purge(staged.sid):
+            pass
+        assert read(store, staged.sid) == b"" and store.list_sessions(STAGED) == []
+        (gone,) = write(store, Publish(staged.sid, SessionRow("b", {}, NOW)))
+        assert isinstance(gone, NoSuchSession)
+        assert list(store.verify()) == []
+
+
+def stage(store: Store, **values: Any) -> SessionRow:
+    return create(store, "stage", namespace=STAGED, **values)

@@ -1,0 +1,1 @@
+"""Whole sessions as files, out and in. Imports downward: writes, sessions, attention."""
