@@ -19,7 +19,20 @@ from api.auth import Auth
 from api.disconnect import Watch
 from api.metrics import Metrics
 from api.middleware import Front
-from api.routes import events, hot, hot_openapi, inspection, keys, metrics, pages, quotas, server, sessions, transfers
+from api.routes import (
+    batch,
+    events,
+    hot,
+    hot_openapi,
+    inspection,
+    keys,
+    metrics,
+    pages,
+    quotas,
+    server,
+    sessions,
+    transfers,
+)
 from api.settings import Settings
 from api.tracing import Traces
 from htm_service.config import EngineConfig
@@ -88,7 +101,7 @@ def create_app(
     app.state.metrics = Metrics()
     if engine is not None:  # in-process tests need no lifespan
         app.state.engine = engine
-    hot_routes = hot.routes()
+    hot_routes = [*hot.routes(), *batch.routes()]
     auth = Auth(settings.admin_key, insecure=settings.insecure, metrics_open=settings.metrics_open)
     app.front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, traces, auth)
     if settings.origins:

@@ -67,6 +67,9 @@ ROLES: Mapping[str, Role] = {
     "revoke_key": "admin",
     "get_quota": "admin",
     "put_quota": "admin",
+    "batch_append": "write",
+    "batch_attend": "read",
+    "batch_step": "write",
 }
 """What a caller must be at least, by operationId; of a call that is missing here: an admin."""
 OF_ALL_NAMESPACES = frozenset({"metrics", "put_quota"})

@@ -88,6 +88,11 @@ RETRY_STATUSES = frozenset({429, 503, 507})
 _HTTP_CODES = {404: "not_found", 405: "method_not_allowed", 400: "malformed_body", 413: "body_too_large"}
 
 
+def status_of(code: str) -> int:
+    """The HTTP status of a code."""
+    return PROBLEMS[code].status
+
+
 def document(code: str, detail: str, request_id: str, extra: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """The problem document of an error with this code."""
     problem = PROBLEMS[code]

@@ -134,7 +134,7 @@ def operation(call: HotCall) -> dict[str, Any]:
         "operationId": call.operation_id,
         "summary": call.summary,
         "description": f"{call.tensors} All other fields are one JSON text under `__metadata__.params`.",
-        "parameters": [SESSION_ID, *call.parameters, ENCODING],
+        "parameters": [*([SESSION_ID] if "{session_id}" in call.path else []), *call.parameters, ENCODING],
         "responses": {"200": answer, **{str(status): value for status, value in problems(call.codes).items()}},
     }
     if call.body is not None:

@@ -12,6 +12,8 @@ MAX_CHUNK_SIZE = 1_024
 MAX_TOP_K = 256
 MAX_QUERIES = 4_096
 """Queries of one attend."""
+MAX_SESSIONS = 4_096
+"""Of one lock-step batch."""
 MAX_RECALLED = 1_024
 """Tokens per query that one attend lists."""
 MAX_RANKED = 10_000

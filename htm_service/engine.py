@@ -13,14 +13,23 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 
+from htm_service import batches
 from htm_service.attention.model import RetrievalModel
 from htm_service.attention.registry import RETRIEVAL, ModelRegistry
 from htm_service.clock import SteadyClock
 from htm_service.config import EngineConfig
-from htm_service.errors import Draining, InvalidArgument, SessionDamaged, SessionExpired, SessionNotFound, Unhealthy
+from htm_service.errors import (
+    Draining,
+    HTMError,
+    InvalidArgument,
+    SessionDamaged,
+    SessionExpired,
+    SessionNotFound,
+    Unhealthy,
+)
 from htm_service.inspection import Inspection, engine_info, quota_info
 from htm_service.kernels.resolve import resolve_for_start
 from htm_service.memory.cache import Cache
@@ -54,6 +63,8 @@ from htm_service.records import (
     SessionInfo,
     SessionKey,
     SessionPage,
+    StepRequest,
+    StepResult,
 )
 from htm_service.sessions import validation
 from htm_service.sessions.directory import Directory, compare
@@ -281,6 +292,25 @@ class Engine:
         append = validation.check_append(append, session.settings.dim)
         return await self._steps.step(session, attend, append)
 
+    # --- many sessions at once ---
+
+    async def batch_append(self, items: Sequence[tuple[SessionKey, AppendRequest]]) -> list[AppendResult | HTMError]:
+        """An append to each of several sessions, none of them twice, in one group of writes."""
+        self._check_open()
+        return await batches.each(
+            items, self.directory.known, self._found_or_made, _check_append, self._appends.append_all
+        )
+
+    async def batch_attend(self, items: Sequence[tuple[SessionKey, AttendRequest]]) -> list[AttendResult | HTMError]:
+        """An attend to each of several sessions, as one entry of the device's queue."""
+        self._check_open()
+        return await batches.each(items, self.directory.known, self._found, _check_attend, self._attends.attend_all)
+
+    async def batch_step(self, items: Sequence[tuple[SessionKey, StepRequest]]) -> list[StepResult | HTMError]:
+        """Attend to several sessions, none of them twice, as they are, then append to them."""
+        self._check_open()
+        return await batches.each(items, self.directory.known, self._found, _check_step, self._steps.step_all)
+
     async def read(
         self,
         name: SessionKey,
@@ -420,6 +450,10 @@ class Engine:
         self._check_open()
         return self.directory.known(name) or await self.directory.get(validation.check_key(name))
 
+    async def _found(self, name: SessionKey, _: object) -> Session:
+        """The session of an item."""
+        return await self._session(name)
+
     async def _found_or_made(self, name: SessionKey, request: AppendRequest) -> Session:
         """The session of an append, which may make it."""
         try:
@@ -431,3 +465,16 @@ class Engine:
         validation.check_append(request, dim)  # what is refused makes no session
         await self.create(name, CreateRequest(dim=dim))
         return await self._session(name)
+
+
+def _check_append(session: Session, request: AppendRequest) -> AppendRequest:
+    session.check_sound()
+    return validation.check_batch_append(request, session.settings.dim)
+
+
+def _check_attend(session: Session, request: AttendRequest) -> AttendRequest:
+    return validation.check_attend(request, session.settings.dim)
+
+
+def _check_step(session: Session, request: StepRequest) -> StepRequest:
+    return StepRequest(_check_attend(session, request.attend), _check_append(session, request.append))

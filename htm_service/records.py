@@ -165,6 +165,11 @@ class AttendRequest:
     """What was asked, in words: kept in the recall."""
     request_id: str = ""
 
+    @property
+    def is_masked(self) -> bool:
+        """Whether it says token by token, or chunk by chunk, what it sees."""
+        return self.mask is not None or self.chunk_mask is not None
+
 
 @dataclass(frozen=True, slots=True)
 class Recalled:
@@ -244,6 +249,20 @@ class SelectResult(NamedTuple):
     taken: Taken | None
     length: int
     timing: Timing = Timing()
+
+
+class StepRequest(NamedTuple):
+    """An attend, and then an append."""
+
+    attend: AttendRequest
+    append: AppendRequest
+
+
+class StepResult(NamedTuple):
+    """What they answered."""
+
+    attended: AttendResult
+    appended: AppendResult
 
 
 class Explanation(NamedTuple):

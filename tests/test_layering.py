@@ -39,7 +39,7 @@ ROOMS = {
     ),
     "storage": (("resolve",), ("databases",), ("sql", "in_memory"), ("base", "migrations")),
     "htm_service": (
-        ("engine", "inspection"),
+        ("engine", "inspection", "batches"),
         ("transfers",),
         ("writes",),
         ("reads",),
@@ -169,7 +169,7 @@ def test_folders_are_small() -> None:
         path = Path(file)
         if path.name != "__init__.py" and len(path.parts) > 2 and not file.startswith("client/"):
             folders[path.parent.as_posix()] = folders.get(path.parent.as_posix(), 0) + 1
-    large = {"storage/sql": 20, "storage/migrations/versions": 30, "api/routes": 12}
+    large = {"storage/sql": 24, "storage/migrations/versions": 30, "api/routes": 16}
     assert not {folder: num for folder, num in folders.items() if num > large.get(folder, MAX_MODULES)}
 
 

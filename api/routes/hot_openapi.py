@@ -45,6 +45,19 @@ _READ = {
     "payloads": [{"text": "the key is under the mat"}],
 }
 
+_BATCH_ERROR = {"item": 1, "status": 404, "code": "session_not_found", "detail": "there is no session 'agent-8'"}
+_BATCH = {"status": [200, 404], "errors": [_BATCH_ERROR]}
+_BATCH_APPEND_BODY = {"embeddings": [[1.0, 0.0], [0.0, 1.0]], "num_tokens": [1, 1], "episode": [3, 4]}
+_BATCH_APPENDED = {"start": [40, 0], "length": [41, 0], "num_chunks": [2, 0]}
+_BATCH_ATTEND_BODY = {"queries": [[0.6, 0.8], [0.8, 0.6]], "top_k": 8, "return": ["output", "chunks"]}
+_BATCH_ATTENDED = {
+    "output": [[[0.62, 0.78]], [[0.0, 0.0]]],
+    "chunks": {"index": [[[1, 0]], [[0, 0]]], "weight": [[[0.75, 0.25]], [[0.0, 0.0]]]},
+    "length": [40, 0],
+}
+_SESSIONS = {"sessions": ["agent-7", "agent-8"]}
+_BATCH_CODES = (*BODY_CODES, "invalid_argument", "overloaded", "unhealthy", "draining", "internal_error")
+
 _ATTEND_CODES = (
     *BODY_CODES,
     *SESSION_CODES,
@@ -143,6 +156,48 @@ def calls() -> list[HotCall]:
             "`attend.chunks.index`, `attend.chunks.weight`.",
             parameters=(IDEMPOTENCY_KEY,),
             codes=tuple(dict.fromkeys((*_ATTEND_CODES, *_APPEND_CODES))),
+        ),
+        HotCall(
+            path="/v1/batch/append",
+            method="post",
+            operation_id="batch_append",
+            summary="Append to many sessions",
+            body=bodies.BatchAppendBody,
+            body_example={**_SESSIONS, **_BATCH_APPEND_BODY},
+            answer=bodies.BatchAppendAnswer,
+            example={**_BATCH, **_BATCH_APPENDED},
+            tensors="One group of writes; an item that fails changes nothing, and nothing of the others. "
+            "Binary: tensor `embeddings`; the answer has none.",
+            parameters=(IDEMPOTENCY_KEY,),
+            codes=_BATCH_CODES,
+        ),
+        HotCall(
+            path="/v1/batch/attend",
+            method="post",
+            operation_id="batch_attend",
+            summary="Attend to many sessions",
+            body=bodies.BatchAttendBody,
+            body_example={**_SESSIONS, **_BATCH_ATTEND_BODY},
+            answer=bodies.BatchAttendAnswer,
+            example={**_BATCH, **_BATCH_ATTENDED},
+            tensors="One entry of the device's queue. "
+            "Binary: tensors `queries`, `mask`, `chunk_mask`; `output`, `chunks.index`, `chunks.weight`.",
+            codes=_BATCH_CODES,
+        ),
+        HotCall(
+            path="/v1/batch/step",
+            method="post",
+            operation_id="batch_step",
+            summary="Attend to many sessions, then append to them",
+            body=bodies.BatchStepBody,
+            body_example={**_SESSIONS, "attend": _BATCH_ATTEND_BODY, "append": _BATCH_APPEND_BODY},
+            answer=bodies.BatchStepAnswer,
+            example={**_BATCH, "attend": _BATCH_ATTENDED, "append": _BATCH_APPENDED},
+            tensors="Each item is a step: it attends to its session as it is, and appends unless that failed. "
+            "Binary: tensors `queries`, `mask`, `chunk_mask`, `embeddings`; `attend.output`, `attend.chunks.index`, "
+            "`attend.chunks.weight`.",
+            parameters=(IDEMPOTENCY_KEY,),
+            codes=_BATCH_CODES,
         ),
     ]
 

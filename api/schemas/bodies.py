@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from htm_service import records
-from htm_service.config import MAX_LABELS, MAX_NOTE_CHARS, MAX_RANKED
+from htm_service.config import MAX_LABELS, MAX_NOTE_CHARS, MAX_RANKED, MAX_SESSIONS
 from htm_service.errors import clipped
 from htm_service.records import DType, OnFull, OpenChunk, RankBy, Role
 
@@ -188,6 +188,54 @@ class StepBody(Body):
     append: AppendBody
 
 
+SESSIONS = Field(min_length=1, max_length=MAX_SESSIONS, description="Ids; in append and step none of them twice.")
+RowsTensor = list[Row] | list[list[Row]] | Base64Tensor
+RowsMask = list[list[bool]] | list[list[list[bool]]] | Base64Tensor
+
+
+class BatchAppendFields(Body):
+    """Tokens to add at the end of each session."""
+
+    embeddings: RowsTensor = Field(description="`[S, T, D]`, or `[S, D]` for one token each.")
+    num_tokens: list[int | None] | None = Field(None, description="`[S]`: how many of the T count; 0: nothing now.")
+    payloads: list[list[dict[str, Any] | None] | None] | None = Field(
+        None, description="`[S][T]`: per session one object or null per token, or null."
+    )
+    episode: int | list[int | None] | None = Field(None, description="One, or `[S]`.")
+    if_length: list[int | None] | None = Field(None, description="`[S]`: append only where this is the length.")
+
+
+class BatchAppendBody(BatchAppendFields):
+    """Appends to many sessions."""
+
+    sessions: list[str] = SESSIONS
+
+
+class BatchAttendFields(AttendBody):
+    """Queries to each session; what has no sessions in front is the same for all."""
+
+    queries: RowsTensor = Field(description="`[S, Q, D]`, or `[S, D]` for one query each.")  # type: ignore[assignment]
+    model: str | list[str | None] | None = Field(  # type: ignore[assignment]
+        None, description="One, or `[S]`; the session's, if left out or null."
+    )
+    mask: RowsMask | None = Field(None, description="`[S, n]`: all sessions have the length n, or `stop` is n.")  # type: ignore[assignment]
+    chunk_mask: RowsMask | None = Field(None, description="`[S, M]` or `[S, Q, M]`.")  # type: ignore[assignment]
+
+
+class BatchAttendBody(BatchAttendFields):
+    """Attends to many sessions."""
+
+    sessions: list[str] = SESSIONS
+
+
+class BatchStepBody(Body):
+    """Steps of many sessions: attend to each as it is, then append."""
+
+    sessions: list[str] = SESSIONS
+    attend: BatchAttendFields
+    append: BatchAppendFields
+
+
 # --- answers --------------------------------------------------------------------------------------
 
 
@@ -275,6 +323,63 @@ class StepAnswer(Body):
 
     attend: AttendAnswer
     append: AppendAnswer
+
+
+class ItemError(BaseModel):
+    """Why one item failed: what the single call would have said. Some codes add fields, such as `length`."""
+
+    model_config = ConfigDict(extra="allow")
+
+    item: int = Field(description="Which of `sessions`, from 0.")
+    status: int
+    code: str
+    detail: str
+
+
+class BatchAnswer(Body):
+    """What every lock-step answer says; where an item failed, other fields hold 0 or are empty."""
+
+    status: list[int] = Field(description="`[S]`: 200, or what the single call would have answered.")
+    errors: list[ItemError]
+
+
+class AppendsAnswer(Body):
+    """The answers of appends, each field `[S]`."""
+
+    start: list[int]
+    length: list[int]
+    num_chunks: list[int]
+
+
+class BatchAppendAnswer(BatchAnswer, AppendsAnswer):
+    """Appends to many sessions."""
+
+
+class BatchChunks(Body):
+    """The chunks that attends took, `[S, Q, K]`: -1 and 0 where fewer are visible than elsewhere."""
+
+    index: list[list[list[int]]] | Base64Tensor
+    weight: list[list[Row]] | Base64Tensor
+
+
+class AttendsAnswer(Body):
+    """What `return` asked for, and the lengths that the answers saw, `[S]`."""
+
+    output: list[list[Row]] | Base64Tensor | None = None
+    chunks: BatchChunks | None = None
+    recalled: list[list[list[RecalledToken]]] | None = None
+    length: list[int]
+
+
+class BatchAttendAnswer(BatchAnswer, AttendsAnswer):
+    """Attends to many sessions."""
+
+
+class BatchStepAnswer(BatchAnswer):
+    """Steps of many sessions."""
+
+    attend: AttendsAnswer
+    append: AppendsAnswer
 
 
 class MemoriesAnswer(Body):

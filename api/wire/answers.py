@@ -10,26 +10,29 @@ import asyncio
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
+import numpy as np
 import numpy.typing as npt
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
 
-from api.errors import shorten
+from api.errors import shorten, status_of
 from api.wire import safetensors
 from api.wire.body import THREAD_BYTES
 from api.wire.hot_bodies import Asked, Selected, Wire
 from api.wire.tensors import to_base64, to_lists
-from htm_service.errors import InvalidArgument
+from htm_service.errors import HTMError, InvalidArgument
 from htm_service.records import (
     AppendResult,
+    AttendRequest,
     AttendResult,
     Explanation,
     Memories,
     Recalled,
     SelectResult,
+    StepResult,
     Timing,
     recalled_bytes,
 )
@@ -50,6 +53,9 @@ Tensors = dict[str, npt.NDArray[Any]]
 Params = dict[str, Any]
 Raw = Callable[[bytes], orjson.Fragment]
 """What puts a JSON text into content as it is."""
+T = TypeVar("T")
+Outcomes = Sequence[T | HTMError]
+"""Of a lock-step batch: a result for each item, or its error."""
 Parts = Callable[[Raw], tuple[Tensors, Params]]
 """What makes tensors and params of an answer."""
 
@@ -201,7 +207,7 @@ def attend_parts(result: AttendResult, asked: Asked, payloads: bool, raw: Raw) -
         tensors["chunks.weight"] = result.chunk_weight
     params: Params = {"length": result.length}
     if result.recalled is not None:
-        params["recalled"] = [[recalled_item(item, payloads, raw) for item in row] for row in result.recalled]
+        params["recalled"] = _recalled(result.recalled, payloads, raw)
     return tensors, params
 
 
@@ -237,6 +243,104 @@ def step_parts(
 def append_params(result: AppendResult) -> Params:
     """An append's answer."""
     return {"start": result.start, "length": result.length, "num_chunks": result.num_chunks}
+
+
+def batch_bytes(outcomes: Outcomes[AttendResult]) -> int:
+    """About how many bytes the answer to many attends has."""
+    return sum(attend_bytes(outcome) for outcome in outcomes if not isinstance(outcome, HTMError))
+
+
+def batch_params(outcomes: Outcomes[Any]) -> Params:
+    """What every lock-step answer says: a status for each item, and the errors of those that failed."""
+    failed = [(item, outcome) for item, outcome in enumerate(outcomes) if isinstance(outcome, HTMError)]
+    errors = [
+        {"item": item, **error.extra, "status": status_of(error.code), "code": error.code, "detail": error.detail}
+        for item, error in failed
+    ]
+    status = [200] * len(outcomes)
+    for (item, _), error in zip(failed, errors, strict=True):
+        status[item] = error["status"]
+    return {"status": status, "errors": errors}
+
+
+def stacked(
+    outcomes: Outcomes[T], field: Callable[[T], npt.NDArray[Any]], none: npt.NDArray[Any], fill: float = 0
+) -> npt.NDArray[Any]:
+    """A field of each result, [S, ...]: zeros where an item failed, `fill` where another one's is wider.
+
+    Like `none` where all failed.
+    """
+    arrays = [None if isinstance(outcome, HTMError) else field(outcome) for outcome in outcomes]
+    found = [array for array in arrays if array is not None]
+    if not found:
+        return np.zeros((len(outcomes), *none.shape), none.dtype)
+    shape = tuple(map(max, zip(*(array.shape for array in found), strict=True)))
+    if len(found) == len(outcomes) and {shape} == {array.shape for array in found}:
+        return np.stack(found)
+    whole = np.zeros((len(outcomes), *shape), found[0].dtype)
+    for place, array in zip(whole, arrays, strict=True):
+        if array is not None:
+            place[:] = fill
+            place[tuple(map(slice, array.shape))] = array
+    return whole
+
+
+def listed(outcomes: Outcomes[T], field: Callable[[T], Any], none: Any = 0) -> list[Any]:
+    """A field of each result, `none` where an item failed."""
+    return [none if isinstance(outcome, HTMError) else field(outcome) for outcome in outcomes]
+
+
+def batch_attend_parts(
+    outcomes: Outcomes[AttendResult], request: AttendRequest, asked: Asked, raw: Raw
+) -> tuple[Tensors, Params]:
+    """Tensors and params of the answer to many attends, of which the first was `request`."""
+    tensors, params = _attends_parts(outcomes, request, asked, raw)
+    return tensors, {**batch_params(outcomes), **params}
+
+
+def batch_append_parts(outcomes: Outcomes[AppendResult]) -> tuple[Tensors, Params]:
+    """Tensors, of which there are none, and params of the answer to many appends."""
+    return {}, {**batch_params(outcomes), **_appends_params(outcomes)}
+
+
+def batch_step_parts(
+    outcomes: Outcomes[StepResult], request: AttendRequest, asked: Asked, raw: Raw
+) -> tuple[Tensors, Params]:
+    """Tensors and params of the answer to many steps: the attends' and the appends', each under their name."""
+    attended = [outcome if isinstance(outcome, HTMError) else outcome.attended for outcome in outcomes]
+    appended = [outcome if isinstance(outcome, HTMError) else outcome.appended for outcome in outcomes]
+    tensors, params = _attends_parts(attended, request, asked, raw)
+    named = {f"attend.{name}": array for name, array in tensors.items()}
+    return named, {**batch_params(outcomes), "attend": params, "append": _appends_params(appended)}
+
+
+def _attends_parts(
+    outcomes: Outcomes[AttendResult], request: AttendRequest, asked: Asked, raw: Raw
+) -> tuple[Tensors, Params]:
+    tensors: Tensors = {}
+    queries = np.atleast_2d(request.queries)
+    if asked.output:
+        tensors["output"] = stacked(outcomes, lambda result: result.output, queries)
+    if asked.chunks:
+        none = queries[:, :0]
+        tensors["chunks.index"] = stacked(outcomes, lambda result: result.chunk_index, none.astype(np.int64), -1)
+        tensors["chunks.weight"] = stacked(outcomes, lambda result: result.chunk_weight, none)
+    params: Params = {"length": listed(outcomes, lambda result: result.length)}
+    if request.tokens or request.payloads:
+        params["recalled"] = listed(outcomes, lambda result: _recalled(result.recalled, request.payloads, raw), [])
+    return tensors, params
+
+
+def _appends_params(outcomes: Outcomes[AppendResult]) -> Params:
+    return {
+        "start": listed(outcomes, lambda result: result.start),
+        "length": listed(outcomes, lambda result: result.length),
+        "num_chunks": listed(outcomes, lambda result: result.num_chunks),
+    }
+
+
+def _recalled(rows: Sequence[Sequence[Recalled]] | None, payloads: bool, raw: Raw) -> list[list[Params]]:
+    return [[recalled_item(item, payloads, raw) for item in row] for row in rows or ()]
 
 
 def recalled_item(item: Recalled, payloads: bool, raw: Raw) -> Params:

@@ -71,7 +71,7 @@ class HotBody(NamedTuple):
         if value is None:
             raise InvalidArgument(f"{name} is required")
         if not isinstance(value, dict):
-            raise _wrong(name, value, "an object")
+            raise wrong(name, value, "an object")
         return HotBody(value, self.tensors, f"{name}.")
 
 
@@ -79,51 +79,51 @@ def integer(name: str, value: Any) -> int:
     """An integer."""
     if type(value) is int:
         return value
-    raise _wrong(name, value, "an integer")
+    raise wrong(name, value, "an integer")
 
 
 def number(name: str, value: Any) -> float:
     """A number."""
     if type(value) in (int, float):
         return float(value)
-    raise _wrong(name, value, "a number")
+    raise wrong(name, value, "a number")
 
 
 def text(name: str, value: Any) -> str:
     """A string."""
     if isinstance(value, str):
         return value
-    raise _wrong(name, value, "a string")
+    raise wrong(name, value, "a string")
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     """A string out of `choices`."""
     if isinstance(value, str) and value in choices:
         return value
-    raise _wrong(name, value, f"one of {', '.join(choices)}")
+    raise wrong(name, value, f"one of {', '.join(choices)}")
 
 
 def some_of(name: str, value: Any, choices: Sequence[str]) -> set[str]:
     """A list of strings out of `choices`, as a set."""
     if isinstance(value, list) and all(item in choices for item in value):
         return set(value)
-    raise _wrong(name, value, f"a list of {', '.join(choices)}")
+    raise wrong(name, value, f"a list of {', '.join(choices)}")
 
 
 def integers(name: str, value: Any) -> list[int]:
     """A list of integers."""
     if isinstance(value, list) and {int}.issuperset(map(type, value)):
         return value
-    raise _wrong(name, value, "a list of integers")
+    raise wrong(name, value, "a list of integers")
 
 
 def payloads(name: str, value: Any) -> list[bytes | None]:
     """A list of JSON objects or null, as texts."""
     if not isinstance(value, list):
-        raise _wrong(name, value, "a list of objects or null")
+        raise wrong(name, value, "a list of objects or null")
     for at, item in enumerate(value):
         if item is not None and not isinstance(item, dict):
-            raise _wrong(f"{name}[{at}]", item, "an object or null")
+            raise wrong(f"{name}[{at}]", item, "an object or null")
     return [None if item is None else _payload(f"{name}[{at}]", item) for at, item in enumerate(value)]
 
 
@@ -134,5 +134,6 @@ def _payload(name: str, value: dict[str, Any]) -> bytes:
         raise InvalidArgument(f"{name} is nested more than {MAX_NESTING} levels deep") from error
 
 
-def _wrong(name: str, value: Any, expected: str) -> InvalidArgument:
+def wrong(name: str, value: Any, expected: str) -> InvalidArgument:
+    """What a field is, and what it must be."""
     return InvalidArgument(f"{name} is {shorten(value)}; it must be {expected}")

@@ -5,6 +5,7 @@ Does not know: HTTP. Raises MalformedBody, InvalidArgument, BodyTooLarge.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
 import orjson
@@ -117,15 +118,17 @@ def explain(body: HotBody, request_id: str) -> tuple[AttendRequest, Asked, int]:
     found = body.read(EXPLAIN)
     limit: int = found.pop("limit", RANKED)
     found.setdefault("return", set())
-    return *_asked(found, body, request_id), limit
+    require("queries", found, body)
+    return *asked(found, request_id), limit
 
 
 def select(body: HotBody, request_id: str) -> tuple[AttendRequest, Selected]:
     """The body of a select: of an attend's fields those that say what is seen, and how many chunks are taken."""
     body.check_tensors(SELECT.tensors.keys())
     found = body.read(SELECT)
+    require("queries", found, body)
     wanted = found.pop("return", {"chunks", "keys", "tokens"})
-    request, _ = _asked(found, body, request_id)
+    request, _ = asked(found, request_id)
     return request, Selected("chunks" in wanted, "keys" in wanted, "tokens" in wanted)
 
 
@@ -145,11 +148,13 @@ def step(body: HotBody, request_id: str, idempotency_key: str | None) -> tuple[A
 
 
 def _attend(body: HotBody, request_id: str) -> tuple[AttendRequest, Asked]:
-    return _asked(body.read(ATTEND), body, request_id)
+    found = body.read(ATTEND)
+    require("queries", found, body)
+    return asked(found, request_id)
 
 
-def _asked(found: dict[str, Any], body: HotBody, request_id: str) -> tuple[AttendRequest, Asked]:
-    _require("queries", found, body)
+def asked(found: dict[str, Any], request_id: str) -> tuple[AttendRequest, Asked]:
+    """The fields of an attend, `queries` among them, as the engine takes them."""
     wanted: set[str] | None = found.pop("return", None)
     timeout_ms: float | None = found.pop("timeout_ms", None)
     if wanted is None:
@@ -166,11 +171,12 @@ def _asked(found: dict[str, Any], body: HotBody, request_id: str) -> tuple[Atten
 
 def _append(body: HotBody, idempotency_key: str | None) -> AppendRequest:
     found = body.read(APPEND)
-    _require("embeddings", found, body)
+    require("embeddings", found, body)
     return AppendRequest(**found, idempotency_key=idempotency_key)
 
 
-def _require(name: str, found: dict[str, Any], body: HotBody) -> None:
+def require(name: str, found: Mapping[str, Any], body: HotBody) -> None:
+    """Raises InvalidArgument when a field is not there."""
     if name not in found:
         raise InvalidArgument(f"{body.where}{name} is required")
 

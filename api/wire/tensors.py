@@ -52,8 +52,8 @@ def check_size(name: str, dtype: str, shape: object, num_bytes: int) -> tuple[in
         raise InvalidArgument(f"{name} has dtype {shorten(dtype)}; known are {', '.join(ITEM_BYTES)}")
     if not isinstance(shape, list) or not {int}.issuperset(map(type, shape)) or min(shape, default=0) < 0:
         raise InvalidArgument(f"{name} has shape {shorten(shape)}; it must be a list of non-negative integers")
-    if len(shape) not in (1, 2):
-        raise InvalidArgument(f"{name} has {len(shape)} dimensions; it must have 1 or 2")
+    if len(shape) not in (1, 2, 3):
+        raise InvalidArgument(f"{name} has {len(shape)} dimensions; it must have 1, 2 or 3")
     expected = math.prod(shape) * ITEM_BYTES[dtype]
     if expected != num_bytes:
         raise InvalidArgument(
@@ -65,7 +65,7 @@ def check_size(name: str, dtype: str, shape: object, num_bytes: int) -> tuple[in
 
 
 def floats(name: str, value: Any) -> Floats:
-    """A tensor of one or two dimensions, as float32; `value` is a list, a base64 object or a RawTensor.
+    """A tensor as float32; `value` is a list (of lists), a base64 object or a RawTensor.
 
     What is too large for float32 becomes infinite, and is the engine's to refuse, like NaN.
     """
@@ -80,7 +80,7 @@ def floats(name: str, value: Any) -> Floats:
 
 
 def bools(name: str, value: Any) -> Bools:
-    """A mask of one or two dimensions; `value` is a list, a base64 object or a RawTensor."""
+    """A mask; `value` is a list (of lists), a base64 object or a RawTensor."""
     if isinstance(value, list):
         return _from_rows(name, value, np.bool_, {bool}, "true or false")
     raw = value if isinstance(value, RawTensor) else from_base64(name, value)

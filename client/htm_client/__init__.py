@@ -6,11 +6,13 @@ Knows the REST contract. Does not know the server's code, except to run it in pr
 from htm_client.aio import AsyncHTMClient
 from htm_client.client import HTMClient
 from htm_client.errors import (
+    BatchFailed,
     ConnectionFailed,
     Forbidden,
     HTMClientError,
     InvalidArgument,
     InvalidRequest,
+    ItemError,
     LengthConflict,
     NotFound,
     RequestRefused,
@@ -22,6 +24,9 @@ from htm_client.errors import (
 from htm_client.results import (
     Appended,
     Attended,
+    BatchAppended,
+    BatchAttended,
+    BatchStepped,
     Chunk,
     ChunkDetail,
     Explained,
@@ -37,6 +42,10 @@ __all__ = [
     "Appended",
     "AsyncHTMClient",
     "Attended",
+    "BatchAppended",
+    "BatchAttended",
+    "BatchFailed",
+    "BatchStepped",
     "Chunk",
     "ChunkDetail",
     "ConnectionFailed",
@@ -46,6 +55,7 @@ __all__ = [
     "HTMClientError",
     "InvalidArgument",
     "InvalidRequest",
+    "ItemError",
     "LengthConflict",
     "Memories",
     "NotFound",

@@ -100,34 +100,39 @@ class Codec:
         """An append; without a key of the caller's it gets one, so that it can be sent again."""
         params = append_params(payloads, conditions)
         tensors: Tensors = {"embeddings": floats(embeddings)}
-        return self._post(session, "memories", tensors, params, _key_of(conditions), params)
+        return self.post(session_path(session, "memories"), tensors, params, key_of(conditions), payloads_of(params))
 
     def attend(self, session: str, tensors: Tensors, params: Params) -> Call:
         """An attend, of `attend_parts`."""
-        return self._post(session, "attend", tensors, params, None, {})
+        return self.post(session_path(session, "attend"), tensors, params)
 
     def explain(self, session: str, tensors: Tensors, params: Params) -> Call:
         """An explanation, of `attend_parts`."""
-        return self._post(session, "explain", tensors, params, None, {})
+        return self.post(session_path(session, "explain"), tensors, params)
 
     def select(self, session: str, tensors: Tensors, params: Params) -> Call:
         """A select, of `attend_parts`."""
-        return self._post(session, "select", tensors, params, None, {})
+        return self.post(session_path(session, "select"), tensors, params)
 
     def step(self, session: str, attend: tuple[Tensors, Params], embeddings: Any, options: AppendOptions) -> Call:
         """A step: an attend of `attend_parts`, then an append."""
-        tensors, params = attend
         append = append_params(options.get("payloads"), options)
-        key = _key_of(options)
-        tokens = floats(embeddings)
+        path = session_path(session, "step")
+        return self.post_step(path, attend, ({"embeddings": floats(embeddings)}, append), {}, key_of(options))
+
+    def post_step(
+        self, path: str, attend: tuple[Tensors, Params], append: tuple[Tensors, Params], params: Params, key: str
+    ) -> Call:
+        """An attend and an append in one body, each under its name, beside `params`."""
+        payloads = payloads_of(append[1])
         if self.binary:
-            tensors = {**tensors, "embeddings": tokens}
-            return self._post(session, "step", tensors, {"attend": params, "append": append}, key, append)
-        body = {
-            "attend": params | {name: _base64(array) for name, array in tensors.items()},
-            "append": append | {"embeddings": _base64(tokens)},
+            body = {**params, "attend": attend[1], "append": append[1]}
+            return self.post(path, attend[0] | append[0], body, key, payloads)
+        parts = {
+            name: fields | {tensor: _base64(array) for tensor, array in tensors.items()}
+            for name, (tensors, fields) in (("attend", attend), ("append", append))
         }
-        return self._post(session, "step", {}, body, key, append)
+        return self.post(path, {}, {**params, **parts}, key, payloads)
 
     def read(self, session: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool) -> Call:
         """A read back."""
@@ -135,19 +140,27 @@ class Codec:
         query = given(start=start, stop=stop, include=",".join(include)) | self._encoding()
         return Call("GET", session_path(session, "memories"), None, {"Accept": self._accept()}, query)
 
-    def _post(self, session: str, name: str, tensors: Tensors, params: Params, key: str | None, append: Params) -> Call:
+    def post(
+        self,
+        path: str,
+        tensors: Tensors,
+        params: Params,
+        key: str | None = None,
+        payloads: Iterable[Any] = (),
+    ) -> Call:
+        """A call with tensors, under an idempotency key where it appends; `payloads` are among the params."""
         try:
             if self.binary:
                 content = safetensors.dump(tensors, params)
             else:
                 content = dumps(params | {name: _base64(array) for name, array in tensors.items()}).encode()
         except (TypeError, InvalidArgument):
-            _check_payloads(append.get("payloads", ()))  # so that the error says which it is of
+            _check_payloads(payloads)  # so that the error says which it is of
             raise
         headers = {"Content-Type": self._accept(), "Accept": self._accept()}
         if key is not None:
             headers["Idempotency-Key"] = key
-        return Call("POST", session_path(session, name), content, headers, self._encoding())
+        return Call("POST", path, content, headers, self._encoding())
 
     def _accept(self) -> str:
         return safetensors.MEDIA_TYPE if self.binary else JSON
@@ -178,10 +191,16 @@ def attend_parts(
 def append_params(payloads: Iterable[Mapping[str, Any] | None] | None, conditions: AppendConditions) -> Params:
     """Parameters of an append."""
     fields = {name: conditions.get(name) for name in ("episode", "if_length")}
-    return given(payloads=None if payloads is None else _listed(payloads), **fields)
+    return given(payloads=None if payloads is None else listed(payloads), **fields)
 
 
-def _listed(payloads: Iterable[Mapping[str, Any] | None]) -> list[Mapping[str, Any] | None]:
+def payloads_of(params: Params) -> Iterable[Any]:
+    """The payloads among the parameters of an append."""
+    found: Iterable[Any] = params.get("payloads", ())
+    return found
+
+
+def listed(payloads: Iterable[Mapping[str, Any] | None]) -> list[Mapping[str, Any] | None]:
     """Raises TypeError, and InvalidArgument, with the number of what is no payload."""
     if isinstance(payloads, Mapping | str | bytes):
         raise TypeError(f"payloads is a list of one object, or None, per token, not a {type(payloads).__name__}")
@@ -234,12 +253,24 @@ def attended(answer: Answer, prefix: str = "") -> Attended:
         output=answer.tensors.get(f"{prefix}output"),
         chunk_index=answer.tensors.get(f"{prefix}chunks.index"),
         chunk_weight=answer.tensors.get(f"{prefix}chunks.weight"),
-        recalled=None if rows is None else [[Recalled.of(token) for token in row] for row in rows],
+        recalled=None if rows is None else recalled(rows),
         length=params["length"],
-        timing_ms=_timing(answer.headers.get("server-timing", "")),
-        batch_size=int(answer.headers.get("x-batch-size", 0)),
-        request_id=answer.headers.get("x-request-id", ""),
+        **measured(answer),
     )
+
+
+def recalled(rows: Iterable[Iterable[Mapping[str, Any]]]) -> list[list[Recalled]]:
+    """Recalled tokens, a list for each query."""
+    return [[Recalled.of(token) for token in row] for row in rows]
+
+
+def measured(answer: Answer) -> dict[str, Any]:
+    """What an attend's headers say of it."""
+    return {
+        "timing_ms": _timing(answer.headers.get("server-timing", "")),
+        "batch_size": int(answer.headers.get("x-batch-size", 0)),
+        "request_id": answer.headers.get("x-request-id", ""),
+    }
 
 
 def explained(answer: Answer) -> Explained:
@@ -289,7 +320,7 @@ def chunk_detail(answer: Answer) -> ChunkDetail:
     return ChunkDetail(ChunkResult.of(answer.params["chunk"]), answer.params["payloads"], found)
 
 
-def _key_of(conditions: AppendConditions) -> str:
+def key_of(conditions: Mapping[str, Any]) -> str:
     """What makes it safe to send an append again."""
     key = conditions.get("idempotency_key")
     if key is None:

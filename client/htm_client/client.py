@@ -6,18 +6,23 @@ Does not know how calls are written or answers read: see `requests.py`.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
+from htm_client.batches import Errors
 from htm_client.calls import Call
 from htm_client.in_process import ADDRESS, SyncApp
 from htm_client.options import (
     AppendConditions,
     AppendOptions,
     AttendOptions,
+    BatchAppendConditions,
+    BatchAppendOptions,
+    BatchAttendOptions,
+    BatchPayloads,
     ExplainOptions,
     Payloads,
     RecallOptions,
@@ -29,6 +34,9 @@ from htm_client.requests import Request, Requests
 from htm_client.results import (
     Appended,
     Attended,
+    BatchAppended,
+    BatchAttended,
+    BatchStepped,
     Chunk,
     ChunkDetail,
     Explained,
@@ -175,6 +183,48 @@ class HTMClient:
     ) -> Memories:
         """Read tokens start .. stop-1 back."""
         return self._send(self._requests.read(session, start, stop, embeddings=embeddings, payloads=payloads))
+
+    # --- many sessions in one request ---
+
+    def batch_append(
+        self,
+        sessions: Sequence[str],
+        embeddings: Any,
+        payloads: BatchPayloads | None = None,
+        *,
+        errors: Errors = "raise",
+        **options: Unpack[BatchAppendConditions],
+    ) -> BatchAppended:
+        """Add tokens `embeddings` [S, T, D] or [S, D] to each of S sessions, of which the first `num_tokens` [S] count.
+
+        Items that fail raise BatchFailed, which has the others' results, or with `errors="return"` are in the result.
+        """
+        return self._send(self._requests.batch_append(sessions, embeddings, payloads, errors, options))
+
+    def batch_attend(
+        self,
+        sessions: Sequence[str],
+        queries: Any,
+        *,
+        errors: Errors = "raise",
+        **options: Unpack[BatchAttendOptions],
+    ) -> BatchAttended:
+        """HTM attention for `queries` [S, Q, D] or [S, D], those of each session. `errors` as in `batch_append`."""
+        return self._send(self._requests.batch_attend(sessions, queries, errors, options))
+
+    def batch_step(
+        self,
+        sessions: Sequence[str],
+        queries: Any,
+        embeddings: Any,
+        *,
+        attend: BatchAttendOptions | None = None,
+        append: BatchAppendOptions | None = None,
+        errors: Errors = "raise",
+    ) -> BatchStepped:
+        """A step of many environments at once: attend to each session as it is, then append to it."""
+        steps = self._requests.batch_step(sessions, queries, embeddings, attend or {}, append or {}, errors)
+        return self._send(steps)
 
     # --- inspection ---
 

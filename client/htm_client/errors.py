@@ -3,6 +3,7 @@
 HTMClientError
 ├── InvalidArgument         the call is wrong and was not sent; a ValueError too
 ├── ConnectionFailed        no answer: refused, reset or timed out, after the retries
+├── BatchFailed             items of a lock-step batch failed; `errors` says which, `result` has the others
 ├── UnreadableAnswer        an answer that htm-service does not give: something else is at this address
 └── RequestRefused          the server answered with an error
     ├── InvalidRequest      400, 405, 413, 415, 421, 422: the request is wrong and will stay wrong
@@ -16,8 +17,11 @@ HTMClientError
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+MOST_NAMED = 4
+"""Items that failed, in the text of an error."""
 
 
 class HTMClientError(Exception):
@@ -79,6 +83,25 @@ class LengthConflict(SessionConflict):
 
 class ServerUnavailable(RequestRefused):
     """The server cannot do it now."""
+
+
+class ItemError(NamedTuple):
+    """One item of a lock-step batch that failed: its place, its session, and what the single call would have raised."""
+
+    item: int
+    session: str
+    error: RequestRefused
+
+
+class BatchFailed(HTMClientError):
+    """Items failed, which `errors` lists; `result` is what `errors="return"` would have answered, with the others."""
+
+    def __init__(self, errors: Sequence[ItemError], num_items: int, result: Any) -> None:
+        first = "; ".join(f"{error.session!r}: {error.error}" for error in errors[:MOST_NAMED])
+        more = f"; and {len(errors) - MOST_NAMED} more" if len(errors) > MOST_NAMED else ""
+        super().__init__(f"{len(errors)} of {num_items} items failed: {first}{more}")
+        self.errors = errors
+        self.result = result
 
 
 def from_answer(status: int, problem: Mapping[str, Any], request_id: str) -> RequestRefused:

@@ -32,6 +32,10 @@ Payloads = Sequence[Mapping[str, Any] | None]
 """One JSON object, or None, per token."""
 
 
+BatchPayloads = Sequence[Payloads | None]
+"""Of each session, or None."""
+
+
 class AppendConditions(TypedDict, total=False):
     """Under which episode, whether at all, and what makes two appends the same one."""
 
@@ -85,6 +89,38 @@ class SelectOptions(TypedDict, total=False):
     chunk_mask: Any
     timeout_ms: float
     returns: Sequence[Literal["chunks", "keys", "tokens"]]
+
+
+class BatchAppendConditions(TypedDict, total=False):
+    """Of appends to many sessions: `num_tokens` and `if_length` for each, `episode` one or for each."""
+
+    num_tokens: Any
+    episode: Any
+    if_length: Any
+    idempotency_key: str
+
+
+class BatchAppendOptions(BatchAppendConditions, total=False):
+    """The same with the payloads, for a batch_step's appends."""
+
+    payloads: BatchPayloads
+
+
+class BatchAttendOptions(TypedDict, total=False):
+    """Of attends to many sessions: `model` one or for each, masks with the sessions in front, the rest for all."""
+
+    model: str | Sequence[str | None]
+    top_k: int
+    start: int
+    stop: int
+    episodes: Sequence[int]
+    mask: Any
+    chunk_mask: Any
+    rank_by: Literal["weight", "score"]
+    timeout_ms: float
+    note: str
+    returns: Sequence[Literal["output", "chunks", "tokens", "payloads"]]
+    max_recalled: int
 
 
 def check(call: str, options: Mapping[str, Any], known: type, *named: str) -> None:

@@ -12,12 +12,17 @@ from typing import Any, Generic, TypeVar
 
 from htm_client import calls
 from htm_client.arrays import floats
+from htm_client.batches import Batch, Errors
 from htm_client.calls import Answer, Call, Codec, attend_parts, plain, session_path
 from htm_client.errors import InvalidArgument
 from htm_client.options import (
     AppendConditions,
     AppendOptions,
     AttendOptions,
+    BatchAppendConditions,
+    BatchAppendOptions,
+    BatchAttendOptions,
+    BatchPayloads,
     ExplainOptions,
     Payloads,
     RecallOptions,
@@ -29,6 +34,9 @@ from htm_client.options import (
 from htm_client.results import (
     Appended,
     Attended,
+    BatchAppended,
+    BatchAttended,
+    BatchStepped,
     Chunk,
     ChunkDetail,
     Explained,
@@ -130,6 +138,38 @@ class Requests:
         check("a step's append", append, AppendOptions)
         parts = attend_parts(queries, **attend)
         return Request(self._codec.step(session, parts, embeddings, append), calls.stepped)
+
+    def batch_append(
+        self,
+        sessions: Sequence[str],
+        embeddings: Any,
+        payloads: BatchPayloads | None,
+        errors: Errors,
+        options: BatchAppendConditions,
+    ) -> Request[BatchAppended]:
+        """Add tokens to many sessions."""
+        batch = Batch(sessions, errors)
+        return Request(batch.append(self._codec, embeddings, payloads, options), batch.appended)
+
+    def batch_attend(
+        self, sessions: Sequence[str], queries: Any, errors: Errors, options: BatchAttendOptions
+    ) -> Request[BatchAttended]:
+        """Ask many sessions."""
+        batch = Batch(sessions, errors)
+        return Request(batch.attend(self._codec, queries, options), batch.attended)
+
+    def batch_step(
+        self,
+        sessions: Sequence[str],
+        queries: Any,
+        embeddings: Any,
+        attend: BatchAttendOptions,
+        append: BatchAppendOptions,
+        errors: Errors,
+    ) -> Request[BatchStepped]:
+        """Ask many sessions, then add to them."""
+        batch = Batch(sessions, errors)
+        return Request(batch.step(self._codec, queries, embeddings, attend, append), batch.stepped)
 
     def read(
         self, session: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import Field, dataclass
+from dataclasses import Field, dataclass, field
 from typing import Any, ClassVar, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from htm_client.errors import ItemError
+
 Floats = npt.NDArray[np.float32]
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
+
+
+def _no_ints() -> Ints:
+    return np.zeros(0, np.int64)
 
 
 class _FromJSON:
@@ -143,6 +149,45 @@ class Stepped:
 
     attended: Attended
     appended: Appended
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchAppended:
+    """Of appends to S sessions, [S] each; 0 where an item failed. `status` is 200, or what the single call answers."""
+
+    start: Ints
+    length: Ints
+    num_chunks: Ints
+    status: Ints = field(default_factory=_no_ints)
+    errors: Sequence[ItemError] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchAttended:
+    """Of attends to S sessions: `output` [S, Q, D], `chunk_index` and `chunk_weight` [S, Q, K], `recalled` per session
+    and query, each when asked for; `length` [S]. 0, or nothing, where an item failed.
+    """
+
+    output: Floats | None
+    chunk_index: Ints | None
+    chunk_weight: Floats | None
+    recalled: Sequence[Sequence[Sequence[Recalled]]] | None
+    length: Ints
+    timing_ms: Mapping[str, float]
+    batch_size: int
+    request_id: str
+    status: Ints = field(default_factory=_no_ints)
+    errors: Sequence[ItemError] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class BatchStepped:
+    """The two answers of the steps of S sessions; `status` [S] and `errors` are of both."""
+
+    attended: BatchAttended
+    appended: BatchAppended
+    status: Ints = field(default_factory=_no_ints)
+    errors: Sequence[ItemError] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,7 +1,5 @@
 """Both clients against the server's app in this process, in both formats; and against a fake server that fails."""
 
-import asyncio
-import inspect
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from typing import Any
@@ -11,10 +9,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from htm_client import (
-    AsyncHTMClient,
     ConnectionFailed,
     Forbidden,
-    HTMClient,
     InvalidRequest,
     LengthConflict,
     NotFound,
@@ -26,41 +22,9 @@ from htm_client import (
     safetensors as wire,
 )
 
+from tests.both_clients import Both
+
 DIM = 7
-
-
-class Both:
-    """Calls either client as if it were sync."""
-
-    def __init__(self, kind: str, **options: Any) -> None:
-        self.loop = asyncio.new_event_loop()
-        self.client: Any
-        if kind == "sync":
-            self.client = HTMClient(**options)
-        else:
-
-            async def make() -> AsyncHTMClient:
-                return AsyncHTMClient(**options)
-
-            self.client = self.loop.run_until_complete(make())
-
-    def __getattr__(self, name: str) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = getattr(self.client, name)(*args, **kwargs)
-            if inspect.isasyncgen(result):
-                return self.loop.run_until_complete(collect(result))
-            return self.loop.run_until_complete(result) if inspect.isawaitable(result) else result
-
-        return call
-
-    def end(self) -> None:
-        self.close()
-        self.close()
-        self.loop.close()
-
-
-async def collect(items: Any) -> list[Any]:
-    return [item async for item in items]
 
 
 @pytest.fixture(params=[("sync", True), ("sync", False), ("async", True), ("async", False)], ids=str)

@@ -10,11 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 from htm_service.attention.model import Model
 from htm_service.attention.registry import ModelRegistry
 from htm_service.config import EngineConfig
-from htm_service.errors import InvalidArgument, LengthConflict, SessionDamaged
+from htm_service.errors import HTMError, InvalidArgument, LengthConflict, SessionDamaged
 from htm_service.reads.cost import merge, merge_selects, products_per_query, split
 from htm_service.reads.runner import Attend
 from htm_service.reads.visibility import Trimmed
@@ -35,6 +36,17 @@ from htm_service.sessions.validation import check_model_dim
 from htm_service.store_errors import still_there, unreadable
 from htm_service.threads.batcher import within
 from storage.base import Store, StoreError, TooManyBytes
+
+
+class _Row(NamedTuple):
+    """One of several requests, `place` among them, with its model and how many chunks it takes."""
+
+    place: int
+    session: Session
+    request: AttendRequest
+    name: str
+    model: Model
+    top_k: int
 
 
 class Attends:
@@ -64,6 +76,42 @@ class Attends:
         """Answer a checked request over the session as it is now, or as it was at `stop`."""
         name, model, top_k = self._resolve(session, request)
         result = await self._answer(session, model, request, top_k)
+        self._account(session, request, result, name, top_k)
+        return result
+
+    async def attend_all(self, wanted: Sequence[tuple[Session, AttendRequest]]) -> list[AttendResult | Exception]:
+        """Answer several checked requests as one entry of the device's queue; one that fails takes no other along.
+
+        They have one deadline, the first's. Raises InvalidArgument where they would answer too much together.
+        """
+        if not wanted:
+            return []
+        limit = self.deadline_of(wanted[0][1])
+        outcomes: dict[int, AttendResult | Exception] = {}
+        rows: list[_Row] = []
+        for place, (session, request) in enumerate(wanted):
+            try:
+                rows.append(_Row(place, session, request, *self._resolve(session, request)))
+            except HTMError as error:
+                outcomes[place] = error
+        num_bytes = sum(self._answer_bytes(row.session, row.request, row.top_k) for row in rows)
+        self._check_bytes(sum(len(request.queries) for _, request in wanted), num_bytes)
+        jobs = [(row.session, Attend(row.session.resident, row.model, row.request, row.top_k)) for row in rows]
+        for row, outcome in zip(rows, await self.compute_all(jobs, *limit), strict=True):
+            assert not isinstance(outcome, SelectResult)
+            outcomes[row.place] = outcome
+        if any(request.payloads for _, request in wanted):
+            await self._add_payloads([row for row in rows if row.request.payloads], outcomes)
+        for row in rows:
+            outcome = outcomes[row.place]
+            if isinstance(outcome, SessionDamaged):
+                row.session.damage = outcome.detail
+            elif isinstance(outcome, AttendResult):
+                self._account(row.session, row.request, outcome, row.name, row.top_k)
+        return [outcomes[place] for place in range(len(wanted))]
+
+    def _account(self, session: Session, request: AttendRequest, result: AttendResult, name: str, top_k: int) -> None:
+        """Count an attend that was answered with the model `name`, keep its recall, and tell of it."""
         self.num_attends += 1
         self.num_queries += len(request.queries)
         session.num_attends += 1
@@ -74,7 +122,6 @@ class Attends:
         if self._feed.is_read:
             recall = account(request, result, model=name, top_k=top_k, now=now)
             self._feed.tell(Event("recall", session.key, now, recall))
-        return result
 
     async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:
         """How the one query of a checked request ranks the chunks it sees, `limit` of them. It is no recall."""
@@ -86,9 +133,10 @@ class Attends:
     async def _answer(
         self, session: Session, model: Model, request: AttendRequest, top_k: int, num_ranked: int = 0
     ) -> AttendResult:
-        self._check_answer(session, request, top_k)
+        self._check_bytes(len(request.queries), self._answer_bytes(session, request, top_k))
         try:
-            result = await self.compute(session, Attend(session.resident, model, request, top_k, num_ranked))
+            attend = Attend(session.resident, model, request, top_k, num_ranked)
+            result = await self.compute(session, attend)
             assert isinstance(result, AttendResult)
             return await self._with_payloads(session, result) if request.payloads else result
         except SessionDamaged as error:
@@ -120,20 +168,49 @@ class Attends:
                 f"this step was made when the session's length was {position}, and {error}", length=session.length
             ) from None
 
-    async def compute(self, session: Session, asked: Attend) -> AttendResult | SelectResult:
+    async def compute_all(
+        self, wanted: Sequence[tuple[Session, Attend]], deadline: float, timeout_s: float
+    ) -> list[AttendResult | SelectResult | Exception]:
+        """What each finds: those that cost little enough as one entry of the queue, then the others on their own."""
+        together: list[tuple[int, Attend, int]] = []
+        alone: list[int] = []
+        for place, (session, asked) in enumerate(wanted):
+            attend = _admitted(asked, session.length)
+            cost, at_once, _ = self._cost(session, attend)
+            if len(attend.request.queries) <= at_once:
+                together.append((place, attend, cost * len(attend.request.queries)))
+            else:
+                alone.append(place)
+        outcomes: dict[int, AttendResult | SelectResult | Exception] = {}
+        if together:
+            entry = self._worker.submit_all([(attend, cost) for _, attend, cost in together])
+            found = await entry.within(deadline, timeout_s)
+            for (place, _, _), outcome in zip(together, found, strict=True):
+                if isinstance(outcome, Trimmed) and wanted[place][1].request.stop is None:  # all that it was to see
+                    alone.append(place)
+                else:
+                    outcomes[place] = outcome
+        for place in alone:
+            try:
+                outcomes[place] = await self.compute(*wanted[place], (deadline, timeout_s))
+            except HTMError as error:
+                outcomes[place] = error
+        return [outcomes[place] for place in range(len(wanted))]
+
+    async def compute(
+        self, session: Session, asked: Attend, limit: tuple[float, float] | None = None
+    ) -> AttendResult | SelectResult:
         """What `asked`, which is copied, finds in what is left of the tokens as of its admission.
 
-        Where nothing is left of them it is admitted anew. Raises LengthConflict when its masks forbid that.
+        `limit` is a deadline on the loop's clock, and the seconds that it was away from the beginning; else the
+        request's. Where nothing is left of the tokens it is admitted anew. Raises LengthConflict when its masks forbid
+        that.
         """
         request = asked.request
-        timeout_s = request.timeout_s or self._config.default_timeout_s
-        deadline = asyncio.get_running_loop().time() + timeout_s  # one for all that is tried
-        is_masked = request.mask is not None or request.chunk_mask is not None
+        deadline, timeout_s = limit or self.deadline_of(request)  # one for all that is tried
         length, was_torn = session.length, False
         while True:
-            attend = replace(asked)
-            if is_masked and request.stop is None:  # masks are as long as the session is now, however long it waits
-                attend.see_as_of(length)
+            attend = _admitted(asked, length)
             cost, at_once, room = self._cost(session, attend)
             try:
                 if len(request.queries) <= (room if was_torn else at_once):
@@ -146,12 +223,17 @@ class Attends:
             except Trimmed:
                 if request.stop is not None:
                     raise
-                if is_masked:
+                if request.is_masked:
                     raise LengthConflict(
                         f"the masks are of {length} tokens, all of which were trimmed before the attend began",
                         length=session.length,
                     ) from None
                 length = session.length
+
+    def deadline_of(self, request: AttendRequest) -> tuple[float, float]:
+        """When a request that comes now must be answered, on the loop's clock, and in how many seconds that is."""
+        timeout_s = request.timeout_s or self._config.default_timeout_s
+        return asyncio.get_running_loop().time() + timeout_s, timeout_s
 
     def _cost(self, session: Session, attend: Attend) -> tuple[int, int, int]:
         """Multiply-adds of one query; how many queries are cheap enough for one batch; how many there is room for."""
@@ -193,38 +275,81 @@ class Attends:
         """The result with the payloads of its recalled tokens."""
         if not result.recalled:
             return result
-        positions = sorted({token.position for row in result.recalled for token in row})
-        texts = await asyncio.to_thread(self._read_payloads, session, positions)
-        recalled = [[replace(token, payload=texts.get(token.position)) for token in row] for row in result.recalled]
-        most = self._config.max_answer_bytes
-        if (num_bytes := recalled_bytes(recalled)) > most:
-            raise _too_large(f"the recalled tokens of {len(recalled)} queries have {num_bytes} bytes", most)
-        return result._replace(recalled=recalled)
+        positions, most = _positions(result), self._config.max_answer_bytes
+        texts = await asyncio.to_thread(self._read_payloads, session, positions, most)
+        return self._filled(result, texts, most)
 
-    def _read_payloads(self, session: Session, positions: Sequence[int]) -> Mapping[int, bytes]:
+    async def _add_payloads(self, rows: Sequence[_Row], outcomes: dict[int, AttendResult | Exception]) -> None:
+        """The same for many results, in place, which hold no more together than one may."""
+        found = {row.place: outcome for row in rows if isinstance(outcome := outcomes[row.place], AttendResult)}
+
+        def read() -> None:
+            left = self._config.max_answer_bytes
+            for row in rows:
+                if (result := found.get(row.place)) is not None and result.recalled:
+                    try:
+                        texts = self._read_payloads(row.session, _positions(result), left)
+                        result = self._filled(result, texts, left)
+                    except HTMError as error:
+                        outcomes[row.place] = error
+                    else:
+                        outcomes[row.place] = result
+                        left -= recalled_bytes(result.recalled)
+
+        await asyncio.to_thread(read)
+
+    def _read_payloads(self, session: Session, positions: Sequence[int], most: int) -> Mapping[int, bytes]:
         """Those that there are, of tokens that were trimmed meanwhile none (a worker thread).
 
         Raises SessionNotFound, and InvalidArgument when they have more bytes than an answer may hold.
         """
-        most = self._config.max_answer_bytes
         try:
             texts = self._store.read_payloads(session.sid, positions, most)
             if len(texts) < len(positions):  # one that is not there does not say why
                 still_there(self._store, session.key, session.sid)
         except TooManyBytes as error:
-            raise _too_large(f"the payloads of {len(positions)} recalled tokens have more bytes", most) from error
+            what = f"the payloads of {len(positions)} recalled tokens have more bytes"
+            raise _too_large(what, self._config.max_answer_bytes) from error
         except StoreError as error:
             raise unreadable(session.id, error) from error
         return texts
 
-    def _check_answer(self, session: Session, request: AttendRequest, top_k: int) -> None:
-        """Raise InvalidArgument for an answer that would hold too much, whatever the payloads."""
-        num_queries, most = len(request.queries), self._config.max_answer_bytes
+    def _filled(self, result: AttendResult, texts: Mapping[int, bytes], most: int) -> AttendResult:
+        """The result with these payloads. Raises InvalidArgument when its recalled tokens have more bytes."""
+        recalled = [
+            [replace(token, payload=texts.get(token.position)) for token in row] for row in result.recalled or ()
+        ]
+        if (num_bytes := recalled_bytes(recalled)) > most:
+            what = f"the recalled tokens of {len(recalled)} queries have {num_bytes} bytes"
+            raise _too_large(what, self._config.max_answer_bytes)
+        return result._replace(recalled=recalled)
+
+    def _answer_bytes(self, session: Session, request: AttendRequest, top_k: int) -> int:
+        """At most, whatever the payloads."""
         num_bytes = request.queries.nbytes
         if request.tokens:
-            num_bytes += num_queries * min(request.max_recalled, top_k * session.settings.chunk_size) * RECALLED_BYTES
+            num_listed = min(request.max_recalled, top_k * session.settings.chunk_size)
+            num_bytes += len(request.queries) * num_listed * RECALLED_BYTES
+        return num_bytes
+
+    def _check_bytes(self, num_queries: int, num_bytes: int) -> None:
+        """Raise InvalidArgument for an answer that would hold too much."""
+        most = self._config.max_answer_bytes
         if num_bytes > most:
             raise _too_large(f"the answer to {num_queries} queries has up to {num_bytes} bytes", most)
+
+
+def _admitted(asked: Attend, length: int) -> Attend:
+    """An attend on its way: its masks are as long as the session is now, `length`, however long it waits."""
+    attend = replace(asked)
+    if asked.request.is_masked and asked.request.stop is None:
+        attend.see_as_of(length)
+    return attend
+
+
+def _positions(result: AttendResult) -> list[int]:
+    """Those of the recalled tokens, each once."""
+    return sorted({token.position for row in result.recalled or () for token in row})
 
 
 def _too_large(what: str, most: int) -> InvalidArgument:

@@ -27,7 +27,7 @@ from htm_service.memory.resident import Resident
 from htm_service.reads.runner import Attend, Runner
 from htm_service.reads.visibility import Trimmed, keys_of, plan_visibility
 from htm_service.records import AttendResult, SelectResult, Timing
-from htm_service.threads.batcher import LATER, Batcher, Outcome, Ticket
+from htm_service.threads.batcher import LATER, Batcher, Entry, Outcome, Ticket
 
 T = TypeVar("T")
 
@@ -56,6 +56,10 @@ class DeviceWorker:
     def submit(self, attend: Attend, cost: int) -> asyncio.Future[AttendResult | SelectResult]:
         """Admit an attend or a select (the loop). Raises Overloaded, Draining or Unhealthy."""
         return self.queue.submit(attend, cost=cost, lane=attend.resident.sid)
+
+    def submit_all(self, attends: Sequence[tuple[Attend, int]]) -> Entry[AttendResult | SelectResult]:
+        """Admit attends, each with its cost, as one entry (the loop). Raises as `submit` does."""
+        return self.queue.submit_all(attends)
 
     async def ask(self, resident: Resident, question: Callable[[Chunks], T]) -> T:
         """What the device thread answers about the chunks of a session that is resident then (the loop)."""

@@ -62,7 +62,7 @@ class RecallLog:
         _, index, weight, recalled, length, *_ = result  # not the output: it is a view of a whole batch's
         self._new.append((request, index, weight, recalled, length, model, top_k, now))
         self._num_new_bytes += request.queries.nbytes
-        is_large = request.mask is not None or request.chunk_mask is not None or result.recalled is not None
+        is_large = request.is_masked or result.recalled is not None
         if is_large or len(self._new) >= SETTLED_TOGETHER or self._num_new_bytes >= NEW_BYTES:
             self._settle()
 
@@ -172,7 +172,7 @@ def account(request: AttendRequest, result: AttendResult, *, model: str, top_k: 
         note=request.note,
         query=None,
         episodes=request.episodes,
-        is_masked=request.mask is not None or request.chunk_mask is not None,
+        is_masked=request.is_masked,
         model=model,
         length=result.length,
         start=request.start,

@@ -138,6 +138,14 @@ def check_append(request: AppendRequest, dim: int) -> AppendRequest:
     return request if embeddings is request.embeddings else request._replace(embeddings=embeddings)
 
 
+def check_batch_append(request: AppendRequest, dim: int) -> AppendRequest:
+    """One append of several, which may have no tokens."""
+    if request.embeddings.ndim == 2 and not len(request.embeddings):
+        check_append(request._replace(embeddings=np.zeros((1, dim), np.float32), payloads=None), dim)
+        return request
+    return check_append(request, dim)
+
+
 def check_attend(request: AttendRequest, dim: int) -> AttendRequest:
     """An attend with `queries` as [Q, D]; shapes that depend on the session's length are checked with it."""
     queries = _check_matrix("queries", request.queries, dim)

@@ -11,6 +11,8 @@ is always that of admission.
 An item that is admitted gets exactly one outcome: a result, an error of its own, or, when the worker dies or
 is closed, an `Unavailable`. Work whose future is done before, cancelled or out of time, is not begun. A batch that
 fails as a whole is run again item by item.
+Items that one caller brings together are one entry: it waits as one, in a lane of its own, and has one future, which
+gets the outcomes of all. Each of its items is run, put off, failed and cut off from the others as any item is.
 Does not know: what the items are. Asyncio futures are touched on their loop only.
 """
 
@@ -24,7 +26,7 @@ from collections import OrderedDict, deque
 from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Generic, TypeAlias, TypeVar
+from typing import Any, Generic, TypeAlias, TypeVar
 
 from htm_service.errors import DeadlineExceeded, Draining, Overloaded, Unhealthy
 from htm_service.metrics import Metrics, QueueMetrics
@@ -42,16 +44,54 @@ class Later(Enum):
 LATER = Later.LATER
 
 
+class Entry(Generic[Result]):
+    """Items that were admitted together; on their loop."""
+
+    __slots__ = ("_left", "_outcomes", "future")
+
+    def __init__(self, num_items: int, future: asyncio.Future[list[Result | Exception]]) -> None:
+        self.future = future
+        """Done when all items are."""
+        self._outcomes: list[Result | Exception | None] = [None] * num_items
+        self._left = num_items
+
+    def note(self, place: int, outcome: Result | Exception) -> None:
+        """What became of one item."""
+        self._outcomes[place] = outcome
+        self._left -= 1
+        if not self._left:
+            self._end(outcome)
+
+    async def within(self, deadline: float, timeout_s: float) -> list[Result | Exception]:
+        """An outcome for each item, in order: DeadlineExceeded for those that are not done at `deadline`, `timeout_s`
+        after the beginning, on the loop's clock. Those that have not begun by then are skipped.
+        """
+        timer = asyncio.get_running_loop().call_at(deadline, lambda: self._end(_too_late(timeout_s)))
+        try:
+            return await self.future
+        finally:
+            timer.cancel()
+
+    def _end(self, rest: Result | Exception) -> None:
+        """Done: `rest` is the outcome of what has none."""
+        if not self.future.done():
+            self.future.set_result([rest if outcome is None else outcome for outcome in self._outcomes])
+
+
 @dataclass(slots=True, eq=False)
 class Ticket(Generic[Item, Result]):
     """One admitted item on its way: its cost, at least 1, and its future."""
 
     item: Item
-    future: asyncio.Future[Result]
+    future: asyncio.Future[Any]
+    """Its own, or its entry's."""
     cost: int
     submitted_at: float
     lane: Hashable = None
     started_at: float = field(default=0.0)
+    entry: Entry[Result] | None = None
+    """That it is one of, and `place`, which one of it."""
+    place: int = 0
 
     @property
     def queue_s(self) -> float:
@@ -97,7 +137,8 @@ class Batcher(Generic[Item, Result]):
         self._requeued: deque[list[Ticket[Item, Result]]] = deque()
         """What waited for something that is here now."""
         self._arrived: list[Ticket[Item, Result]] = []
-        """What was submitted since the loop's last turn; the loop's."""
+        """What was submitted since the loop's last turn, and as how many entries; the loop's."""
+        self._num_arrived = 0
         self._actions: deque[Callable[[], None]] = deque()
         self._open: set[Ticket[Item, Result]] = set()
         self._draining = False
@@ -124,6 +165,23 @@ class Batcher(Generic[Item, Result]):
         threads meet once for all of it. (An idle worker that was handed the first few at once would work beside the
         loop, but on twice as many batches of half the size: appends became a fifth fewer.)
         """
+        loop = self._admit()
+        ticket: Ticket[Item, Result] = Ticket(item, loop.create_future(), cost, self._clock(), lane)
+        self._arrived.append(ticket)
+        return ticket.future
+
+    def submit_all(self, items: Sequence[tuple[Item, int]]) -> Entry[Result]:
+        """Admit items, each with its cost, as one entry. Raises as `submit` does, for all of them."""
+        loop = self._admit()
+        future: asyncio.Future[list[Result | Exception]] = loop.create_future()
+        entry, now = Entry[Result](len(items), future), self._clock()
+        self._arrived += [
+            Ticket(item, future, cost, now, entry, 0.0, entry, place) for place, (item, cost) in enumerate(items)
+        ]
+        return entry
+
+    def _admit(self) -> asyncio.AbstractEventLoop:
+        """The loop, which hands over what arrives in this turn. Raises Overloaded, Draining or Unhealthy."""
         assert self._loop is not None, "the batcher is not started"
         if self.unhealthy_reason is not None:
             raise Unhealthy(self.unhealthy_reason)
@@ -131,20 +189,20 @@ class Batcher(Generic[Item, Result]):
             raise Draining("the server is stopping and takes no new work")
         if self.num_waiting >= self.max_waiting:
             raise Overloaded(f"{self.num_waiting} requests wait for the {self.name}, the limit is {self.max_waiting}")
-        ticket = Ticket(item, self._loop.create_future(), cost, self._clock(), lane)
         if not self._arrived:
             self._loop.call_soon(self._hand_over)
-        self._arrived.append(ticket)
-        return ticket.future
+        self._num_arrived += 1
+        return self._loop
 
     def _hand_over(self) -> None:
         """Let the worker have what has arrived."""
         arrived, self._arrived = self._arrived, []
+        num_arrived, self._num_arrived = self._num_arrived, 0
         with self._changed:
             self._open.update(arrived)
             if self.unhealthy_reason is None:
                 self._new += arrived
-                self._num_waiting += len(arrived)
+                self._num_waiting += num_arrived
                 self._changed.notify()
                 return
         self.finish((ticket, Unhealthy(self.unhealthy_reason)) for ticket in arrived)
@@ -169,8 +227,8 @@ class Batcher(Generic[Item, Result]):
 
     @property
     def num_waiting(self) -> int:
-        """Items that wait for their batch."""
-        return self._num_waiting + len(self._arrived)
+        """Items and entries of many that wait for their batch."""
+        return self._num_waiting + self._num_arrived
 
     # --- the runners' side (any thread) ---
 
@@ -246,7 +304,7 @@ class Batcher(Generic[Item, Result]):
     def _take(self) -> tuple[list[Callable[[], None]], list[Ticket[Item, Result]]] | None:
         """All actions and the next batch of what waits; None when there is nothing left and never will be."""
         with self._changed:
-            while not (self._actions or self._requeued or self._num_waiting):
+            while not (self._actions or self._requeued or self._new or self._lanes):
                 if self._stopped:
                     return None
                 self._changed.wait()
@@ -287,7 +345,7 @@ class Batcher(Generic[Item, Result]):
             elif not is_done:
                 self._lanes.move_to_end(lane)
             cost += 0 if is_done else own_cost
-        self._num_waiting -= len(tickets)
+        self._num_waiting -= sum(not ticket.place for ticket in tickets)  # of an entry the first counts
         return tickets
 
     def _run_batch(self, taken: list[Ticket[Item, Result]]) -> None:
@@ -307,7 +365,8 @@ class Batcher(Generic[Item, Result]):
             for ticket, outcome in zip(tickets, self._outcomes(tickets), strict=True):
                 if not isinstance(outcome, Later):
                     finished.append((ticket, outcome))
-            self._metrics.ran([ticket.queue_s for ticket in tickets], len(tickets), self._clock() - now)
+            waits_s = [ticket.queue_s for ticket in tickets if not ticket.place]
+            self._metrics.ran(waits_s, len(tickets), self._clock() - now)
         self.num_skipped += num_skipped
         self.num_items += len(finished) - num_skipped
         self.finish(finished)
@@ -337,11 +396,17 @@ class Batcher(Generic[Item, Result]):
             )
 
 
+def _too_late(timeout_s: float) -> DeadlineExceeded:
+    return DeadlineExceeded(f"the deadline of {timeout_s * 1e3:.0f} ms passed")
+
+
 def _resolve(pairs: list[Finished[Item, Result]]) -> None:
     for ticket, outcome in pairs:
         if ticket.future.done():
             continue
-        if isinstance(outcome, Exception):
+        if ticket.entry is not None:
+            ticket.entry.note(ticket.place, outcome)
+        elif isinstance(outcome, Exception):
             ticket.future.set_exception(outcome)
         else:
             ticket.future.set_result(outcome)
@@ -355,7 +420,7 @@ async def within(future: asyncio.Future[Result], deadline: float, timeout_s: flo
 
     def expire() -> None:
         if not future.done():
-            future.set_exception(DeadlineExceeded(f"the deadline of {timeout_s * 1e3:.0f} ms passed"))
+            future.set_exception(_too_late(timeout_s))
 
     timer = asyncio.get_running_loop().call_at(deadline, expire)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence, Set
 
 import orjson
 
@@ -24,7 +24,7 @@ from htm_service.errors import (
 from htm_service.records import AppendRequest, AppendResult, Event, Timing
 from htm_service.sessions.feed import Feed
 from htm_service.sessions.session import Session
-from htm_service.writes.committer import Committer
+from htm_service.writes.committer import Change, Committer, Written
 from storage import base
 from storage.base import Append, Appended, KeyReused, NoSuchSession, Refused, SessionFull, WrongLength
 
@@ -54,6 +54,34 @@ class Appends:
             written = await self._committer.write(write, session.resident)
         except Refused as error:
             raise _refusal(error, session, write) from None
+        return self._appended(session, written, started)
+
+    async def append_all(
+        self, wanted: Sequence[tuple[Session, AppendRequest]], only_repeat: Set[int] = frozenset()
+    ) -> list[AppendResult | Exception]:
+        """Write the tokens of several sessions, none of them twice, in one group; one that fails takes no other along.
+
+        Those at the places `only_repeat` as `append` does with that. Where there are no tokens, nothing is written.
+        """
+        started = time.monotonic()
+        if sum(request.embeddings.nbytes for _, request in wanted) > LARGE_BYTES:
+            writes, outcomes = await asyncio.to_thread(_prepare_all, wanted, only_repeat)
+        else:
+            writes, outcomes = _prepare_all(wanted, only_repeat)
+        changes = [Change(write, wanted[place][0].resident) for place, write in writes]
+        all_written = await self._committer.write_all(changes) if changes else []
+        for (place, write), written in zip(writes, all_written, strict=True):
+            session = wanted[place][0]
+            if isinstance(written, Refused):
+                outcomes[place] = _refusal(written, session, write)
+            elif isinstance(written, Exception):
+                outcomes[place] = written
+            else:
+                outcomes[place] = self._appended(session, written, started)
+        return [outcomes[place] for place in range(len(wanted))]
+
+    def _appended(self, session: Session, written: Written, started: float) -> AppendResult:
+        """What an append that is on disk is answered; it is counted and told."""
         assert isinstance(written, Appended)
         if not written.replayed:
             if written.first_position:
@@ -74,6 +102,31 @@ class Appends:
             return await self.append(session, request, only_repeat=True)
         except LengthConflict:
             return None
+
+
+def _prepare_all(
+    wanted: Sequence[tuple[Session, AppendRequest]], only_repeat: Set[int]
+) -> tuple[list[tuple[int, Append]], dict[int, AppendResult | Exception]]:
+    """The writes, each with its place, and by place what comes of those that need none."""
+    writes: list[tuple[int, Append]] = []
+    outcomes: dict[int, AppendResult | Exception] = {}
+    for place, (session, request) in enumerate(wanted):
+        try:
+            if len(request.embeddings):
+                writes.append((place, _prepare(session, request, place in only_repeat)))
+            else:
+                outcomes[place] = _nothing(session, request.if_length)
+        except HTMError as error:
+            outcomes[place] = error
+    return writes, outcomes
+
+
+def _nothing(session: Session, if_length: int | None) -> AppendResult:
+    """What is answered where there is nothing to append."""
+    length = session.length
+    if if_length not in (None, length):
+        raise _other_length(if_length, length)
+    return AppendResult(length, length, session.num_chunks)
 
 
 def _prepare(session: Session, request: AppendRequest, only_repeat: bool) -> Append:
@@ -111,8 +164,7 @@ def _refusal(error: Refused, session: Session, write: Append) -> HTMError:
     if isinstance(error, NoSuchSession):
         return SessionNotFound(f"there is no session {session.id!r}")
     if isinstance(error, WrongLength):
-        found = f"if_length is {write.if_length}, the session's length is {error.length}"
-        return LengthConflict(found, length=error.length)
+        return _other_length(write.if_length, error.length)
     if isinstance(error, KeyReused):
         return IdempotencyMismatch(str(error))
     if isinstance(error, base.QuotaExceeded):
@@ -128,3 +180,7 @@ def _refusal(error: Refused, session: Session, write: Append) -> HTMError:
         f"its length is {error.length}",
         length=error.length,
     )
+
+
+def _other_length(if_length: int | None, length: int) -> LengthConflict:
+    return LengthConflict(f"if_length is {if_length}, the session's length is {length}", length=length)

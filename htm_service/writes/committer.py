@@ -43,6 +43,11 @@ class Change(NamedTuple):
     write: Write
     resident: Resident | None
 
+    @property
+    def cost(self) -> int:
+        """Bytes of tokens, at least 1."""
+        return max(1, len(self.write.data)) if isinstance(self.write, Append) else 1
+
 
 @dataclass(frozen=True, slots=True)
 class Upkeep:
@@ -80,9 +85,17 @@ class Committer:
 
         Raises DiskFull and Unavailable for what it could not do.
         """
-        cost = len(write.data) if isinstance(write, Append) else 1
         lane = None if resident is None else resident.sid
-        return await self._done(self.queue.submit(Change(write, resident), cost=max(1, cost), lane=lane))
+        change = Change(write, resident)
+        return await self._done(self.queue.submit(change, cost=change.cost, lane=lane))
+
+    async def write_all(self, changes: Sequence[Change]) -> list[Written | Exception]:
+        """Writes as one entry of the queue, each on disk and visible, or not made, when this returns (the loop).
+
+        Of each what was written, or Refused, DiskFull or Unavailable. Raises what refuses them all before they begin.
+        """
+        outcomes = await self.queue.submit_all([(change, change.cost) for change in changes]).future
+        return [_failure(outcome) if isinstance(outcome, Exception) else outcome for outcome in outcomes]
 
     async def upkeep(self, run: Callable[[], bool]) -> bool:
         """One piece of upkeep; whether there is more (the loop). Raises DiskFull and Unavailable."""
@@ -131,6 +144,11 @@ class Committer:
             self._device.free(resident, partial(self.queue.finish, [(ticket, outcome)]))
             return LATER
         return outcome
+
+
+def _failure(error: Exception) -> Exception:
+    """What a write of many failed with, as `Committer.write` raises it."""
+    return error if isinstance(error, Refused) or not isinstance(error, StoreError) else write_failure(error)
 
 
 def _outcome_of(upkeep: Upkeep) -> bool | Exception:

@@ -5,9 +5,11 @@ Does not know HTTP, SQL or the device.
 
 from __future__ import annotations
 
-from htm_service.errors import InvalidArgument
+from collections.abc import Sequence
+
+from htm_service.errors import HTMError, InvalidArgument, LengthConflict
 from htm_service.reads.attends import Attends
-from htm_service.records import AppendRequest, AppendResult, AttendRequest, AttendResult
+from htm_service.records import AppendRequest, AppendResult, AttendRequest, AttendResult, StepRequest, StepResult
 from htm_service.sessions.session import Session
 from htm_service.writes.appends import Appends
 
@@ -38,3 +40,47 @@ class Steps:
         if appended.start < attended.length:  # only a repeated append begins before what was seen
             attended = await self._attends.attend_before(session, attend, appended.start)
         return attended, appended
+
+    async def step_all(self, wanted: Sequence[tuple[Session, StepRequest]]) -> list[StepResult | Exception]:
+        """Attend to several sessions as they are, then append to them: each is what `step` is, all in as few batches.
+
+        An item whose attend fails appends nothing.
+        """
+        seen = await self._attends.attend_all([(session, request.attend) for session, request in wanted])
+        outcomes: dict[int, StepResult | Exception] = {}
+        places: list[int] = []
+        for place, ((_, (_, append)), attended) in enumerate(zip(wanted, seen, strict=True)):
+            if isinstance(attended, AttendResult) or _may_be_repeated(attended, append):
+                places.append(place)
+            else:
+                outcomes[place] = attended
+        appends = [(wanted[place][0], wanted[place][1].append) for place in places]
+        only_repeat = {at for at, place in enumerate(places) if isinstance(seen[place], Exception)}
+        for place, appended in zip(places, await self._appends.append_all(appends, only_repeat), strict=True):
+            attended = seen[place]
+            if isinstance(attended, Exception):
+                is_first = isinstance(appended, LengthConflict)  # of a step that was not made before
+                outcomes[place] = attended if is_first else await self._again(*wanted[place], appended)
+            elif isinstance(appended, Exception):
+                outcomes[place] = appended
+            elif appended.start < attended.length:
+                outcomes[place] = await self._again(*wanted[place], appended)
+            else:
+                outcomes[place] = StepResult(attended, appended)
+        return [outcomes[place] for place in range(len(wanted))]
+
+    async def _again(
+        self, session: Session, request: StepRequest, first: AppendResult | Exception
+    ) -> StepResult | Exception:
+        """What a repeated step answers, whose append answered `first`."""
+        if isinstance(first, Exception):
+            return first
+        try:
+            return StepResult(await self._attends.attend_before(session, request.attend, first.start), first)
+        except HTMError as error:
+            return error
+
+
+def _may_be_repeated(error: Exception, append: AppendRequest) -> bool:
+    """Whether an attend may have failed because its step was made before, so that its masks are of another length."""
+    return isinstance(error, InvalidArgument) and append.idempotency_key is not None

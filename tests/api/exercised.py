@@ -42,6 +42,8 @@ class Call:
 
 ATTEND = {"queries": [[1, 0, 0]], "return": ["output", "chunks", "payloads"]}
 APPEND = {"embeddings": [[1, 0, 0]], "payloads": [{"text": "hello"}]}
+BATCH_ATTEND = {"queries": [[1, 0, 0], [0, 1, 0]], "return": ["output", "chunks", "payloads"]}
+BATCH_APPEND = {"embeddings": [[1, 0, 0], [0, 1, 0]], "payloads": [[{"text": "hello"}], None]}
 
 FILE = {"content-type": "application/x-safetensors"}
 
@@ -77,6 +79,11 @@ CALLS: Mapping[str, Call] = {
     "get_quota": Call("GET", "/v1/quotas/default"),
     "put_quota": Call("PUT", "/v1/quotas/default", 200, {"max_sessions": 1000}),
     "revoke_key": Call("DELETE", "/v1/keys/bob", 204),
+    "batch_append": Call("POST", "/v1/batch/append", 200, {"sessions": ["s", "no"], **BATCH_APPEND}),
+    "batch_attend": Call("POST", "/v1/batch/attend", 200, {"sessions": ["s", "no"], **BATCH_ATTEND}),
+    "batch_step": Call(
+        "POST", "/v1/batch/step", 200, {"sessions": ["s", "no"], "attend": BATCH_ATTEND, "append": BATCH_APPEND}
+    ),
 }
 """By operationId. `delete_session` comes last where all are sent to one server."""
 

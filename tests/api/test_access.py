@@ -50,6 +50,9 @@ NEEDS: Mapping[str, str] = {
     "revoke_key": "admin",
     "get_quota": "admin",
     "put_quota": "admin of all",
+    "batch_append": "write",
+    "batch_attend": "read",
+    "batch_step": "write",
 }
 """What each call needs, said here once more: who adds a call has to say it twice."""
 CALLERS = ("no key", "wrong", "malformed", "revoked", "expired", "read", "write", "admin", "other namespace", "all")
