@@ -8,6 +8,7 @@ from htm_client.client import HTMClient
 from htm_client.errors import (
     BatchFailed,
     ConnectionFailed,
+    FileFailed,
     Forbidden,
     HTMClientError,
     InvalidArgument,
@@ -50,6 +51,7 @@ __all__ = [
     "ChunkDetail",
     "ConnectionFailed",
     "Explained",
+    "FileFailed",
     "Forbidden",
     "HTMClient",
     "HTMClientError",

@@ -9,9 +9,9 @@ import base64
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -51,6 +51,31 @@ class Call:
     headers: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, str | int | Sequence[str]] = field(default_factory=dict)
     idempotent: bool = True
+    source: Source | None = None
+    """Instead of `content`, what is sent in pieces."""
+    sink: Sink | None = None
+    """What gets the body of a good answer, instead of whoever asks."""
+    max_silence_s: float | None = None
+    """How long nothing may come or go, where that is longer than the client's `timeout`."""
+
+
+class Source(Protocol):
+    """A body that is sent in pieces, more than once when it must be."""
+
+    num_bytes: int
+
+    def pieces(self) -> Generator[bytes, None, None]:
+        """Its bytes, from the beginning. Raises FileFailed."""
+
+
+class Sink(Protocol):
+    """What takes the body of an answer as it comes."""
+
+    def begin(self, num_bytes: int | None) -> None:
+        """An answer begins, of so many bytes where it says so; what came before is of one that broke off."""
+
+    def write(self, part: bytes) -> None:
+        """A part of it. Raises FileFailed, as `begin` does."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,7 +261,7 @@ def parse(status: int, headers: Mapping[str, str], content: bytes) -> Answer:
             raise ValueError(f"it redirects to {headers.get('location', '')!r:.200}")
         if headers.get("content-encoding", "identity") != "identity":
             raise ValueError(f"it is compressed ({headers['content-encoding']!r:.50}), which was not asked for")
-        if headers.get("content-type", "").startswith(safetensors.MEDIA_TYPE):
+        if content and headers.get("content-type", "").startswith(safetensors.MEDIA_TYPE):  # a sink leaves none
             tensors, params = safetensors.load(content)
             return Answer(tensors, params, headers)
         params = json.loads(content) if content else {}

@@ -5,15 +5,18 @@ Does not know how calls are written or answers read: see `requests.py`.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
 
 import httpx
 
 from htm_client.batches import Errors
 from htm_client.calls import Call
+from htm_client.files import FileSink, FileSource, bar
 from htm_client.in_process import ADDRESS, SyncApp
 from htm_client.options import (
     AppendConditions,
@@ -225,6 +228,26 @@ class HTMClient:
         """A step of many environments at once: attend to each session as it is, then append to it."""
         steps = self._requests.batch_step(sessions, queries, embeddings, attend or {}, append or {}, errors)
         return self._send(steps)
+
+    # --- whole sessions ---
+
+    def export(self, session: str, path: str | os.PathLike[str], *, progress: bool = True) -> Path:
+        """Write a session with everything in it into a safetensors file, which is there when it is whole; its path.
+
+        In constant memory. A bar shows how far it is where stderr is a terminal and rich is installed.
+        Raises FileFailed.
+        """
+        with bar(f"export {session}", progress) as advance, FileSink(Path(path), advance) as sink:
+            self._send(self._requests.export(session, sink))
+            return sink.keep()
+
+    def import_(self, session: str, path: str | os.PathLike[str], *, progress: bool = True) -> SessionInfo:
+        """Make a session of the file that `export` wrote, here or for another server: all of it or nothing.
+
+        In constant memory, with a bar as above. Raises SessionConflict where there is a session of this id, FileFailed.
+        """
+        with bar(f"import {session}", progress) as advance:
+            return self._send(self._requests.import_(session, FileSource(Path(path), advance)))
 
     # --- inspection ---
 

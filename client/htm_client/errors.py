@@ -4,6 +4,7 @@ HTMClientError
 ├── InvalidArgument         the call is wrong and was not sent; a ValueError too
 ├── ConnectionFailed        no answer: refused, reset or timed out, after the retries
 ├── BatchFailed             items of a lock-step batch failed; `errors` says which, `result` has the others
+├── FileFailed              the file of an export could not be written, or that of an import not be read
 ├── UnreadableAnswer        an answer that htm-service does not give: something else is at this address
 └── RequestRefused          the server answered with an error
     ├── InvalidRequest      400, 405, 413, 415, 421, 422: the request is wrong and will stay wrong
@@ -34,6 +35,10 @@ class InvalidArgument(HTMClientError, ValueError):
 
 class ConnectionFailed(HTMClientError):
     """The server could not be reached, or did not answer in time."""
+
+
+class FileFailed(HTMClientError):
+    """The file of an export could not be written, or that of an import not be read; the cause is an OSError."""
 
 
 class UnreadableAnswer(HTMClientError):

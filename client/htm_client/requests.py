@@ -10,10 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Generic, TypeVar
 
-from htm_client import calls
+from htm_client import calls, safetensors
 from htm_client.arrays import floats
 from htm_client.batches import Batch, Errors
-from htm_client.calls import Answer, Call, Codec, attend_parts, plain, session_path
+from htm_client.calls import Answer, Call, Codec, Sink, Source, attend_parts, plain, session_path
 from htm_client.errors import InvalidArgument
 from htm_client.options import (
     AppendConditions,
@@ -49,6 +49,9 @@ from htm_client.results import (
 )
 
 T = TypeVar("T")
+
+SURVEY_S = 600.0
+"""How long a server may read a session before an export's first byte, or write one after an import's last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -177,6 +180,20 @@ class Requests:
         """Read back."""
         call = self._codec.read(session, start, stop, embeddings=embeddings, payloads=payloads)
         return Request(call, calls.memories)
+
+    def export(self, session: str, sink: Sink) -> Request[None]:
+        """A session as a file."""
+        headers = {"Accept": f"{safetensors.MEDIA_TYPE}, {calls.JSON}"}
+        call = Call("GET", session_path(session, "export"), None, headers, sink=sink, max_silence_s=SURVEY_S)
+        return Request(call, lambda answer: None)
+
+    def import_(self, session: str, source: Source) -> Request[SessionInfo]:
+        """A session from a file. Sent twice, the second would meet the first's session."""
+        headers = {"Accept": calls.JSON, "Content-Type": safetensors.MEDIA_TYPE}
+        path = session_path(session, "import")
+        return Request(
+            Call("PUT", path, None, headers, idempotent=False, source=source, max_silence_s=SURVEY_S), _session
+        )
 
     def chunks(self, session: str, cursor: str | None, *, keys: bool) -> Request[Page[Chunk]]:
         """One page of a session's chunks."""

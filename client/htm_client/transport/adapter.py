@@ -6,11 +6,13 @@ Such a transport belongs to the process, and the async one to the event loop, th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
+from collections.abc import AsyncIterator, Mapping
 
 import httpx
 
-from htm_client.calls import Call
+from htm_client.calls import Call, Source
 from htm_client.errors import UnreadableAnswer
 from htm_client.transport.base import NoResponse, Response
 from htm_client.transport.message import Address
@@ -32,13 +34,20 @@ class HttpxTransport:
     def send(self, call: Call) -> Response:
         """The answer. Raises NoResponse, UnreadableAnswer, and RuntimeError in another process."""
         _check_process(self._process)
+        content = call.content if call.source is None else call.source.pieces()
         try:
-            answer = self._http.request(
-                call.method, call.path, content=call.content, headers=call.headers, params=call.query
-            )
+            with self._http.stream(
+                call.method, call.path, content=content, headers=_headers(call), params=call.query
+            ) as answer:
+                if call.sink is None or answer.status_code != 200:
+                    answer.read()
+                    return _read(answer)
+                call.sink.begin(_length(answer))
+                for part in answer.iter_bytes():
+                    call.sink.write(part)
+                return Response(answer.status_code, dict(answer.headers), b"")
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise _translated(call, error) from error
-        return _read(answer)
 
     def close(self) -> None:
         """Close the transport, unless another process made it. Safe to call twice."""
@@ -65,13 +74,20 @@ class AsyncHttpxTransport:
                 f"{WHOSE} belongs to the event loop of its first call, and this is another: "
                 "make a client in each asyncio.run, or all calls in one"
             )
+        content = call.content if call.source is None else _pieces(call.source)
         try:
-            answer = await self._http.request(
-                call.method, call.path, content=call.content, headers=call.headers, params=call.query
-            )
+            async with self._http.stream(
+                call.method, call.path, content=content, headers=_headers(call), params=call.query
+            ) as answer:
+                if call.sink is None or answer.status_code != 200:
+                    await answer.aread()
+                    return _read(answer)
+                call.sink.begin(_length(answer))
+                async for part in answer.aiter_bytes():
+                    call.sink.write(part)
+                return Response(answer.status_code, dict(answer.headers), b"")
         except (httpx.TransportError, httpx.DecodingError) as error:
             raise _translated(call, error) from error
-        return _read(answer)
 
     async def close(self) -> None:
         """Close the transport, where that is possible: in its own process and event loop. Safe to call twice."""
@@ -85,6 +101,21 @@ def _check_process(process: int) -> None:
             f"{WHOSE} belongs to the process that made it, {process}, and this is process {os.getpid()}: "
             "make a client in each"
         )
+
+
+def _headers(call: Call) -> Mapping[str, str]:
+    return call.headers if call.source is None else {**call.headers, "Content-Length": str(call.source.num_bytes)}
+
+
+async def _pieces(source: Source) -> AsyncIterator[bytes]:
+    with contextlib.closing(source.pieces()) as pieces:
+        while (piece := await asyncio.to_thread(next, pieces, None)) is not None:
+            yield piece
+
+
+def _length(answer: httpx.Response) -> int | None:
+    length = answer.headers.get("content-length", "")
+    return int(length) if length.isdecimal() else None
 
 
 def _read(answer: httpx.Response) -> Response:

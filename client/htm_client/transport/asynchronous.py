@@ -11,7 +11,8 @@ import socket
 import ssl
 from collections.abc import AsyncGenerator, Sequence
 
-from htm_client.calls import Call
+from htm_client.calls import Call, Source
+from htm_client.errors import FileFailed
 from htm_client.transport.base import NoResponse, Response
 from htm_client.transport.connections import IdleConnections, is_readable
 from htm_client.transport.message import Address, AnswerParser
@@ -29,18 +30,23 @@ class AsyncConnection(asyncio.Protocol):
         self._timer: asyncio.TimerHandle | None = None
         self._progress_at = 0.0
         self._num_unsent = 0
+        self._writable = asyncio.Event()
+        """Whether more may be written; or nothing need be, because the answer is there, or the end."""
 
     @property
     def can_go_on(self) -> bool:
         """Whether it may carry another request after an answer."""
         return self._parser.can_go_on
 
-    async def ask(self, request: Sequence[bytes], max_silence_s: float | None) -> Response:
-        """Send a request and wait for its answer. Raises NoResponse, also after so many seconds without progress."""
+    async def ask(self, request: Sequence[bytes], call: Call, max_silence_s: float | None) -> Response:
+        """Send a request and wait for its answer. Raises NoResponse, also after so many seconds without progress; and
+        FileFailed.
+        """
         if self._transport is None:
             raise NoResponse("the connection ended before the request", may_be_done=False)
-        self._parser.begin()
+        self._parser.begin(call.sink)
         self._answer = self._loop.create_future()
+        self._writable.set()
         for part in request:
             self._transport.write(part)
         self._progress_at = self._loop.time()
@@ -48,6 +54,8 @@ class AsyncConnection(asyncio.Protocol):
         if max_silence_s is not None:
             self._timer = self._loop.call_later(max_silence_s, self._watch, max_silence_s)
         try:
+            if call.source is not None:
+                await self._send(call.source, self._answer)
             return await self._answer
         finally:
             self._answer = None
@@ -81,16 +89,19 @@ class AsyncConnection(asyncio.Protocol):
         self._progress_at = self._loop.time()
         try:
             response = self._parser.feed(data)
-        except NoResponse as error:
+        except (NoResponse, FileFailed) as error:
             self._answer.set_exception(error)
+            self._writable.set()
             return
         if response is not None:
             self._parser.can_go_on &= self._transport.get_write_buffer_size() == 0
             self._answer.set_result(response)
+            self._writable.set()
 
     def connection_lost(self, error: Exception | None) -> None:
         """It has ended, and with it perhaps the answer."""
         self._transport = None
+        self._writable.set()
         if self._answer is None or self._answer.done():
             return
         self._parser.can_go_on = False
@@ -100,6 +111,31 @@ class AsyncConnection(asyncio.Protocol):
             self._answer.set_result(self._parser.end())
         except NoResponse as lost:
             self._answer.set_exception(lost)
+
+    def pause_writing(self) -> None:
+        """Enough is on its way."""
+        if self._answer is not None and not self._answer.done():
+            self._writable.clear()
+
+    def resume_writing(self) -> None:
+        """More may be written."""
+        self._progress_at = self._loop.time()
+        self._writable.set()
+
+    async def _send(self, source: Source, answer: asyncio.Future[Response]) -> None:
+        """Send what comes in pieces, unless the answer is there before. Raises FileFailed."""
+        pieces = source.pieces()
+        try:
+            while not answer.done() and self._transport is not None:
+                piece = await asyncio.to_thread(next, pieces, None)
+                if piece is None:
+                    return
+                if self._transport is not None:
+                    self._transport.write(piece)
+                await self._writable.wait()
+            self._parser.can_go_on = False
+        finally:
+            pieces.close()
 
     def _watch(self, max_silence_s: float) -> None:
         """End the wait when nothing came or went for so many seconds; otherwise look again then."""
@@ -113,6 +149,7 @@ class AsyncConnection(asyncio.Protocol):
             self._timer = self._loop.call_later(left, self._watch, max_silence_s)
         else:
             self._answer.set_exception(NoResponse(f"no answer within {max_silence_s:g} s", may_be_done=True))
+            self._writable.set()
 
 
 class AsyncTransport:
@@ -130,7 +167,7 @@ class AsyncTransport:
         here = self._kept.get((os.getpid(), asyncio.get_running_loop())) or await self._begin()
         connection = here.idle.take() or await self._connect()
         try:
-            response = await connection.ask(self._address.request(call), self._timeout)
+            response = await connection.ask(self._address.request(call), call, _patience(self._timeout, call))
         except BaseException:  # cancelled, too: what is left of the answer must not become the next one's
             connection.close()
             raise
@@ -197,3 +234,8 @@ async def _close_at_end(idle: IdleConnections[AsyncConnection]) -> AsyncGenerato
         yield
     finally:
         idle.close()
+
+
+def _patience(timeout: float | None, call: Call) -> float | None:
+    """How long nothing may come or go."""
+    return timeout if timeout is None or call.max_silence_s is None else max(timeout, call.max_silence_s)

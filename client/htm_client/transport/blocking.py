@@ -9,9 +9,9 @@ import contextlib
 import os
 import socket
 import ssl
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
-from htm_client.calls import Call
+from htm_client.calls import Call, Source
 from htm_client.transport.base import NoResponse, Response
 from htm_client.transport.connections import IdleConnections, is_readable
 from htm_client.transport.message import Address, AnswerParser
@@ -46,16 +46,17 @@ class BlockingConnection:
         """Whether it may carry another request after an answer."""
         return self._parser.can_go_on
 
-    def ask(self, request: Sequence[bytes]) -> Response:
-        """Send a request and wait for its answer. Raises NoResponse."""
-        self._parser.begin()
+    def ask(self, request: Sequence[bytes], call: Call) -> Response:
+        """Send a request and wait for its answer. Raises NoResponse, and what a source or a sink raises."""
+        self._parser.begin(call.sink)
         is_sent = False
         try:
             # A server may answer before it has read everything, and close; the answer says why.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            with contextlib.suppress(BrokenPipeError, ConnectionResetError), self._patience(call.max_silence_s):
                 self._send(request)
-                is_sent = True
-            response = self._receive()
+                is_sent = call.source is None or self._send_pieces(call.source)
+            with self._patience(call.max_silence_s):
+                response = self._receive()
         except OSError as error:
             raise NoResponse(f"the connection is lost: {error!r}", may_be_done=True) from error
         self._parser.can_go_on &= is_sent
@@ -68,6 +69,29 @@ class BlockingConnection:
     def close(self) -> None:
         """Close this process's end; a fork's is its own."""
         self._socket.close()
+
+    @contextlib.contextmanager
+    def _patience(self, max_silence_s: float | None) -> Iterator[None]:
+        """Wait longer than usual, where a call asks for that."""
+        usual = self._socket.gettimeout()
+        if max_silence_s is None or usual is None or usual >= max_silence_s:
+            yield
+            return
+        self._socket.settimeout(max_silence_s)
+        try:
+            yield
+        finally:
+            self._socket.settimeout(usual)
+
+    def _send_pieces(self, source: Source) -> bool:
+        """Send what comes in pieces, unless the answer is there before; whether all was sent."""
+        is_plain = not isinstance(self._socket, ssl.SSLSocket)  # else what comes may be TLS's own
+        with contextlib.closing(source.pieces()) as pieces:
+            for piece in pieces:
+                if is_plain and is_readable(self._socket):
+                    return False
+                self._send((piece,))
+        return True
 
     def _send(self, request: Sequence[bytes]) -> None:
         for part in request:
@@ -102,7 +126,7 @@ class BlockingTransport:
         idle = self._idle
         connection = idle.take() or self._connect()
         try:
-            response = connection.ask(self._address.request(call))
+            response = connection.ask(self._address.request(call), call)
         except BaseException:  # an interrupt too: what is left of the answer must not become the next one's
             connection.close()
             raise

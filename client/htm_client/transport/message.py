@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 import httptools
 import httpx
 
-from htm_client.calls import Call
+from htm_client.calls import Call, Sink
 from htm_client.errors import InvalidArgument
 from htm_client.transport.base import NoResponse, Response
 
@@ -82,7 +82,9 @@ class Address:
         query = f"?{urlencode(call.query, doseq=True)}" if call.query else ""
         lines = "".join([f"{name}: {value}\r\n" for name, value in call.headers.items()])
         content = call.content
-        if content is not None:
+        if call.source is not None:
+            lines += f"Content-Length: {call.source.num_bytes}\r\n"
+        elif content is not None:
             lines += f"Content-Length: {len(content)}\r\n"
         elif call.method == "POST":
             lines += "Content-Length: 0\r\n"
@@ -111,8 +113,9 @@ class AnswerParser:
         self._parser = httptools.HttpResponseParser(self)
         self.begin()
 
-    def begin(self) -> None:
-        """Expect an answer from its beginning."""
+    def begin(self, sink: Sink | None = None) -> None:
+        """Expect an answer from its beginning; `sink` gets its body, where it is a good one."""
+        self._sink = sink
         self._headers: dict[str, str] = {}
         self._parts: list[bytes] = []
         self._status = 0
@@ -120,9 +123,12 @@ class AnswerParser:
         self._response: Response | None = None
 
     def feed(self, data: bytes) -> Response | None:
-        """The answer, when it is whole. Raises NoResponse for what is no HTTP."""
+        """The answer, when it is whole. Raises NoResponse for what is no HTTP, and FileFailed."""
         try:
             self._parser.feed_data(data)
+        except httptools.HttpParserCallbackError as error:
+            self.can_go_on = False
+            raise error.__context__ or error from None  # what a sink raised
         except (httptools.HttpParserError, httptools.HttpParserUpgrade) as error:
             self.can_go_on = False
             if self._response is None:  # otherwise it is what follows that is wrong
@@ -159,17 +165,23 @@ class AnswerParser:
         if self._response is None:
             self._status = self._parser.get_status_code()
             self.can_go_on = self._parser.should_keep_alive()
+            if self._sink is not None and self._status == 200:
+                length = self._headers.get("content-length", "")
+                self._sink.begin(int(length) if length.isdecimal() else None)
 
     def on_body(self, body: bytes) -> None:
         """A part of the body."""
-        self._parts.append(body)
+        if self._sink is not None and self._status == 200:
+            self._sink.write(body)
+        else:
+            self._parts.append(body)
 
     def on_message_complete(self) -> None:
         """The answer is whole; one that only says "wait" is followed by the real one."""
         if self._response is not None:
             return
         if self._status < 200:
-            self.begin()
+            self.begin(self._sink)
         else:
             self._response = Response(self._status, self._headers, b"".join(self._parts))
             self._parts = []
