@@ -207,6 +207,7 @@ def test_what_a_layer_does_not_know(folder: str, modules: set[str]) -> None:
     for file, tree in TREES.items():
         if file.startswith(folder):
             known = {name.split(".")[0] for name, _ in imports(tree)}
+            known -= {"torch"} if file == "client/htm_client/torch.py" else set()  # which is for those who have it
             assert not known & modules, f"{file} imports {known & modules}"
 
 

@@ -12,6 +12,8 @@ from __future__ import annotations
 import mmap
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from htm_service.errors import OutOfMemory
@@ -168,6 +170,16 @@ class Arena:
             rows = (slab_of == index).nonzero().squeeze(1)
             places = pages[rows] - index * self.slab_pages
             contents[rows] = self._slab(index).index_select(0, places).to(contents.dtype)
+
+    def take_to_host(self, pages: list[int]) -> npt.NDArray[np.float32]:
+        """Pages as a copy of their contents [N, C, D] in float32, on the host."""
+        if self.contents is None:
+            return np.asarray(self.take(torch.tensor(pages, dtype=torch.int64, device=self.device)).float().cpu())
+        # Not by torch, whose threads would have to be woken for it: on a busy machine that takes longer than the copy.
+        if self.dtype == torch.bfloat16:  # the upper half of a float32
+            upper = self.contents.view(torch.uint16).numpy()[pages].astype(np.uint32)
+            return (upper << 16).view(np.float32)
+        return np.asarray(self.contents.numpy()[pages], np.float32)
 
     def _slab(self, index: int) -> torch.Tensor:
         slab = self._slabs[index]

@@ -229,6 +229,10 @@ class Chunks:
         """
         return self.arena.take(self.page_table[chunks - self.first_chunk])
 
+    def contents_on_host(self, chunks: npt.NDArray[np.int64]) -> npt.NDArray[np.float32]:
+        """The same in float32, on the host."""
+        return self.arena.take_to_host([self._page_of(chunk) for chunk in chunks.tolist()])
+
     def free(self) -> None:
         """Give pages and keys back; nothing is held afterwards."""
         self.arena.free([page for page in self._pages if page != NO_PAGE])

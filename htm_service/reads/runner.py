@@ -293,10 +293,8 @@ def _take(select: Attend, index: Ints) -> SelectResult | Exception:
     chunks, places = np.unique(index, return_inverse=True)  # -1, for none, comes first
     num_none = int(index.size > 0 and chunks[0] < 0)
     chunks = chunks[num_none:]
-    at = torch.from_numpy(chunks).to(search.keys.device)
-    keys = search.keys[at - search.first]
-    logits = (_stack_queries([select]) @ keys.T).cpu().numpy()
-    logit = np.take_along_axis(np.pad(logits, ((0, 0), (num_none, 0))), places.reshape(index.shape), axis=1)
+    keys = _on_host(search.keys, chunks - search.first)
+    logit = _dots(select.request.queries, keys, places.reshape(index.shape) - num_none)
     num_visible = np.full(len(index), len(search.keys))
     if search.hidden is not None:
         num_visible = num_visible - search.hidden.sum(dim=-1).cpu().numpy()
@@ -305,19 +303,35 @@ def _take(select: Attend, index: Ints) -> SelectResult | Exception:
         return _overflow(select, ~finite, index, np.full(index.shape, np.nan, np.float32))
     if (excess := select.excess(len(chunks))) is not None:
         return excess
-    taken = _bring(select, at, keys) if select.keys or select.tokens else None
+    taken = _bring(select, chunks, keys) if select.keys or select.tokens else None
     return SelectResult(index, logit, taken, select.chunks.length)
 
 
-def _bring(select: Select, chunks: Tensor, keys: Tensor) -> Taken:
+def _bring(select: Select, chunks: Ints, keys: Floats) -> Taken:
     """What a select asks for of the `chunks` [U] that it takes, whose keys [U, D] are known."""
     tokens: Floats | None = None
     visible: Bools | None = None
     if select.tokens:
-        slots = select.seen.slots(chunks, select.chunks.chunk_size)
-        visible = slots.cpu().numpy()
-        tokens = select.chunks.contents(chunks).float().masked_fill_(~slots[..., None], 0.0).cpu().numpy()
-    return Taken(chunks.cpu().numpy(), keys.cpu().numpy() if select.keys else None, tokens, visible)
+        visible = select.seen.slots(torch.from_numpy(chunks), select.chunks.chunk_size).numpy()
+        tokens = select.chunks.contents_on_host(chunks)
+        tokens[~visible] = 0.0
+    return Taken(chunks, keys if select.keys else None, tokens, visible)
+
+
+def _on_host(keys: Tensor, rows: Ints) -> Floats:
+    """Some rows of keys. On a CPU not by torch: its threads would have to be woken for a copy of microseconds."""
+    found = (
+        keys.numpy()[rows] if keys.device.type == "cpu" else keys[torch.from_numpy(rows).to(keys.device)].cpu().numpy()
+    )
+    return np.asarray(found, np.float32)
+
+
+def _dots(queries: Floats, keys: Floats, places: Ints) -> Floats:
+    """Inner products [Q, K] of queries [Q, D] with the keys [U, D] at `places` [Q, K], 0 where that is -1."""
+    products = np.zeros(places.shape, np.float32)
+    for query, place, of_query in zip(queries, places, products, strict=True):
+        of_query[place >= 0] = np.einsum("kd,d->k", keys[place[place >= 0]], query)
+    return products
 
 
 def _explain(attend: Attend, result: AttendResult, kernel: Kernel) -> Ranking:
