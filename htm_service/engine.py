@@ -127,7 +127,7 @@ class Engine:
         self.directory = Directory(store, self.committer.write, clock, config.recalls_per_session, self.feed)
 
         self._attends = Attends(config, self._models, self.worker, store, self.feed, clock)
-        self._selects = Selects(config, self._models, self.worker, self._attends)
+        self._selects = Selects(self._models, self.worker, self._attends)
         self._appends = Appends(self.committer, self.feed, clock)
         self._steps = Steps(self._attends, self._appends)
         self._inspection = Inspection(store, self.worker, config.max_answer_bytes)

@@ -143,7 +143,8 @@ class AttendRequest:
     """HTM attention queries; see docs/api.md for the meaning and the defaults of each field.
 
     `queries` [Q, D] or [D]; `mask` [n], n being `stop` or, without it, the session's length;
-    `chunk_mask` [M] or [Q, M] for the M chunks of those n tokens.
+    `chunk_mask` [M] or [Q, M] for the M chunks of those n tokens. `stops` [Q], each at most `stop`: where the visible
+    range stops for each query.
     """
 
     queries: Floats
@@ -151,6 +152,7 @@ class AttendRequest:
     top_k: int | None = None
     start: int = 0
     stop: int | None = None
+    stops: Sequence[int] | None = None
     episodes: Sequence[int] | None = None
     mask: Bools | None = None
     chunk_mask: Bools | None = None

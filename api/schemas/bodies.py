@@ -137,7 +137,9 @@ class AttendBody(Body):
     model: str | None = Field(None, description="The session's, if left out.")
     top_k: int | None = Field(None, description="Chunks to attend to, 1..256; the model's, if left out.")
     start: int = Field(0, description="First visible position.")
-    stop: int | None = Field(None, description="End of the visible positions; the length, if left out.")
+    stop: int | list[int] | None = Field(
+        None, description="End of the visible positions, or `[Q]`, one for each query; the length, if left out."
+    )
     episodes: list[int] | None = Field(
         None,
         description="Only tokens appended under these episode numbers. Chunks stay those of the session: to attend "

@@ -26,6 +26,15 @@ def returns(name: str, value: Any) -> set[str]:
     return fields.some_of(name, value, ("output", "chunks", "tokens", "payloads"))
 
 
+def stop(name: str, value: Any) -> int | list[int]:
+    """The field `stop`: one for all queries, or one for each."""
+    if isinstance(value, list):
+        if not value:
+            raise fields.wrong(name, value, "an integer, or a list of one for each query")
+        return fields.integers(name, value)
+    return fields.integer(name, value)
+
+
 def rank_by(name: str, value: Any) -> str:
     """The field `rank_by`."""
     return fields.one_of(name, value, ("weight", "score"))
@@ -37,7 +46,7 @@ ATTEND = Table(
         "model": fields.text,
         "top_k": fields.integer,
         "start": fields.integer,
-        "stop": fields.integer,
+        "stop": stop,
         "episodes": fields.integers,
         "max_recalled": fields.integer,
         "rank_by": rank_by,
@@ -155,6 +164,8 @@ def _attend(body: HotBody, request_id: str) -> tuple[AttendRequest, Asked]:
 
 def asked(found: dict[str, Any], request_id: str) -> tuple[AttendRequest, Asked]:
     """The fields of an attend, `queries` among them, as the engine takes them."""
+    if isinstance(stops := found.get("stop"), list):
+        found |= {"stop": max(stops), "stops": tuple(stops)}
     wanted: set[str] | None = found.pop("return", None)
     timeout_ms: float | None = found.pop("timeout_ms", None)
     if wanted is None:

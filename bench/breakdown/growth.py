@@ -38,6 +38,11 @@ async def in_process(stage: Scene, quick: bool) -> list[Growth]:
         points = [(num, await _median_ms(engine, ["n20000"], repeats, num_queries=num)) for num in (1, 4, 16, 64, 128)]
         growths.append(Growth("Q, queries of the attend", "ms per attend", points))
 
+        points = [
+            (num, await _median_ms(engine, ["n20000"], repeats, num_queries=num, stops=True)) for num in (1, 16, 128)
+        ]
+        growths.append(Growth("Q, each with a `stop` of its own", "ms per attend", points))
+
         points = [(k, await _median_ms(engine, ["n20000"], repeats, top_k=k)) for k in (1, 8, 32, 128, 256)]
         growths.append(Growth("k, chunks taken", "ms per attend", points))
 
@@ -77,9 +82,13 @@ async def _median_ms(
     num_queries: int = 1,
     top_k: int | None = None,
     dim: int = DIM,
+    stops: bool = False,
 ) -> float:
-    """Of asking all the sessions at once."""
+    """Of asking all the sessions at once; with `stops` each query sees to another position."""
     request = replace(scene.asks(torch.randn(num_queries, dim)), top_k=top_k)
+    if stops:
+        ends = tuple(range(LENGTH - num_queries + 1, LENGTH + 1))
+        request = replace(request, stop=LENGTH, stops=ends)
     took: list[float] = []
     for _ in range(repeats + 3):
         began = time.perf_counter()

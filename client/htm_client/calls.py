@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import operator
 import os
 import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
@@ -210,6 +211,8 @@ def attend_parts(
         tensors["mask"] = bools(mask)
     if chunk_mask is not None:
         tensors["chunk_mask"] = bools(chunk_mask)
+    if hasattr(fields.get("stop"), "__iter__"):
+        fields["stop"] = [operator.index(stop) for stop in fields["stop"]]
     return tensors, {"return": list(returns)} | given(**fields)
 
 

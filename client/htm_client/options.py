@@ -56,7 +56,7 @@ class RecallOptions(TypedDict, total=False):
     model: str
     top_k: int
     start: int
-    stop: int
+    stop: int | Sequence[int]
     episodes: Sequence[int]
     mask: Any
     chunk_mask: Any
@@ -112,7 +112,7 @@ class BatchAttendOptions(TypedDict, total=False):
     model: str | Sequence[str | None]
     top_k: int
     start: int
-    stop: int
+    stop: int | Sequence[int]
     episodes: Sequence[int]
     mask: Any
     chunk_mask: Any

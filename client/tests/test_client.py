@@ -39,6 +39,18 @@ def vectors(seed: int, *shape: int) -> Any:
     return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
 
 
+def test_a_stop_for_each_query(client: Any) -> None:
+    """A trajectory that is replayed: each query sees what was there at its time."""
+    client.create_session("a", dim=DIM, chunk_size=3)
+    tokens = vectors(1, 11, DIM)
+    client.append("a", tokens)
+    whole = client.attend("a", tokens, stop=np.arange(11), returns=["output", "chunks"])
+    for position, query in enumerate(tokens):
+        alone = client.attend("a", query, stop=position)
+        np.testing.assert_allclose(whole.output[position], alone.output[0], rtol=1e-4, atol=1e-5)
+    assert (whole.chunk_index[0] == -1).all() and whole.length == 11
+
+
 def test_the_life_of_a_session(client: Any) -> None:
     info = client.create_session("a", dim=DIM, chunk_size=3, labels={"team": "x"})
     assert (info.id, info.dim, info.length, info.labels) == ("a", DIM, 0, {"team": "x"})

@@ -99,6 +99,7 @@ class CompiledKernel:
             found, logit = self._score(batch, table)
             self._by_rows(
                 table,
+                view.arena.dim,
                 lambda rows, searches: loops.attend(
                     *pages, searches, found[rows], logit[rows], heads[rows], positions, *_of(rows, taken)
                 ),
@@ -106,6 +107,7 @@ class CompiledKernel:
         else:
             self._by_rows(
                 table,
+                view.arena.dim,
                 lambda rows, searches: loops.read(
                     *pages, searches, summary[rows], heads[rows], positions, *_of(rows, taken)
                 ),
@@ -123,6 +125,7 @@ class CompiledKernel:
         output = np.zeros(queries.shape, np.float32)
         self._by_rows(
             table,
+            view.arena.dim,
             lambda rows, searches: loops.answer(
                 *(questions[rows], *weights, *pages, searches, positions),
                 *(*_of(rows, taken), output[rows]),
@@ -147,10 +150,10 @@ class CompiledKernel:
         self._together([partial(loops.score, table, summary, part, index, logit) for part in range(num_parts)])
         return index, logit
 
-    def _by_rows(self, table: Array, call: Callable[[slice, Array], None]) -> None:
+    def _by_rows(self, table: Array, dim: int, call: Callable[[slice, Array], None]) -> None:
         """Call for parts of the rows, with the searches [s] SEARCH of these, on several cores when they are many."""
         num_rows = int(table["num_queries"].sum())
-        self._together([partial(call, *part) for part in _share_out(table, num_rows, self._num_parts(num_rows))])
+        self._together([partial(call, *part) for part in _share_out(table, num_rows, self._num_parts(num_rows), dim)])
 
     def _num_parts(self, num_rows: int) -> int:
         return max(1, min(self.num_threads, num_rows // ROWS_PER_THREAD))
@@ -210,7 +213,7 @@ def _num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _share_out(table: Array, num_rows: int, num_parts: int) -> list[tuple[slice, Array]]:
+def _share_out(table: Array, num_rows: int, num_parts: int, dim: int) -> list[tuple[slice, Array]]:
     """Parts of about equally many rows, each with the searches [s] SEARCH of its rows; a search may be cut in two."""
     stops = np.cumsum(table["num_queries"])
     starts = stops - table["num_queries"]
@@ -219,7 +222,11 @@ def _share_out(table: Array, num_rows: int, num_parts: int) -> list[tuple[slice,
         inside = (starts < rows.stop) & (stops > rows.start)
         start, stop = np.maximum(starts[inside], rows.start), np.minimum(stops[inside], rows.stop)
         searches = table[inside]  # a copy
-        searches["hidden"] += (start - starts[inside]) * searches["hidden_stride"]
+        num_before = start - starts[inside]
+        searches["hidden"] += num_before * searches["hidden_stride"]
+        has_ends = searches["ends"] != 0
+        searches["ends"] += num_before * has_ends * 3 * 8
+        searches["own_keys"] += num_before * has_ends * dim * 4
         searches["num_queries"] = stop - start
         parts.append((rows, searches))
     return parts

@@ -26,7 +26,7 @@ SEARCH = np.dtype(
         (name, np.int64)
         for name in (
             *("keys", "pages", "token_mask", "hidden", "hidden_stride"),
-            *("num_keys", "first", "start", "stop", "num_queries", "k"),
+            *("num_keys", "first", "start", "stop", "num_queries", "k", "ends", "own_keys"),
         )
     ]
 )
@@ -233,15 +233,17 @@ def attend(
         rows = slice(row, row + search.num_queries)
         page_table = _array_at(search.pages, chunk_index, (search.num_keys,))
         marked = _array_at(search.token_mask, no_flags, (search.stop,))
+        ends = _array_at(search.ends, chunk_index, (search.num_queries, 3))
         for row in range(rows.start, rows.stop):
             head_queries[:], sums[:], by_slot[:] = heads[row], 0, 0
+            stop = ends[row - rows.start, 2] if search.ends != 0 else search.stop
             if len(positions):
                 dots(head_queries, positions, position_logits)
             for place in range(search.k):
                 chunk = chunk_index[row, place]
                 if chunk < 0:
                     continue
-                begin, end = max(0, search.start - chunk * size), min(size, search.stop - chunk * size)
+                begin, end = max(0, search.start - chunk * size), min(size, stop - chunk * size)
                 seen = marked[chunk * size + begin : chunk * size + end]
                 if begin >= end or (search.token_mask != 0 and not seen.any()):
                     continue
@@ -326,6 +328,7 @@ def _score(search: Any, begin: int, end: int, summary: Array, index: Array, logi
     num_rows, num_keys = len(summary), search.num_keys
     keys = _array_at(search.keys, summary, (num_keys, summary.shape[1]))
     hidden = _array_at(search.hidden, np.empty(0, np.bool_), (num_rows, num_keys))
+    ends = _array_at(search.ends, index, (num_rows, 3))
     rows, scores = _aligned(*summary.shape), np.empty((KEYS_AT_ONCE, num_rows), np.float32)
     rows[:] = summary
     overflowed = np.zeros(num_rows, np.bool_)
@@ -333,16 +336,36 @@ def _score(search: Any, begin: int, end: int, summary: Array, index: Array, logi
         block = keys[start : min(start + KEYS_AT_ONCE, end)]
         dots(block, rows, scores)
         for q in range(num_rows):
-            for i in range(len(block)):
+            for i in range(len(block) if search.ends == 0 else min(len(block), ends[q, 0] - start)):
                 if search.hidden != 0 and hidden[q if search.hidden_stride else 0, start + i]:
                     continue
                 if not np.isfinite(scores[i, q]):
                     overflowed[q] = True
                 elif scores[i, q] > logit[q, search.k - 1]:
                     _put(scores[i, q], start + i, logit[q, : search.k], index[q])
+    if search.ends != 0:
+        _score_own(search, begin, end, rows, logit, index, overflowed)
     for q in range(num_rows):
         if overflowed[q]:
             logit[q, 0] = np.nan
+
+
+@compile_loop
+def _score_own(search: Any, begin: int, end: int, rows: Array, logit: Array, index: Array, overflowed: Array) -> None:
+    """The keys begin .. end-1 that one row alone sees so, its last: they come after the others of its chunks."""
+    num_rows, score = len(rows), np.empty((1, 1), np.float32)
+    ends = _array_at(search.ends, index, (num_rows, 3))
+    own_keys = _array_at(search.own_keys, rows, (num_rows, rows.shape[1]))
+    hidden = _array_at(search.hidden, np.empty(0, np.bool_), (num_rows, search.num_keys))
+    for q in range(num_rows):
+        own = ends[q, 1]
+        if own < begin or own >= end or (search.hidden != 0 and hidden[q if search.hidden_stride else 0, own]):
+            continue
+        dots(own_keys[q : q + 1], rows[q : q + 1], score)
+        if not np.isfinite(score[0, 0]):
+            overflowed[q] = True
+        elif score[0, 0] > logit[q, search.k - 1]:
+            _put(score[0, 0], own, logit[q, : search.k], index[q])
 
 
 @compile_loop

@@ -77,7 +77,7 @@ def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Atte
     taken = index >= 0
     # A row without any chunk would be 0 / 0; one that overflowed stays NaN.
     weight = logits.softmax(dim=-1).masked_fill(logits == -torch.inf, 0.0)
-    visible = _visible(search, index, view.arena.chunk_size)  # [Q, k, C]
+    visible = _visible(search, index, queries, view.arena.chunk_size)  # [Q, k, C]
     if len(search.pages):
         pages = search.pages[index.clamp(min=0)].clamp(min=0)
         x = rearrange(view.arena.take(pages.flatten()).float(), "(q k) c d -> q k c d", k=search.k)
@@ -109,22 +109,29 @@ def _attend(batch: Batch, search: Search, queries: Tensor, rows: Tensor) -> Atte
 def ranked(search: Search, summary: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Indexes [Q, k] among the search's chunks, -1 for none, and logits; a stable sort keeps ties in order."""
     scores = summary @ search.keys.T  # [Q, m]
-    overflowed = ~scores.isfinite()
+    hidden = torch.zeros_like(scores, dtype=torch.bool)
     if search.hidden is not None:
-        hidden = search.hidden if search.hidden.ndim == 1 else search.hidden[queries]
-        scores = scores.masked_fill(hidden, -torch.inf)
-        overflowed &= ~hidden
+        hidden |= search.hidden if search.hidden.ndim == 1 else search.hidden[queries]
+    if search.ends is not None and search.own_keys is not None:
+        num_whole, own, _ = search.ends[queries].unsqueeze(-1).unbind(dim=1)  # [Q, 1] each
+        of_own = (summary * search.own_keys[queries]).sum(dim=-1, keepdim=True)
+        keys = torch.arange(len(search.keys), device=scores.device)
+        scores = torch.where(keys == own, of_own, scores)
+        hidden |= (keys >= num_whole) & (keys != own)
+    overflowed = ~scores.isfinite() & ~hidden
+    scores = scores.masked_fill(hidden, -torch.inf)
     logits, index = scores.sort(dim=-1, descending=True, stable=True)
     logits, index = logits[:, : search.k], index[:, : search.k]
     index = index.where(logits > -torch.inf, -1)
     return index, logits.masked_fill(overflowed.any(dim=-1, keepdim=True), torch.nan)
 
 
-def _visible(search: Search, index: Tensor, chunk_size: int) -> Tensor:
-    """Visible slots [Q, k, C] of chunks `index` [Q, k]."""
+def _visible(search: Search, index: Tensor, queries: Tensor, chunk_size: int) -> Tensor:
+    """Visible slots [Q, k, C] of chunks `index` [Q, k], taken by these rows of the search."""
     slots = torch.arange(chunk_size, device=index.device)
     positions = (search.first + index)[..., None] * chunk_size + slots
-    visible = (positions >= search.start) & (positions < search.stop) & (index >= 0)[..., None]
+    stop = search.stop if search.ends is None else search.ends[queries, 2][:, None, None]
+    visible = (positions >= search.start) & (positions < stop) & (index >= 0)[..., None]
     if search.token_mask is not None and len(search.token_mask):
         visible &= search.token_mask[positions.clamp(0, len(search.token_mask) - 1)]
     return visible

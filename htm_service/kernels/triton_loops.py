@@ -14,12 +14,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-KEYS, PAGES, TOKEN_MASK, HIDDEN, HIDDEN_STRIDE, NUM_KEYS, FIRST, START, STOP, NUM_ROWS, TAKES, FIRST_ROW, FIRST_LIST = (
+KEYS, PAGES, TOKEN_MASK, HIDDEN, HIDDEN_STRIDE, NUM_KEYS, FIRST, START, STOP, NUM_ROWS, TAKES, ENDS, OWN_KEYS = (
     tl.constexpr(column) for column in range(13)
 )
+FIRST_ROW, FIRST_LIST = tl.constexpr(13), tl.constexpr(14)
 """Columns of the table of searches: `kernels.base.Search.numbers`, its first row in the batch, its first list of
 candidates."""
-COLUMNS = tl.constexpr(13)
+COLUMNS = tl.constexpr(15)
 LOW = tl.constexpr(0xFFFFFFFF)
 NOT_FINITE = tl.constexpr(0x7FFFFFFF)
 """Stands for a score above all finite ones."""
@@ -53,15 +54,24 @@ def score_keys(
     keys = _pointer(tl.load(search + KEYS), tl.float32, ALIGNMENT)
     summary += tl.load(search + FIRST_ROW) * dim
     scores = tl.zeros([ROWS, PIECE], tl.float32)
+    ends, own_keys = tl.load(search + ENDS), _pointer(tl.load(search + OWN_KEYS), tl.float32, ALIGNMENT)
+    of_own = tl.zeros([ROWS], tl.float32)
     for start in range(0, dim, BLOCK):
         column = start + tl.arange(0, BLOCK)
         is_column = column < dim
+        is_own = is_row[:, None] & is_column[None, :] & (ends != 0)
         a = tl.load(
             summary + row[:, None] * dim + column[None, :], mask=is_row[:, None] & is_column[None, :], other=0.0
         )
         b = tl.load(keys + key[None, :] * dim + column[:, None], mask=is_key[None, :] & is_column[:, None], other=0.0)
         scores = tl.dot(a, b, scores, input_precision="ieee")
+        of_own += tl.sum(a * tl.load(own_keys + row[:, None] * dim + column[None, :], mask=is_own, other=0.0), 1)
     is_seen = is_row[:, None] & is_key[None, :]
+    end = _pointer(ends, tl.int64, 8) + 3 * row
+    num_whole = tl.load(end, mask=is_row & (ends != 0), other=0)[:, None]
+    own = tl.load(end + 1, mask=is_row & (ends != 0), other=-1)[:, None]
+    scores = tl.where(key[None, :] == own, of_own[:, None], scores)
+    is_seen &= (ends == 0) | (key[None, :] < num_whole) | (key[None, :] == own)
     hidden = tl.load(search + HIDDEN)
     flag = row[:, None] * tl.load(search + HIDDEN_STRIDE) + key[None, :]
     is_hidden = tl.load(_pointer(hidden, tl.int8, 1) + flag, mask=is_seen & (hidden != 0), other=0)
@@ -139,7 +149,7 @@ def score_tokens(
     slot = tl.program_id(1) // width * SLOTS + tl.arange(0, SLOTS)
     head = tl.program_id(2) * HEADS + tl.arange(0, HEADS)
     page = tl.load(contents + taken)
-    is_visible = _is_visible(search, tl.load(chunk_index + taken), page, slot, size)
+    is_visible = _is_visible(search, row, tl.load(chunk_index + taken), page, slot, size)
     scores = tl.zeros([HEADS, SLOTS], tl.float32)
     for start in range(0, dim, BLOCK):
         column = start + tl.arange(0, BLOCK)
@@ -184,7 +194,7 @@ def add_up(
         chunk, page, weight = tl.load(chunk_index + taken), tl.load(contents + taken), tl.load(chunk_weight + taken)
         for start in range(0, size, SLOTS):
             slot = start + tl.arange(0, SLOTS)
-            is_visible = _is_visible(search, chunk, page, slot, size)
+            is_visible = _is_visible(search, row, chunk, page, slot, size)
             is_there = (head < num_heads)[:, None] & is_visible[None, :]
             share = tl.load(
                 shares + (taken * num_heads + head[:, None]) * size + slot[None, :], mask=is_there, other=0.0
@@ -196,10 +206,13 @@ def add_up(
 
 
 @triton.jit
-def _is_visible(search, chunk, page, slot, size):
-    """Which slots of a chunk hold a visible token; none where its contents are not here."""
+def _is_visible(search, row, chunk, page, slot, size):
+    """Which slots of a chunk hold a token that a row sees; none where its contents are not here."""
     position = chunk * size + slot
-    seen = (slot < size) & (position >= tl.load(search + START)) & (position < tl.load(search + STOP)) & (page != 0)
+    ends, row_of_search = tl.load(search + ENDS), row - tl.load(search + FIRST_ROW)
+    end = tl.load(_pointer(ends, tl.int64, 8) + 3 * row_of_search + 2, mask=ends != 0, other=0)
+    stop = tl.where(ends != 0, end, tl.load(search + STOP))
+    seen = (slot < size) & (position >= tl.load(search + START)) & (position < stop) & (page != 0)
     token_mask = tl.load(search + TOKEN_MASK)
     marked = tl.load(_pointer(token_mask, tl.int8, 1) + position, mask=seen & (token_mask != 0), other=1)
     return seen & (marked != 0)

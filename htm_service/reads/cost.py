@@ -37,7 +37,8 @@ def split(request: AttendRequest, max_queries: int, length: int) -> list[AttendR
         chunk_mask = request.chunk_mask
         if chunk_mask is not None and chunk_mask.ndim == 2:
             chunk_mask = chunk_mask[rows]
-        parts.append(replace(request, queries=request.queries[rows], stop=stop, chunk_mask=chunk_mask))
+        stops = None if request.stops is None else request.stops[rows]
+        parts.append(replace(request, queries=request.queries[rows], stop=stop, stops=stops, chunk_mask=chunk_mask))
     return parts
 
 

@@ -28,7 +28,7 @@ from htm_service.kernels.reference import ranked
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.memory.resident import Resident
-from htm_service.reads.visibility import Visibility, partial_keys, seen_in_part
+from htm_service.reads.visibility import Ends, SeenTo, Visibility, ends_of, partial_keys, seen_in_part
 from htm_service.records import (
     AttendRequest,
     AttendResult,
@@ -74,7 +74,7 @@ class Attend:
     """How long the session was when the attend was admitted, where it must be answered as of then."""
     visibility: Visibility | None = None
     """What it sees, once that is planned."""
-    known_keys: Mapping[int, Tensor] = field(default_factory=dict)
+    known_keys: Mapping[SeenTo, Tensor] = field(default_factory=dict)
     """Keys [D] of chunks that it sees in part, whose contents were here and need not be any more."""
     fetch: Fetch | None = None
     missing: Missing | None = None
@@ -204,7 +204,8 @@ def _what_is_seen(attend: Attend, place: int) -> tuple[int, ...]:
     explanation does.
     """
     visibility = attend.seen
-    if visibility.token_mask is not None or visibility.chunk_mask is not None or attend.num_ranked:
+    is_masked = visibility.token_mask is not None or visibility.chunk_mask is not None
+    if is_masked or visibility.stops is not None or attend.num_ranked:
         return (place,)
     return id(attend.chunks), visibility.start, visibility.stop, attend.top_k
 
@@ -212,10 +213,11 @@ def _what_is_seen(attend: Attend, place: int) -> tuple[int, ...]:
 def _missing_in_part(attend: Attend) -> list[int]:
     """The chunks that an attend sees in part, whose keys are not known and whose contents are not here."""
     first, last = attend.seen.chunk_range(attend.chunks.chunk_size)
-    in_part = seen_in_part(attend.chunks, attend.seen, first, last) if first < last else None
-    if in_part is None:
+    if first >= last:
         return []
-    return attend.chunks.missing([chunk for chunk in in_part.chunks.tolist() if chunk not in attend.known_keys])
+    parts = seen_in_part(attend.chunks, attend.seen, first, last), _ends(attend)
+    names = {name for part in parts if part is not None for name in part.names()}
+    return attend.chunks.missing(sorted({chunk for chunk, _ in names.difference(attend.known_keys)}))
 
 
 def _missing_contents(attend: Attend, chunks: Ints) -> list[int]:
@@ -238,13 +240,31 @@ def _search(together: list[Attend]) -> Search:
         hidden = ~torch.tensor(allowed, device=keys.device)
     if in_part is not None:
         keys = keys.clone()
-        keys[in_part.chunks - first] = partial_keys(held, in_part, attend.known_keys)
+        own = partial_keys(held, in_part.chunks, in_part.slots, in_part.names(), attend.known_keys)
+        keys[in_part.chunks - first] = own
         if len(in_part.hidden):
             hidden = keys.new_zeros(len(keys), dtype=torch.bool) if hidden is None else hidden
             hidden[..., in_part.hidden - first] = True
     token_mask = None if visibility.token_mask is None else torch.from_numpy(visibility.token_mask).to(keys.device)
     k = min(attend.top_k, last - first)
-    return Search(keys, pages, first, visibility.start, visibility.stop, num_queries, k, token_mask, hidden)
+    search = Search(keys, pages, first, visibility.start, visibility.stop, num_queries, k, token_mask, hidden)
+    ends = _ends(attend) if first < last else None
+    return search if ends is None else _with_ends(search, attend, ends)
+
+
+def _ends(attend: Attend) -> Ends | None:
+    held = attend.chunks
+    return ends_of(attend.seen, held.chunk_size, held.length, held.keys.device)
+
+
+def _with_ends(search: Search, attend: Attend, ends: Ends) -> Search:
+    """The search, whose rows each see to an end of their own."""
+    chunk = ends.chunk - search.first
+    num_whole = torch.where(ends.chunk < 0, 0, chunk + ends.in_whole.long())
+    own = torch.where(ends.in_part, chunk, -1)
+    own_keys = search.keys.new_zeros(search.num_queries, search.keys.shape[1])
+    own_keys[ends.in_part] = partial_keys(attend.chunks, *ends.parts(), ends.names(), attend.known_keys)
+    return replace(search, ends=torch.stack((num_whole, own, ends.stop), dim=1), own_keys=own_keys)
 
 
 def _stack_queries(attends: list[Attend]) -> Tensor:

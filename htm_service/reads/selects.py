@@ -7,14 +7,13 @@ Does not know HTTP, nor weights: whoever asks computes attention elsewhere. It i
 
 from __future__ import annotations
 
-import asyncio
 from dataclasses import replace
 
 import numpy as np
 
 from htm_service.attention.model import RetrievalModel
 from htm_service.attention.registry import ModelRegistry
-from htm_service.config import MAX_TOP_K, EngineConfig
+from htm_service.config import MAX_TOP_K
 from htm_service.errors import LengthConflict, SessionDamaged
 from htm_service.reads.attends import Attends
 from htm_service.reads.runner import Select
@@ -28,8 +27,7 @@ from htm_service.threads.batcher import within
 class Selects:
     """See the head of this module. Raises only `htm_service.errors`."""
 
-    def __init__(self, config: EngineConfig, models: ModelRegistry, worker: DeviceWorker, attends: Attends) -> None:
-        self._config = config
+    def __init__(self, models: ModelRegistry, worker: DeviceWorker, attends: Attends) -> None:
         self._models = models
         self._worker = worker
         self._attends = attends
@@ -41,16 +39,19 @@ class Selects:
         top_k = request.top_k or self._models.get(session.settings.model).config.top_k
         asked = Select(session.resident, self._key_space, request, top_k, keys=keys, tokens=tokens)
         try:
-            result = await self._attends.compute(session, asked)
+            limit = self._attends.deadline_of(request)  # one for all that is asked of the device
+            result = await self._attends.compute(session, asked, limit)
             assert isinstance(result, SelectResult)
             if result.taken is None and (keys or tokens):  # its parts only said what they take
-                return await self._bring(session, asked, result)
+                return await self._bring(session, asked, result, limit)
             return result
         except SessionDamaged as error:
             session.damage = error.detail
             raise
 
-    async def _bring(self, session: Session, asked: Select, result: SelectResult) -> SelectResult:
+    async def _bring(
+        self, session: Session, asked: Select, result: SelectResult, limit: tuple[float, float]
+    ) -> SelectResult:
         """The result with what all its parts take, by one select that can take nothing else.
 
         Raises LengthConflict when some of that was trimmed meanwhile.
@@ -72,10 +73,9 @@ class Selects:
             top_k=MAX_TOP_K,
             length=result.length,
         )
-        timeout_s = request.timeout_s or self._config.default_timeout_s
         future = self._worker.submit(select, chunk_mask.size * session.settings.dim)
         try:
-            brought = await within(future, asyncio.get_running_loop().time() + timeout_s, timeout_s)
+            brought = await within(future, *limit)
             assert isinstance(brought, SelectResult) and brought.taken is not None
             result = result._replace(taken=brought.taken, timing=result.timing.plus(brought.timing))
             is_whole = len(brought.taken.index) == len(chunks)

@@ -17,8 +17,10 @@ from htm_service.errors import InvalidArgument
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.resident import EpisodeRun
 from htm_service.memory.summary import mean_of, sum_slots
-from htm_service.records import AttendRequest, Bools, OpenChunk
+from htm_service.records import AttendRequest, Bools, Ints, OpenChunk
 
+SeenTo = tuple[int, int]
+"""A chunk, and the position where what is seen of it stops at the latest: what tells apart the keys of its parts."""
 CHUNKS_AT_ONCE = 256
 """Chunks whose contents are copied together to recompute their keys: bounds the workspace."""
 
@@ -36,6 +38,8 @@ class Visibility:
     token_mask: Bools | None
     chunk_mask: Bools | None
     """[M] or [Q, M] bool (host), M the chunks of the n tokens that the request speaks of."""
+    stops: Ints | None = None
+    """[Q] (host), where the range stops for each query; `stop` is then the end of the last chunk that one may see."""
 
     def chunk_range(self, chunk_size: int) -> tuple[int, int]:
         """The chunks first .. last-1 that touch the visible range."""
@@ -71,12 +75,13 @@ def plan_visibility(
 ) -> Visibility:
     """What `request` sees of a session's tokens `first_position` .. `length`-1. Raises InvalidArgument, Trimmed."""
     stop = length if request.stop is None else request.stop
+    lowest = stop if request.stops is None else min(request.stops)
     if stop > length:
         raise InvalidArgument(f"stop is {stop}, the session's length is {length}")
-    if stop < first_position:
-        raise Trimmed(f"stop is {stop}, the session's tokens before {first_position} were trimmed")
-    if request.start > stop:
-        raise InvalidArgument(f"start is {request.start}, it must be at most {stop}, where the visible range stops")
+    if lowest < first_position:
+        raise Trimmed(f"stop is {lowest}, the session's tokens before {first_position} were trimmed")
+    if request.start > lowest:
+        raise InvalidArgument(f"start is {request.start}, it must be at most {lowest}, where the visible range stops")
     num_chunks = -(-stop // chunk_size)
     mask, chunk_mask = request.mask, request.chunk_mask
     if mask is not None and mask.shape != (stop,):
@@ -88,21 +93,65 @@ def plan_visibility(
     if request.episodes is not None:
         of_episodes = _episode_mask(episodes, frozenset(request.episodes), stop)
         mask = of_episodes if mask is None else mask & of_episodes
+    stops = None if request.stops is None else np.array(request.stops, np.int64)
     if open_chunk == "exclude":
         stop = stop // chunk_size * chunk_size
+        stops = None if stops is None else stops // chunk_size * chunk_size
         mask = None if mask is None else mask[:stop]
-    return Visibility(max(request.start, first_position), stop, mask if stop else None, chunk_mask)
+    if stops is not None:
+        stop = -(-stop // chunk_size) * chunk_size  # whatever is cut, is cut for each query
+        mask = None if mask is None else np.pad(mask, (0, stop - len(mask)))
+    return Visibility(max(request.start, first_position), stop, mask if stop else None, chunk_mask, stops)
 
 
 @dataclass(frozen=True, slots=True)
 class SeenInPart:
     """The chunks of a range that a request sees in part, `chunks` [p] int64, and which of their `slots` [p, C] bool;
-    `hidden` [h] int64, those it does not see at all. On the chunks' device.
+    `hidden` [h] int64, those it does not see at all. On the chunks' device. `stop`, where the range stops.
     """
 
     chunks: Tensor
     slots: Tensor
     hidden: Tensor
+    stop: int
+
+    def names(self) -> list[SeenTo]:
+        """What tells the parts apart."""
+        return [(chunk, self.stop) for chunk in self.chunks.tolist()]
+
+
+@dataclass(frozen=True, slots=True)
+class Ends:
+    """Where the range stops for each query: `chunk` [Q] int64 that holds the last token before its stop, -1 for none;
+    of it the query sees `slots` [Q, C] bool: all, some (`in_part` [Q] bool) or none (`in_whole` is false then, too).
+    """
+
+    chunk: Tensor
+    stop: Tensor
+    slots: Tensor
+    in_whole: Tensor
+    in_part: Tensor
+
+    def parts(self) -> tuple[Tensor, Tensor]:
+        """The chunks [p] that are seen in part, and which of their slots [p, C]; one for each such query."""
+        return self.chunk[self.in_part], self.slots[self.in_part]
+
+    def names(self) -> list[SeenTo]:
+        """What tells these parts apart."""
+        return list(zip(self.chunk[self.in_part].tolist(), self.stop[self.in_part].tolist(), strict=True))
+
+
+def ends_of(visibility: Visibility, size: int, length: int, device: torch.device) -> Ends | None:
+    """Where the range stops for each query, in a session of this length; None where that is the same for all."""
+    if visibility.stops is None:
+        return None
+    stop = torch.from_numpy(visibility.stops).to(device)
+    chunk = torch.where(stop > visibility.start, (stop - 1) // size, -1)
+    positions = chunk[:, None] * size + torch.arange(size, device=device)
+    slots = visibility.slots(chunk, size) & (positions < stop[:, None]) & (chunk >= 0)[:, None]
+    seen = slots.sum(dim=1)
+    in_whole = (seen > 0) & (seen == (length - chunk * size).clamp(max=size))
+    return Ends(chunk, stop, slots, in_whole, (seen > 0) & ~in_whole)
 
 
 def seen_in_part(held: Chunks, visibility: Visibility, first: int, last: int) -> SeenInPart | None:
@@ -122,7 +171,7 @@ def seen_in_part(held: Chunks, visibility: Visibility, first: int, last: int) ->
     seen = slots.sum(dim=1)
     stored = (held.length - suspects * size).clamp(max=size)
     in_part = (seen > 0) & (seen < stored)
-    return SeenInPart(suspects[in_part], slots[in_part], suspects[seen == 0])
+    return SeenInPart(suspects[in_part], slots[in_part], suspects[seen == 0], visibility.stop)
 
 
 def keys_of(contents: Tensor, slots: Tensor) -> Tensor:
@@ -130,18 +179,21 @@ def keys_of(contents: Tensor, slots: Tensor) -> Tensor:
     return mean_of(sum_slots(contents, slots), slots.sum(dim=1, keepdim=True))
 
 
-def partial_keys(held: Chunks, part: SeenInPart, known: Mapping[int, Tensor]) -> Tensor:
-    """The keys [p, D] of the chunks seen in part: those that are `known`, and the others from their contents."""
-    keys = torch.empty(len(part.chunks), held.keys.shape[1], device=held.keys.device)
-    rows = torch.arange(len(part.chunks), device=keys.device)
+def partial_keys(
+    held: Chunks, chunks: Tensor, slots: Tensor, names: Sequence[SeenTo], known: Mapping[SeenTo, Tensor]
+) -> Tensor:
+    """The keys [p, D] of chunks [p] over some of their slots [p, C]: those that are `known` by their names, and the
+    others from their contents.
+    """
+    keys = torch.empty(len(chunks), held.keys.shape[1], device=held.keys.device)
+    rows = torch.arange(len(chunks), device=keys.device)
     if known:
-        chunks = part.chunks.tolist()
-        for row, chunk in enumerate(chunks):
-            if chunk in known:
-                keys[row] = known[chunk]
-        rows = rows[torch.tensor([chunk not in known for chunk in chunks], device=keys.device)]
+        for row, name in enumerate(names):
+            if name in known:
+                keys[row] = known[name]
+        rows = rows[torch.tensor([name not in known for name in names], device=keys.device)]
     for some in rows.split(CHUNKS_AT_ONCE):
-        keys[some] = keys_of(held.contents(part.chunks[some]), part.slots[some])
+        keys[some] = keys_of(held.contents(chunks[some]), slots[some])
     return keys
 
 

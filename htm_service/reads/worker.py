@@ -25,7 +25,7 @@ from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch, Loader
 from htm_service.memory.resident import Resident
 from htm_service.reads.runner import Attend, Runner
-from htm_service.reads.visibility import Trimmed, keys_of, plan_visibility
+from htm_service.reads.visibility import Trimmed, ends_of, keys_of, plan_visibility
 from htm_service.records import AttendResult, SelectResult, Timing
 from htm_service.threads.batcher import LATER, Batcher, Entry, Outcome, Ticket
 
@@ -218,9 +218,19 @@ def _see(attend: Attend) -> None:
 
 
 def _know_keys(attend: Attend, contents: Mapping[int, Tensor]) -> None:
-    """Keep the keys of more chunks that it sees in part."""
-    chunks = torch.tensor(list(contents))
-    slots = attend.seen.slots(chunks, attend.resident.settings.chunk_size)
+    """Keep the keys of more chunks that it, or a query of it, sees in part."""
+    chunks, size = torch.tensor(list(contents)), attend.resident.settings.chunk_size
+    slots = attend.seen.slots(chunks, size)
     tokens = torch.stack(list(contents.values()))
     keys = keys_of(tokens, slots.to(tokens.device))
-    attend.known_keys = {**attend.known_keys, **dict(zip(contents, keys, strict=True))}
+    known = {(chunk, attend.seen.stop): key for chunk, key in zip(contents, keys, strict=True)}
+    length = attend.resident.extent.length
+    if (ends := ends_of(attend.seen, size, length, chunks.device)) is not None:
+        of_ends, slots = ends.parts()
+        rows = [row for row, chunk in enumerate(of_ends.tolist()) if chunk in contents]
+        if rows:
+            own = torch.stack([contents[int(of_ends[row])] for row in rows])
+            names = ends.names()
+            keys = keys_of(own, slots[rows].to(own.device))
+            known |= {names[row]: key for row, key in zip(rows, keys, strict=True)}
+    attend.known_keys = {**attend.known_keys, **known}

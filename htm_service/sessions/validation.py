@@ -160,6 +160,10 @@ def check_attend(request: AttendRequest, dim: int) -> AttendRequest:
     check_range("start", request.start, 0, 2**53)
     if request.stop is not None:
         check_range("stop", request.stop, 0, 2**53)
+    if request.stops is not None:
+        if len(request.stops) != len(queries):
+            raise InvalidArgument(f"stop has {len(request.stops)} values, there are {len(queries)} queries")
+        check_range("the lowest stop", min(request.stops), 0, 2**53)
     check_range("max_recalled", request.max_recalled, 1, limits.MAX_RECALLED)
     if request.rank_by not in {"weight", "score"}:
         raise InvalidArgument(f"rank_by is {quoted(request.rank_by)}, it must be 'weight' or 'score'")

@@ -358,3 +358,18 @@ async def test_a_client_that_waits_for_100_continue_is_not_asked_to_send(client:
 
     headers = {**JSON, "content-length": "100000000", "expect": "100-continue"}
     check_problem(await client.post(MEMORIES, content=stream(), headers=headers), 413, "body_too_large")
+
+
+@pytest.mark.parametrize(
+    ("stop", "message"),
+    [
+        ([], "stop is []; it must be an integer, or a list of one for each query"),
+        ([1, "2"], "stop is [1, '2']; it must be a list of integers"),
+        ([1, 2, 3], "stop has 3 values, there are 2 queries"),
+        ([1, 6], "stop is 6, the session's length is 5"),
+        ([1, -2], "the lowest stop is -2"),
+    ],
+)
+async def test_a_stop_for_each_query_must_be_one(client: httpx.AsyncClient, stop: Any, message: str) -> None:
+    answer = await client.post(ATTEND, json={"queries": [[1, 0, 0], [0, 1, 0]], "stop": stop})
+    assert message in check_problem(answer, 422, "invalid_argument")["detail"]

@@ -23,6 +23,13 @@ NAMES = [name for name in KERNELS if name != "triton" or "TRITON_INTERPRET" in o
 """The kernels that run on a CPU."""
 
 
+ENDS: dict[str, Any] = {
+    "ends": torch.tensor([[2, 2, 2 * SIZE + 3], [0, -1, 0], [11, -1, 11 * SIZE], [0, 0, 1]]),
+    "own_keys": torch.linspace(-3, 3, 4 * DIM).view(4, DIM),
+}
+"""Of four rows: one sees a chunk in part, one nothing, one all, one a single token."""
+
+
 def make_arena(limit: int = 1 << 24, dtype: torch.dtype = torch.float32) -> tuple[Arena, Budget]:
     budget = Budget(limit)
     return Arena(DIM, SIZE, dtype, torch.device("cpu"), budget), budget
@@ -90,6 +97,8 @@ def test_compiled_answers_equal_the_reference(
         make_search(other, 9, num_queries, token_mask=torch.zeros(11 * SIZE, dtype=torch.bool)),
         make_search(other, 9, num_queries, hidden=torch.rand(11) < 0.5),
         make_search(other, 9, num_queries, hidden=torch.rand(num_queries, 11) < 0.5),
+        make_search(other, 9, 4, **ENDS),
+        make_search(other, 9, 4, hidden=torch.rand(4, 11) < 0.5, token_mask=torch.rand(11 * SIZE) < 0.7, **ENDS),
         make_search(
             other, 3, num_queries, keys=other.keys[4:9], pages=other.page_table[4:9], first=4, start=4 * SIZE, stop=44
         ),

@@ -87,6 +87,9 @@ def ragged(device: str, dtype: torch.dtype = torch.float32, *, positions: bool =
     scene.search(other, 2, token_mask=torch.zeros(7 * SIZE, dtype=torch.bool))
     scene.search(other, 6, 2, hidden=torch.rand(7) < 0.5)
     scene.search(other, 6, 2, hidden=torch.rand(2, 7) < 0.5)
+    ends = torch.tensor([[2, 2, 2 * SIZE + 3], [0, -1, 0], [7, -1, 7 * SIZE], [0, 0, 1]])
+    for mask in (None, torch.rand(7 * SIZE) < 0.7):
+        scene.search(other, 6, 4, ends=ends, own_keys=torch.randn(4, DIM), token_mask=mask)
     part = slice(2, 6)
     scene.search(other, 3, keys=other.keys[part], pages=other.page_table[part], first=2, start=2 * SIZE, stop=29)
     return scene.batch(positions=positions)
