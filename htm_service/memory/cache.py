@@ -147,8 +147,8 @@ class Cache:
         num_tokens = new.tokens.shape[0]
         at_once = max(1, chunks.arena.max_pages // 4) * chunks.chunk_size  # the first pages go before the last come
         for first in range(0, num_tokens, at_once):
-            num_pages = chunks.num_pages_for(min(at_once, num_tokens - first))
-            self.reclaim.make_room(resident, num_pages, chunks.num_key_bytes_for(num_pages))
+            if num_pages := chunks.num_pages_for(min(at_once, num_tokens - first)):
+                self.reclaim.make_room(resident, num_pages, chunks.num_key_bytes_for(num_pages))
             chunks.append(new.tokens[first : first + at_once])
         if num_tokens and (not resident.episodes or resident.episodes[-1].episode != new.episode):
             resident.episodes.append(EpisodeRun(new.start, new.episode))

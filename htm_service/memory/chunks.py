@@ -254,13 +254,14 @@ class Chunks:
     def _fill_open(self, tokens: Tensor) -> None:
         """Add 1 to C tokens, none of which crosses a chunk's end."""
         chunk, slot = divmod(self.length, self.chunk_size)
-        self.page(chunk)[slot : slot + len(tokens)] = tokens
+        num_tokens = tokens.shape[0]  # torch's `len` takes microseconds
+        self.page(chunk)[slot : slot + num_tokens] = tokens
         if slot == 0:
             self._open_sum.zero_()
-        for place in range(len(tokens)):
+        for place in range(num_tokens):
             add_token(self._open_sum, tokens[place])
-        self.length += len(tokens)
-        mean_of(self._open_sum, slot + len(tokens), out=self._keys[self._row(chunk)])
+        self.length += num_tokens
+        mean_of(self._open_sum, slot + num_tokens, out=self._keys[self._row(chunk)])
 
     def _add_sealed(self, chunks: Tensor) -> None:
         """Add whole chunks [m, C, D] at a chunk's boundary."""

@@ -49,6 +49,13 @@ class _Row(NamedTuple):
     top_k: int
 
 
+class Answered(NamedTuple):
+    """What became of several requests, and the rows of those that could begin."""
+
+    rows: Sequence[_Row]
+    outcomes: list[AttendResult | Exception]
+
+
 class Attends:
     """See the head of this module. Raises only `htm_service.errors`."""
 
@@ -84,8 +91,14 @@ class Attends:
 
         They have one deadline, the first's. Raises InvalidArgument where they would answer too much together.
         """
+        answered = await self.answer_all(wanted)
+        self.account(answered)
+        return answered.outcomes
+
+    async def answer_all(self, wanted: Sequence[tuple[Session, AttendRequest]]) -> Answered:
+        """The same, to be accounted for."""
         if not wanted:
-            return []
+            return Answered([], [])
         limit = self.deadline_of(wanted[0][1])
         outcomes: dict[int, AttendResult | Exception] = {}
         rows: list[_Row] = []
@@ -102,13 +115,16 @@ class Attends:
             outcomes[row.place] = outcome
         if any(request.payloads for _, request in wanted):
             await self._add_payloads([row for row in rows if row.request.payloads], outcomes)
-        for row in rows:
-            outcome = outcomes[row.place]
+        return Answered(rows, [outcomes[place] for place in range(len(wanted))])
+
+    def account(self, answered: Answered) -> None:
+        """Count and keep what was answered to several requests, and what was found damaged."""
+        for row in answered.rows:
+            outcome = answered.outcomes[row.place]
             if isinstance(outcome, SessionDamaged):
                 row.session.damage = outcome.detail
             elif isinstance(outcome, AttendResult):
                 self._account(row.session, row.request, outcome, row.name, row.top_k)
-        return [outcomes[place] for place in range(len(wanted))]
 
     def _account(self, session: Session, request: AttendRequest, result: AttendResult, name: str, top_k: int) -> None:
         """Count an attend that was answered with the model `name`, keep its recall, and tell of it."""

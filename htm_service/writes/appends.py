@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import time
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Sequence
 
 import orjson
 
@@ -34,6 +34,9 @@ LARGE_BYTES = 256 << 10
 NO_LENGTH = -1
 """An `if_length` that no session has."""
 
+Prepared = Append | HTMError | None
+"""A write, why there is none, or None where there is nothing to write."""
+
 
 class Appends:
     """See the head of this module."""
@@ -56,20 +59,28 @@ class Appends:
             raise _refusal(error, session, write) from None
         return self._appended(session, written, started)
 
-    async def append_all(
-        self, wanted: Sequence[tuple[Session, AppendRequest]], only_repeat: Set[int] = frozenset()
-    ) -> list[AppendResult | Exception]:
+    async def append_all(self, wanted: Sequence[tuple[Session, AppendRequest]]) -> list[AppendResult | Exception]:
         """Write the tokens of several sessions, none of them twice, in one group; one that fails takes no other along.
 
-        Those at the places `only_repeat` as `append` does with that. Where there are no tokens, nothing is written.
+        Where there are no tokens, nothing is written.
         """
-        started = time.monotonic()
+        return await self.write_all(wanted, await self.prepare_all(wanted))
+
+    async def prepare_all(self, wanted: Sequence[tuple[Session, AppendRequest]]) -> list[Prepared]:
+        """What is to be written of each, which takes a moment; off the event loop where it is much."""
         if sum(request.embeddings.nbytes for _, request in wanted) > LARGE_BYTES:
-            writes, outcomes = await asyncio.to_thread(_prepare_all, wanted, only_repeat)
-        else:
-            writes, outcomes = _prepare_all(wanted, only_repeat)
+            return await asyncio.to_thread(_prepare_all, wanted)
+        return _prepare_all(wanted)
+
+    async def write_all(
+        self, wanted: Sequence[tuple[Session, AppendRequest]], prepared: Sequence[Prepared]
+    ) -> list[AppendResult | Exception]:
+        """Write what was prepared."""
+        started = time.monotonic()
+        writes = [(place, write) for place, write in enumerate(prepared) if isinstance(write, Append)]
         changes = [Change(write, wanted[place][0].resident) for place, write in writes]
         all_written = await self._committer.write_all(changes) if changes else []
+        outcomes: dict[int, AppendResult | Exception] = {}
         for (place, write), written in zip(writes, all_written, strict=True):
             session = wanted[place][0]
             if isinstance(written, Refused):
@@ -78,6 +89,12 @@ class Appends:
                 outcomes[place] = written
             else:
                 outcomes[place] = self._appended(session, written, started)
+        for place, left in enumerate(prepared):
+            if left is None:
+                session, request = wanted[place]
+                outcomes[place] = _nothing(session, request.if_length)
+            elif isinstance(left, HTMError):
+                outcomes[place] = left
         return [outcomes[place] for place in range(len(wanted))]
 
     def _appended(self, session: Session, written: Written, started: float) -> AppendResult:
@@ -104,28 +121,26 @@ class Appends:
             return None
 
 
-def _prepare_all(
-    wanted: Sequence[tuple[Session, AppendRequest]], only_repeat: Set[int]
-) -> tuple[list[tuple[int, Append]], dict[int, AppendResult | Exception]]:
-    """The writes, each with its place, and by place what comes of those that need none."""
-    writes: list[tuple[int, Append]] = []
-    outcomes: dict[int, AppendResult | Exception] = {}
-    for place, (session, request) in enumerate(wanted):
+def only_repeat(prepared: Prepared) -> Prepared:
+    """The write that answers what it answered before, and otherwise is refused as WrongLength."""
+    return prepared._replace(if_length=NO_LENGTH) if isinstance(prepared, Append) else prepared
+
+
+def _prepare_all(wanted: Sequence[tuple[Session, AppendRequest]]) -> list[Prepared]:
+    prepared: list[Prepared] = []
+    for session, request in wanted:
         try:
-            if len(request.embeddings):
-                writes.append((place, _prepare(session, request, place in only_repeat)))
-            else:
-                outcomes[place] = _nothing(session, request.if_length)
+            prepared.append(_prepare(session, request, False) if len(request.embeddings) else None)
         except HTMError as error:
-            outcomes[place] = error
-    return writes, outcomes
+            prepared.append(error)
+    return prepared
 
 
-def _nothing(session: Session, if_length: int | None) -> AppendResult:
+def _nothing(session: Session, if_length: int | None) -> AppendResult | LengthConflict:
     """What is answered where there is nothing to append."""
     length = session.length
     if if_length not in (None, length):
-        raise _other_length(if_length, length)
+        return _other_length(if_length, length)
     return AppendResult(length, length, session.num_chunks)
 
 

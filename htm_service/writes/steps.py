@@ -5,13 +5,14 @@ Does not know HTTP, SQL or the device.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from htm_service.errors import HTMError, InvalidArgument, LengthConflict
 from htm_service.reads.attends import Attends
 from htm_service.records import AppendRequest, AppendResult, AttendRequest, AttendResult, StepRequest, StepResult
 from htm_service.sessions.session import Session
-from htm_service.writes.appends import Appends
+from htm_service.writes.appends import Appends, only_repeat
 
 
 class Steps:
@@ -46,17 +47,33 @@ class Steps:
 
         An item whose attend fails appends nothing.
         """
-        seen = await self._attends.attend_all([(session, request.attend) for session, request in wanted])
+        attends = [(session, request.attend) for session, request in wanted]
+        appends = [(session, request.append) for session, request in wanted]
+        preparing = asyncio.create_task(self._appends.prepare_all(appends))  # while the device attends
+        try:
+            answered = await self._attends.answer_all(attends)
+        except BaseException:
+            preparing.cancel()
+            raise
+        seen, prepared = answered.outcomes, await preparing
         outcomes: dict[int, StepResult | Exception] = {}
         places: list[int] = []
-        for place, ((_, (_, append)), attended) in enumerate(zip(wanted, seen, strict=True)):
-            if isinstance(attended, AttendResult) or _may_be_repeated(attended, append):
+        for place, attended in enumerate(seen):
+            if isinstance(attended, AttendResult):
+                places.append(place)
+            elif _may_be_repeated(attended, appends[place][1]):
+                prepared[place] = only_repeat(prepared[place])
                 places.append(place)
             else:
                 outcomes[place] = attended
-        appends = [(wanted[place][0], wanted[place][1].append) for place in places]
-        only_repeat = {at for at, place in enumerate(places) if isinstance(seen[place], Exception)}
-        for place, appended in zip(places, await self._appends.append_all(appends, only_repeat), strict=True):
+        write_all = self._appends.write_all([appends[place] for place in places], [prepared[place] for place in places])
+        writing = asyncio.create_task(write_all)
+        try:
+            await asyncio.sleep(0)  # so that the writes are on their way
+            self._attends.account(answered)
+        finally:
+            written = await writing
+        for place, appended in zip(places, written, strict=True):
             attended = seen[place]
             if isinstance(attended, Exception):
                 is_first = isinstance(appended, LengthConflict)  # of a step that was not made before
