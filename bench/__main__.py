@@ -1,4 +1,4 @@
-"""`make bench`: S1 to S12, S17, S21, S22, and C1 and C2 of the client, each beside its bar."""
+"""`make bench`: S1 to S12, S17, S21, S22, A1, and C1 and C2 of the client, each beside its bar."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ from pathlib import Path
 
 import torch
 
-from bench import client, in_process, lockstep, over_http, starting
+from bench import client, costs, in_process, lockstep, over_http, starting
 from bench.figures import Figure, print_figures, say
 from bench.scene import DIM, make_scene, run
 
 OVER_HTTP = ("S1", "S2", "S3", "S8", "S9")
 CLIENT = ("C1", "C2")
-ALL = (*(f"S{number}" for number in range(1, 13)), "S17", "S21", "S22", *CLIENT)
+COSTS = ("S21", "A1")
+ALL = (*(f"S{number}" for number in range(1, 13)), "S17", "S21", "S22", "A1", *CLIENT)
 
 
 def main() -> None:
@@ -37,10 +38,11 @@ def main() -> None:
             figures += over_http.measure(stage, options.quick, sessions, wanted)
         if "S17" in wanted:
             figures.append(lockstep.measure(stage, options.quick))
-        if "S21" in wanted:
-            say("S21")
-            queries = torch.randn(over_http.NUM_QUERIES, DIM, generator=torch.Generator().manual_seed(2))
-            figures.append(over_http.guarded(stage, 2 if options.quick else 8, queries, 1.0 if options.quick else 4.0))
+        for id, cost in zip(COSTS, (costs.guarded, costs.accounts), strict=True):
+            if id in wanted:
+                say(id)
+                queries = torch.randn(over_http.NUM_QUERIES, DIM, generator=torch.Generator().manual_seed(2))
+                figures.append(cost(stage, 2 if options.quick else 8, queries, 1.0 if options.quick else 4.0))
         if set(CLIENT).intersection(wanted):
             figures += client.measure(stage, options.quick, wanted)
         for id, case in (

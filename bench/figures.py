@@ -16,7 +16,7 @@ import torch
 
 @dataclass(frozen=True)
 class Figure:
-    """One of S1 to S22, C1 and C2: `figure` must be at least `bar`, or, with `at_most`, at most."""
+    """One of S1 to S22, A1, C1 and C2: `figure` must be at least `bar`, or, with `at_most`, at most."""
 
     id: str
     what: str

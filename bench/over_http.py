@@ -1,4 +1,4 @@
-"""S1 to S3, S8, S9 and S21: the server over HTTP, beside the naive service and beside an echo of the same app.
+"""S1 to S3, S8 and S9: the server over HTTP, beside the naive service and beside an echo of the same app.
 
 Each server is a process of its own, and the load comes from a third.
 """
@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import json
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -90,41 +89,6 @@ def in_turns(
     """
     rounds = [(load(stage, port, calls, seconds), load(stage, port, beside, seconds)) for _ in range(TURNS)]
     return sorted(rounds, key=lambda pair: float(pair[0]["per_s"] / pair[1]["per_s"]))[TURNS // 2]
-
-
-def guarded(stage: Scene, sessions: int, queries: torch.Tensor, seconds: float) -> Figure:
-    """S21: attends by a server that asks for keys and measures, beside one that does neither, in turns.
-
-    Each has data of its own: a server whose store has keys asks for them.
-    """
-    tokens, (calls, _) = scene.make_tokens(LENGTH), attends(sessions, queries)
-    ratios, found = [], {}
-    with (
-        serving(stage, "--unmeasured", data="open") as open_port,
-        serving(stage, data="guarded", env={"HTM_API_KEY": ADMIN_KEY}) as guarded_port,
-    ):
-        fill(open_port, sessions, tokens, stage, queries)
-        fill(guarded_port, sessions, tokens, stage, queries, api_key=ADMIN_KEY)
-        key = {"Authorization": f"Bearer {make_key(guarded_port)}"}
-        with_key: list[Call] = [(path, kind, body, key) for path, kind, body, *_ in calls]
-        for _ in range(TURNS):
-            found = {
-                "open": load(stage, open_port, calls, seconds),
-                "guarded": load(stage, guarded_port, with_key, seconds),
-            }
-            ratios.append(found["guarded"]["per_s"] / found["open"]["per_s"])
-    measured = {f"{name}_{key}": rate[key] for name, rate in found.items() for key in ("per_s", "p50_ms", "p99_ms")}
-    what = "attends with keys and metrics, beside neither, in turns"
-    return Figure("S21", what, float(np.median(ratios)), 0.95, measured=measured)
-
-
-def make_key(port: int) -> str:
-    """A key of its own, for one caller."""
-    body = json.dumps({"name": f"bench-{time.time_ns()}", "role": "read"}).encode()
-    headers = {"Authorization": f"Bearer {ADMIN_KEY}", "Content-Type": "application/json"}
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/keys", body, headers)
-    with urllib.request.urlopen(request) as answer:
-        return str(json.load(answer)["key"])
 
 
 @contextlib.contextmanager

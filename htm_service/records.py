@@ -345,9 +345,10 @@ class Heat:
 class Recall(NamedTuple):
     """The account of one attend, kept in the session's bounded ring: what was asked and what it took, with weights.
 
-    `chunk_index` and `chunk_weight` [Q', K] for the first Q' queries; `recalled` for the same ones when the
-    request listed its tokens, without payloads. `query` [D] is the first one, of the last recalls, so that it can be
-    explained later; `is_masked` says that it was asked with masks, which are not kept.
+    `chunk_index` and `chunk_weight` [Q', K] for the first Q' queries, kept as bytes: arrays of eight numbers are more
+    memory around than in them. `recalled` for the same ones when the request listed its tokens, without payloads.
+    `query` [D] is the first one, of the last recalls, so that it can be explained later; `is_masked` says that it was
+    asked with masks, which are not kept.
     """
 
     at: float
@@ -362,17 +363,29 @@ class Recall(NamedTuple):
     stop: int
     top_k: int
     num_queries: int
-    chunk_index: Ints
-    chunk_weight: Floats
+    num_rows: int
+    index_bytes: bytes
+    weight_bytes: bytes
     recalled: Sequence[Sequence[Recalled]] | None
+
+    @property
+    def chunk_index(self) -> Ints:
+        """[Q', K], -1 where fewer chunks were visible."""
+        flat = np.frombuffer(self.index_bytes, np.int64)
+        return flat.reshape(self.num_rows, len(flat) // self.num_rows)
+
+    @property
+    def chunk_weight(self) -> Floats:
+        """[Q', K], 0 where fewer chunks were visible."""
+        flat = np.frombuffer(self.weight_bytes, np.float32)
+        return flat.reshape(self.num_rows, len(flat) // self.num_rows)
 
 
 EventKind = Literal["recall", "append", "session"]
 Change = Literal["created", "updated", "deleted"]
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
+class Event(NamedTuple):
     """What happened to a session: a recall with its account, an append, or a change of the session itself."""
 
     kind: EventKind

@@ -149,14 +149,21 @@ class Recall(Body):
     def of(cls, recall: records.Recall, *, query: bool = False) -> Self:
         """The view of a record."""
         rows = recall.recalled
-        derived = {"at", "chunks", "recalled", "query", "episodes"}
         return cls(
             at=when(recall.at),
+            request_id=recall.request_id,
+            note=recall.note,
+            is_masked=recall.is_masked,
+            model=recall.model,
+            length=recall.length,
+            start=recall.start,
+            stop=recall.stop,
+            top_k=recall.top_k,
+            num_queries=recall.num_queries,
             query=recall.query.tolist() if query and recall.query is not None else None,
             episodes=None if recall.episodes is None else list(recall.episodes),
             chunks=Chunks(index=recall.chunk_index.tolist(), weight=recall.chunk_weight.tolist()),
             recalled=None if rows is None else [[_recalled(item) for item in row] for row in rows],
-            **{name: getattr(recall, name) for name in cls.model_fields.keys() - derived},
         )
 
 

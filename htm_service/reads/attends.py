@@ -50,9 +50,10 @@ class _Row(NamedTuple):
 
 
 class Answered(NamedTuple):
-    """What became of several requests, and the rows of those that could begin."""
+    """What became of several requests, the rows of those that could begin, and what was computed, without payloads."""
 
     rows: Sequence[_Row]
+    computed: Sequence[AttendResult | Exception]
     outcomes: list[AttendResult | Exception]
 
 
@@ -83,8 +84,9 @@ class Attends:
         """Answer a checked request over the session as it is now, or as it was at `stop`."""
         name, model, top_k = self._resolve(session, request)
         result = await self._answer(session, model, request, top_k)
+        answer = await self._with_payloads(session, result) if request.payloads else result
         self._account(session, request, result, name, top_k)
-        return result
+        return answer
 
     async def attend_all(self, wanted: Sequence[tuple[Session, AttendRequest]]) -> list[AttendResult | Exception]:
         """Answer several checked requests as one entry of the device's queue; one that fails takes no other along.
@@ -98,7 +100,7 @@ class Attends:
     async def answer_all(self, wanted: Sequence[tuple[Session, AttendRequest]]) -> Answered:
         """The same, to be accounted for."""
         if not wanted:
-            return Answered([], [])
+            return Answered([], [], [])
         limit = self.deadline_of(wanted[0][1])
         outcomes: dict[int, AttendResult | Exception] = {}
         rows: list[_Row] = []
@@ -113,9 +115,10 @@ class Attends:
         for row, outcome in zip(rows, await self.compute_all(jobs, *limit), strict=True):
             assert not isinstance(outcome, SelectResult)
             outcomes[row.place] = outcome
+        computed = [outcomes[place] for place in range(len(wanted))]
         if any(request.payloads for _, request in wanted):
             await self._add_payloads([row for row in rows if row.request.payloads], outcomes)
-        return Answered(rows, [outcomes[place] for place in range(len(wanted))])
+        return Answered(rows, computed, [outcomes[place] for place in range(len(wanted))])
 
     def account(self, answered: Answered) -> None:
         """Count and keep what was answered to several requests, and what was found damaged."""
@@ -123,8 +126,10 @@ class Attends:
             outcome = answered.outcomes[row.place]
             if isinstance(outcome, SessionDamaged):
                 row.session.damage = outcome.detail
-            elif isinstance(outcome, AttendResult):
-                self._account(row.session, row.request, outcome, row.name, row.top_k)
+            elif isinstance(outcome, AttendResult) and isinstance(
+                computed := answered.computed[row.place], AttendResult
+            ):
+                self._account(row.session, row.request, computed, row.name, row.top_k)
 
     def _account(self, session: Session, request: AttendRequest, result: AttendResult, name: str, top_k: int) -> None:
         """Count an attend that was answered with the model `name`, keep its recall, and tell of it."""
@@ -133,16 +138,20 @@ class Attends:
         session.num_attends += 1
         session.num_queries += len(request.queries)
         now = self._clock()
-        if session.recalls.is_kept:
-            session.recalls.add(request, result, model=name, top_k=top_k, now=now)
-        if self._feed.is_read:
-            recall = account(request, result, model=name, top_k=top_k, now=now)
-            self._feed.tell(Event("recall", session.key, now, recall))
+        is_kept, is_read = session.recalls.is_kept, self._feed.is_read
+        if is_kept or is_read:
+            recall = account(request, result, name, top_k, now)
+            if is_kept:
+                session.recalls.add(recall, request, result)
+            if is_read:
+                self._feed.tell(Event("recall", session.key, now, recall))
 
     async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:
         """How the one query of a checked request ranks the chunks it sees, `limit` of them. It is no recall."""
         name, model, top_k = self._resolve(session, request)
         result = await self._answer(session, model, request, top_k, num_ranked=limit)
+        if request.payloads:
+            result = await self._with_payloads(session, result)
         assert result.ranking is not None
         return Explanation(result, result.ranking, name, top_k)
 
@@ -154,7 +163,7 @@ class Attends:
             attend = Attend(session.resident, model, request, top_k, num_ranked)
             result = await self.compute(session, attend)
             assert isinstance(result, AttendResult)
-            return await self._with_payloads(session, result) if request.payloads else result
+            return result
         except SessionDamaged as error:
             session.damage = error.detail
             raise
@@ -292,7 +301,11 @@ class Attends:
         if not result.recalled:
             return result
         positions, most = _positions(result), self._config.max_answer_bytes
-        texts = await asyncio.to_thread(self._read_payloads, session, positions, most)
+        try:
+            texts = await asyncio.to_thread(self._read_payloads, session, positions, most)
+        except SessionDamaged as error:
+            session.damage = error.detail
+            raise
         return self._filled(result, texts, most)
 
     async def _add_payloads(self, rows: Sequence[_Row], outcomes: dict[int, AttendResult | Exception]) -> None:

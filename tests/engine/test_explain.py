@@ -137,7 +137,7 @@ async def test_a_recall_keeps_what_was_asked_and_can_be_explained_later(engine: 
     await go_cold(engine)
     (recall,) = await engine.recalls(named("s"))
     assert recall.note == "where is the key?" and not recall.is_masked
-    assert recall.query is not None and recall.query.base is None
+    assert recall.query is not None
     again = AttendRequest(queries=recall.query, model=recall.model, top_k=recall.top_k, stop=recall.stop)
     explained = await engine.explain(named("s"), again)
     np.testing.assert_array_equal(explained.ranking.index[:2], attended.chunk_index[0])

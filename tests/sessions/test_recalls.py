@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from htm_service.records import AttendRequest, AttendResult
-from htm_service.sessions.recalls import QUERIES_KEPT, QUERY_BYTES_KEPT, TRIMMED_TOGETHER, RecallLog
+from htm_service.sessions.recalls import QUERIES_KEPT, QUERY_BYTES_KEPT, TRIMMED_TOGETHER, RecallLog, account
 
 
 @pytest.fixture
@@ -28,7 +28,7 @@ def add(log: RecallLog, index: np.ndarray[tuple[int, int], np.dtype[np.int64]]) 
     request = AttendRequest(queries=np.zeros((num_queries, 3), np.float32))
     weight = np.where(index < 0, 0, 1).astype(np.float32)
     result = AttendResult(np.zeros((num_queries, 3), np.float32), index, weight, None, 7)
-    log.add(request, result, model="retrieval", top_k=2, now=5.0)
+    log.add(account(request, result, "retrieval", 2, 5.0), request, result)
 
 
 def test_chunks_are_counted_when_asked_for() -> None:
@@ -54,8 +54,9 @@ def test_an_account_keeps_its_rows_only() -> None:
     log = RecallLog(1)
     add(log, np.zeros((4096, 2), np.int64))
     (recall,) = log.latest(1)
-    for kept in (recall.chunk_index, recall.chunk_weight):
-        assert len(kept) == QUERIES_KEPT and kept.base is None
+    assert recall.num_queries == 4096 and recall.chunk_index.shape == recall.chunk_weight.shape == (QUERIES_KEPT, 2)
+    assert len(recall.index_bytes) == 2 * len(recall.weight_bytes) == QUERIES_KEPT * 2 * 8
+    assert log.of_chunk(0) == (4096 * 2, 4096 * 2.0, 5.0), "all of them are counted"
 
 
 def test_counters_of_trimmed_chunks_are_forgotten_and_the_others_keep_their_numbers() -> None:
@@ -90,9 +91,21 @@ def test_the_last_recalls_keep_their_queries_within_bounds() -> None:
     for number in range(40):
         queries = np.full((2, width), number, np.float32)
         result = AttendResult(queries, np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32), None, 7)
-        log.add(AttendRequest(queries=queries), result, model="retrieval", top_k=1, now=5.0)
+        request = AttendRequest(queries=queries)
+        log.add(account(request, result, "retrieval", 1, 5.0), request, result)
     recalls = log.latest(64)
     kept = [recall.query for recall in recalls if recall.query is not None]
     assert len(recalls) == 40 and len(kept) == 10
     assert [query[0] for query in kept] == list(range(39, 29, -1))
-    assert all(query.base is None and query.shape == (width,) for query in kept)
+    assert all(query.shape == (width,) for query in kept)
+
+
+def test_attends_of_any_number_of_queries_are_counted_once(traced: None) -> None:
+    """Those of many queries at once, those of few together: each in the order it came, none twice."""
+    log = RecallLog(3)
+    for _ in range(5):
+        add(log, np.array([[1, 0]]))
+        add(log, np.zeros((QUERIES_KEPT + 1, 1), np.int64))
+        add(log, np.empty((1, 0), np.int64))
+    assert log.of_chunk(1)[0] == 5 and log.of_chunk(0)[0] == 5 * (1 + QUERIES_KEPT + 1)
+    assert [recall.chunk_index.shape for recall in log.latest(5)] == [(1, 0), (QUERIES_KEPT, 1), (1, 2)]
