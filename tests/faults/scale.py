@@ -41,8 +41,12 @@ class Scale:
     """R12: times that the database of a running server is locked."""
     requests: int
     """R13: requests made of the schema."""
+    requests_with_keys: int
+    """R13: of the same, by each of two callers who may not do all of it."""
     bodies: int
     """R13: bodies of the binary format."""
+    bodies_with_keys: int
+    """R13: of the same, by each of these callers."""
 
 
 FAST = Scale(
@@ -62,7 +66,9 @@ FAST = Scale(
     drains=1,
     locks=0,
     requests=200,
+    requests_with_keys=60,
     bodies=300,
+    bodies_with_keys=60,
 )
 
 FULL = Scale(
@@ -82,5 +88,7 @@ FULL = Scale(
     drains=10,
     locks=3,
     requests=4_000,
+    requests_with_keys=1_000,
     bodies=6_000,
+    bodies_with_keys=1_500,
 )

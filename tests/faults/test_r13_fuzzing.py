@@ -1,4 +1,7 @@
-"""R13: requests made of openapi.json, and tampered bodies of the binary format: no 500, no hang, no growth."""
+"""R13: requests made of openapi.json, and tampered bodies of the binary format: no 500, no hang, no growth.
+
+On a server without keys, and on one with, by callers who may not do all of it.
+"""
 
 from __future__ import annotations
 
@@ -6,26 +9,34 @@ import asyncio
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import httpx
 import hypothesis
 import numpy as np
+import pytest
 import schemathesis
 from htm_client import safetensors as wire
 from hypothesis import HealthCheck, Phase, Verbosity
 from schemathesis.core.result import Ok
 
+from api.auth import ROLES
 from tests.faults.conftest import StartServer
 from tests.faults.report import Tally
 from tests.faults.scale import Scale
 from tests.faults.test_r08_growth import Usage
 from tests.faults.wire import make_session
+from tests.served.server import Server
 from tests.session_files import session_file
 
 DIM = 3
 TOKENS = np.eye(40, DIM, dtype=np.float32)
+ADMIN_KEY = "the-admins-key-of-the-fuzzers"
+KEPT = ("id", "length", "first_position", "labels", "model", "ttl_s", "created_at", "updated_at", "num_appends")
+"""Of a session: what only those who may write can change."""
+REFUSED = {404, 405, 421}
+"""What is said before anyone is asked who they are: there is no such path, or not by this method or name."""
 MAX_S = 10.0
 """Longer is a hang."""
 MAX_MEMORY_MIB = 64.0
@@ -34,28 +45,68 @@ MAX_MEMORY_MIB = 64.0
 def test_r13_requests_made_of_the_schema(start_server: StartServer, tally: Tally, scale: Scale) -> None:
     server = start_server()
     asyncio.run(make_session(server.port, "s", TOKENS))
+    before = Usage.of(server)
+    seen = fuzz(server, tally, scale.requests)
+    finish(tally, before, Usage.of(server), {status for statuses in seen.values() for status in statuses})
+
+
+def test_r13_requests_by_callers_who_may_not(start_server: StartServer, tally: Tally, scale: Scale) -> None:
+    """By a wrong key and by one that may only read: refused whatever the request is, and nothing changes."""
+    server = start_server("--api-key", ADMIN_KEY)
+    with httpx.Client(base_url=server.url, headers=as_caller(ADMIN_KEY), trust_env=False) as admin:
+        assert admin.put("/v1/sessions/s", json={"dim": DIM}).status_code == 201
+        assert admin.post("/v1/sessions/s/memories", json={"embeddings": TOKENS.tolist()}).status_code == 200
+        made = admin.post("/v1/keys", json={"name": "reader", "role": "read"}).json()
+
+        def state() -> list[Any]:
+            """All that callers could change; reading is told apart from it by name."""
+            sessions = admin.get("/v1/sessions").json()["sessions"]
+            keys = admin.get("/v1/keys").json()["keys"]
+            kept = [{name: session[name] for name in KEPT} for session in sessions]
+            kept += [{**key, "last_used_at": None} for key in keys]
+            return [*kept, admin.get("/v1/quotas/default").json(), admin.get("/v1/models").json()]
+
+        before, usage = state(), Usage.of(server)
+        by_wrong = fuzz(server, tally, scale.requests_with_keys, as_caller("htm_" + "0" * 43))
+        by_reader = fuzz(server, tally, scale.requests_with_keys, as_caller(made["key"]))
+        assert state() == before
+    statuses = {status for seen in (by_wrong, by_reader) for found in seen.values() for status in found}
+    finish(tally, usage, Usage.of(server), statuses)
+    anyone = {"livez", "readyz"}
+    assert {name: found for name, found in by_wrong.items() if name not in anyone and found - REFUSED > {401}} == {}
+    assert all(401 in found for name, found in by_wrong.items() if name not in anyone)
+    may_not = {name for name in by_reader if ROLES.get(name, "admin") != "read"}
+    assert {name: by_reader[name] for name in may_not if by_reader[name] - REFUSED != {403}} == {}
+    assert not {name for name, found in by_reader.items() if 401 in found}
+
+
+def as_caller(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def fuzz(
+    server: Server, tally: Tally, num_requests: int, headers: Mapping[str, str] | None = None
+) -> dict[str, set[int]]:
+    """Send about so many requests, made of the server's own openapi.json; the statuses of each operation."""
     schema = schemathesis.openapi.from_url(f"{server.url}/openapi.json")
     operations = [found.ok() for found in schema.get_all_operations() if isinstance(found, Ok)]
     varied = [operation for operation in operations if {"parameters", "requestBody"} & set(operation.definition.raw)]
-    before = Usage.of(server)
-    documented = {
-        (operation.label, int(status)) for operation in operations for status in operation.definition.raw["responses"]
-    }
-    seen: set[tuple[str, int]] = set()
+    names = {operation.label: str(operation.definition.raw["operationId"]) for operation in operations}
+    seen: dict[str, set[int]] = {name: set() for name in names.values()}
 
     def send(case: Any) -> None:
         if "session_id" in case.path_parameters and tally.requests % 4:
             case.path_parameters["session_id"] = "s"
         if case.operation.path == "/v1/events":
             case.query = {"seconds": "0.01", **case.query}  # else the stream does not end
-        answer = case.call(timeout=MAX_S)
+        answer = case.call(timeout=MAX_S, headers=dict(headers or {}))
         tally.requests += 1
-        seen.add((case.operation.label, answer.status_code))
+        seen[names[case.operation.label]].add(answer.status_code)
 
     for operation in operations:
         hypothesis.given(case=operation.as_strategy())(
             hypothesis.settings(
-                max_examples=-(-scale.requests // len(varied)),
+                max_examples=-(-num_requests // len(varied)),
                 deadline=None,
                 database=None,
                 derandomize=True,
@@ -64,8 +115,11 @@ def test_r13_requests_made_of_the_schema(start_server: StartServer, tally: Tally
                 suppress_health_check=list(HealthCheck),
             )(lambda case: send(case))
         )()
-    finish(tally, before, Usage.of(server), {status for _, status in seen})
-    assert not {place for place in seen - documented if place[1] != 405}, "answers that the schema does not know"
+    for operation in operations:
+        documented = {int(status) for status in operation.definition.raw["responses"]}
+        unknown = seen[names[operation.label]] - documented - {405}
+        assert not unknown, f"{operation.label} was answered {unknown}, which the schema does not know"
+    return seen
 
 
 @schemathesis.serializer(wire.MEDIA_TYPE)
@@ -81,18 +135,29 @@ def finish(tally: Tally, before: Usage, after: Usage, statuses: set[int]) -> Non
         "memory_mib": round(after.memory_mib - before.memory_mib, 1),
         "descriptors": after.descriptors - before.descriptors,
     }
-    assert 500 not in statuses and {200, 422} <= statuses, statuses
+    assert 500 not in statuses and 200 in statuses and statuses & {401, 422}, statuses
     assert after.memory_mib < before.memory_mib + MAX_MEMORY_MIB
     assert after.descriptors < before.descriptors + 20
 
 
-async def test_r13_bodies_of_the_binary_format(start_server: StartServer, tally: Tally, scale: Scale) -> None:
-    server = await asyncio.to_thread(start_server)
-    await make_session(server.port, "s", TOKENS)
+@pytest.mark.parametrize("caller", ["anyone", "a wrong key", "a reader"])
+async def test_r13_bodies_of_the_binary_format(
+    caller: str, start_server: StartServer, tally: Tally, scale: Scale
+) -> None:
+    """On a server without keys, and by callers with a wrong key and with one that may read."""
+    has_keys = caller != "anyone"
+    server = await asyncio.to_thread(start_server, *(["--api-key", ADMIN_KEY] if has_keys else []))
+    admin = as_caller(ADMIN_KEY) if has_keys else {}
+    async with httpx.AsyncClient(base_url=server.url, headers=admin, trust_env=False) as client:
+        assert (await client.put("/v1/sessions/s", json={"dim": DIM})).status_code == 201
+        added = await client.post("/v1/sessions/s/memories", json={"embeddings": TOKENS.tolist()})
+        assert added.status_code == 200
+        key = (await client.post("/v1/keys", json={"name": "reader", "role": "read"})).json().get("key")
+    headers = {"anyone": {}, "a wrong key": as_caller("htm_" + "0" * 43), "a reader": as_caller(str(key))}[caller]
     before = Usage.of(server)
-    statuses: set[int] = set()
-    bodies = tampered(random.Random(13), scale.bodies)
-    async with httpx.AsyncClient(base_url=server.url, timeout=MAX_S, trust_env=False) as client:
+    statuses: dict[str, set[int]] = {"attend": set(), "memories": set(), "step": set()}
+    bodies = tampered(random.Random(13), scale.bodies_with_keys if has_keys else scale.bodies)
+    async with httpx.AsyncClient(base_url=server.url, headers=headers, timeout=MAX_S, trust_env=False) as client:
 
         async def send_all() -> None:
             for call, body in bodies:
@@ -102,14 +167,20 @@ async def test_r13_bodies_of_the_binary_format(start_server: StartServer, tally:
                     method, f"/v1/sessions/{name}/{call}", content=body, headers={"content-type": wire.MEDIA_TYPE}
                 )
                 assert time.monotonic() - began < MAX_S
-                statuses.add(answer.status_code)
+                statuses[call].add(answer.status_code)
                 tally.requests += 1
                 tally.losses += answer.status_code >= 500
 
         await asyncio.gather(*(send_all() for _ in range(8)))
         assert (await client.get("/readyz")).status_code == 200
-    finish(tally, before, Usage.of(server), statuses)
+    finish(tally, before, Usage.of(server), {200}.union(*statuses.values()))
     assert tally.losses == 0
+    if caller == "a wrong key":
+        assert set().union(*statuses.values()) == {401}
+    elif caller == "a reader":
+        assert 200 in statuses["attend"] and statuses["memories"] == statuses["step"] == {403}
+    else:
+        assert {200, 422} <= set().union(*statuses.values()), statuses
 
 
 def tampered(draw: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
