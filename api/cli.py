@@ -1,4 +1,4 @@
-"""The command line: `htm-service serve | keys | models | verify | backup | repair`. Failures: a sentence, exit code 1.
+"""The command line: `htm-service serve`, `keys`, `export`, `verify` and so on. Failures: a sentence, exit code 1.
 
 Does not know: how anything is done. What is slow to import is imported by the command that needs it.
 """
@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from api import key_commands
+from api import key_commands, transfer_commands
 from api.settings import Settings, env_name, flag_name, hide_key, sentence
 from htm_service.errors import HTMError
 from htm_service.version import __version__
@@ -54,6 +54,8 @@ def build() -> typer.Typer:
     app.command()(verify)
     app.command()(backup)
     app.command()(repair)
+    app.command("export")(failing_clearly(transfer_commands.export_all))
+    app.command("import")(failing_clearly(transfer_commands.import_all))
     keys = typer.Typer(help="Keys of those who may call a running server.", no_args_is_help=True)
     keys.command("create")(failing_clearly(key_commands.create))
     keys.command("list")(failing_clearly(key_commands.list_keys))

@@ -5,11 +5,14 @@ Does not know: how the server keeps keys.
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
 import re
 import urllib.error
 import urllib.parse
 import urllib.request
+from collections.abc import Iterable, Iterator, Mapping
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -73,27 +76,57 @@ def revoke(
 
 def ask(url: str, method: str, path: str, body: dict[str, Any] | None = None, namespace: str | None = None) -> Any:
     """The server's answer. Raises OSError with what it says, or why there is none."""
-    headers = {"Content-Type": "application/json"}
+    content = None if body is None else json.dumps(body).encode()
+    with opened(url, method, path, content, {"Content-Type": "application/json"}, namespace) as answer:
+        try:
+            return json.loads(answer.read() or b"null")
+        except ValueError as error:
+            raise OSError(f"{url} is no htm-service: {error}") from None
+
+
+class Refused(OSError):
+    """The server answered with an error, of this code."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class Unreachable(OSError):
+    """There is no server."""
+
+
+@contextlib.contextmanager
+def opened(
+    url: str,
+    method: str,
+    path: str,
+    content: bytes | Iterable[bytes] | None = None,
+    headers: Mapping[str, str] | None = None,
+    namespace: str | None = None,
+    timeout_s: float = TIMEOUT_S,
+) -> Iterator[http.client.HTTPResponse]:
+    """The server's answer, to be read. Raises Refused, Unreachable, and OSError where it breaks off."""
+    sent = dict(headers or {})
     if (key := Settings().admin_key) is not None:
-        headers["Authorization"] = f"Bearer {key}"
+        sent["Authorization"] = f"Bearer {key}"
     if namespace is not None:
-        headers["X-HTM-Namespace"] = namespace
+        sent["X-HTM-Namespace"] = namespace
     if urllib.parse.urlsplit(url).scheme not in ("http", "https"):
         raise OSError(f"--url is {url}, it must begin with http:// or https://")
-    content = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url.rstrip("/") + path, content, headers, method=method)
+    request = urllib.request.Request(url.rstrip("/") + path, content, sent, method=method)
     # Neither a proxy that the environment names nor whoever a server points to gets the key.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}), NoRedirect())
     try:
-        with opener.open(request, timeout=TIMEOUT_S) as answer:
-            return json.loads(answer.read() or b"null")
+        with opener.open(request, timeout=timeout_s) as answer:
+            yield answer
     except urllib.error.HTTPError as error:
         with error:
-            raise OSError(told_by(error.read(), f"the server answered {error.code}")) from None
+            raise refusal(error.read(), f"the server answered {error.code}") from None
     except urllib.error.URLError as error:
-        raise OSError(f"{url} cannot be reached: {error.reason}") from None
-    except ValueError as error:
-        raise OSError(f"{url} is no htm-service: {error}") from None
+        raise Unreachable(f"{url} cannot be reached: {error.reason}") from None
+    except http.client.HTTPException as error:
+        raise OSError(f"{url} is no htm-service, or the connection broke off: {error!r}") from None
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):
@@ -103,12 +136,13 @@ class NoRedirect(urllib.request.HTTPRedirectHandler):
         """None."""
 
 
-def told_by(problem: bytes, otherwise: str) -> str:
-    """The sentence of a problem document."""
+def refusal(problem: bytes, otherwise: str) -> Refused:
+    """What a problem document says."""
     try:
-        return str(json.loads(problem)["detail"])
+        told = json.loads(problem)
+        return Refused(str(told["code"]), str(told["detail"]))
     except (ValueError, TypeError, KeyError):
-        return otherwise
+        return Refused("", otherwise)
 
 
 def seconds_of(text: str) -> float:

@@ -28,6 +28,7 @@ EXCEPTIONS = {
 ROOMS = {
     "api": (
         ("cli", "__main__"),
+        ("transfer_commands",),
         ("key_commands",),
         ("serving",),
         ("app",),

@@ -49,6 +49,8 @@ export async function call(path, options) {
   const response = await send(path, options);
   return response.status === 204 ? null : response.json();
 }
+/** An answer whose body is read as it comes. */
+export const stream = (path) => send(path, { accept: "application/x-safetensors" });
 export const text = async (path) => (await send(path, { accept: "text/plain" })).text();
 export const of = (id, rest = "") => `/v1/sessions/${encodeURIComponent(id)}${rest}`;
 

@@ -4,6 +4,7 @@ import { call, of } from "./api.js";
 import { $, ask, brief, bytes, clock, counted, el, failure, number, percent, say, span, timeOf, when } from "./dom.js";
 import { live } from "./live.js";
 import { plot } from "./plot.js";
+import { exportButton } from "./export.js";
 import { deleteAll } from "./sessions.js";
 import { strip } from "./strip.js";
 import { payloadNode, titleOf, tryIt, why } from "./why.js";
@@ -26,7 +27,7 @@ export function sessionView(id) {
   let tried = null;
   const nodes = [
     el("section", { class: "card", "aria-labelledby": "title" }, el("div", { class: "between" }, el("div", {}, el("a", { href: "#/", class: "small" }, "All sessions"), title),
-      el("button", { type: "button", class: "danger", onclick: remove }, "Delete…")), labels, trouble, facts),
+      el("div", { class: "row" }, exportButton(id), el("button", { type: "button", class: "danger", onclick: remove }, "Delete…"))), labels, trouble, facts),
     el("section", { class: "card", "aria-label": "Chunks" }, drawing.node),
     el("div", { class: "columns" }, el("section", { class: "card follow", "aria-label": "Recalls" }, el("div", { class: "between" }, el("h2", {}, "Recalls"), counter), list), reason),
     tokens,

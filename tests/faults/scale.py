@@ -25,6 +25,8 @@ class Scale:
     """R4: of the ways in which a thread may fail, so many."""
     large_appends: int
     """R5: appends of 40 MB."""
+    session_mib: int
+    """R5: of a session that is exported and imported."""
     budget_mib: int
     """R6, R7: memory budget; the data is so many times more than it."""
     sessions: int
@@ -58,6 +60,7 @@ FAST = Scale(
     poison_rounds=2,
     thread_faults=2,
     large_appends=3,
+    session_mib=64,
     budget_mib=2,
     sessions=200,
     neighbour_seconds=1.0,
@@ -80,6 +83,7 @@ FULL = Scale(
     poison_rounds=50,
     thread_faults=5,
     large_appends=20,
+    session_mib=1_024,
     budget_mib=32,
     sessions=10_000,
     neighbour_seconds=10.0,

@@ -6,6 +6,7 @@ import json
 import re
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -300,3 +301,41 @@ def test_after_a_restart_it_goes_on(troubled_page: Page, client: HTMClient, serv
     expect(page.locator("#state")).to_have_text("live", timeout=15_000)
     client.attend("agent", unit(1), note="still there?")
     expect(page.locator(".recalls button").first).to_contain_text("still there?")
+
+
+PICKER = """() => {
+  window.written = 0;
+  window.showSaveFilePicker = async ({ suggestedName }) => ({ createWritable: async () =>
+    new WritableStream({
+      write(part) { window.written += part.byteLength; }, close() { window.saved = suggestedName; },
+    }) });
+}"""
+"""What a person would be asked, answered."""
+
+
+def test_a_session_is_exported(troubled_page: Page, client: HTMClient, guarded: Server, tmp_path: Path) -> None:
+    """By a plain link; with a key as it comes, where the browser can write files, and by a hint where it cannot."""
+    page = troubled_page
+    fill(client, "s")
+    page.goto("/ui#/session/s")
+    with page.expect_download() as started:
+        page.get_by_role("button", name="Export").click()
+    assert started.value.suggested_filename == "s.safetensors"
+    path = client.export("s", tmp_path / "file")
+    assert Path(started.value.path()).read_bytes() == path.read_bytes()
+
+    with HTMClient(guarded.url, api_key=ADMIN_KEY) as admin:
+        fill(admin, "t")
+        size = admin.export("t", tmp_path / "other").stat().st_size
+        page.goto(f"{guarded.url}/ui#/session/t")
+        page.get_by_label("Key").fill(ADMIN_KEY)
+        page.get_by_role("button", name="Sign in").click()
+        page.evaluate(PICKER)
+        page.get_by_role("button", name="Export").click()
+        page.wait_for_function("() => window.saved === 't.safetensors'")
+        assert page.evaluate("window.written") == size
+        page.evaluate("() => { delete window.showSaveFilePicker; window.showSaveFilePicker = undefined; }")
+        page.get_by_role("button", name="Export").click()
+        expect(page.get_by_text(f"htm-service export DIR --url {guarded.url} --prefix t")).to_be_visible()
+        page.get_by_role("button", name="Close").click()
+        admin.delete_session("t")
