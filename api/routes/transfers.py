@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.errors import shorten
 from api.openapi import SESSION_CODES, WRITE_CODES, problems
-from api.routes.context import JsonRoute, engine_of, key_of, settings_of
+from api.routes.context import JsonRoute, engine_of, key_of, settings_of, watch_of
 from api.schemas.views import Session
 from api.wire import safetensors
 from api.wire.body import check_encoding, declared_bytes, stream_body
@@ -66,8 +66,8 @@ def router() -> APIRouter:
 
 async def export_session(request: Request, session_id: str) -> Response:
     """Export a session: one safetensors file with its tokens, episodes, payloads and settings, as it is now."""
-    export = await engine_of(request).export_session(key_of(request))
-    return Download(export, session_id)
+    reading = engine_of(request).export_session(key_of(request))
+    return Download(await watch_of(request).unless_gone(request, reading), session_id)
 
 
 async def import_session(request: Request, session_id: str, response: Response) -> Session:

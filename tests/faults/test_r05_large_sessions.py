@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from htm_client import HTMClient
@@ -16,6 +17,8 @@ from tests.faults.scale import Scale
 DIM = 128
 NUM_EACH = 16_384
 """Tokens of one append: 8 MiB."""
+PATIENCE_S = 300
+"""The first attend after an import reads the whole session, for its summary keys."""
 MAX_GROWTH_MIB = 150.0
 """Of the server, or of the client, above what it had. A fast run's session is below it, and grows by far less."""
 
@@ -50,7 +53,7 @@ def test_r5_a_session_goes_from_server_to_server_in_constant_memory(
 ) -> None:
     one, other = start_server(), start_server()
     path = tmp_path / "file"
-    with HTMClient(one.url, timeout=60) as source, HTMClient(other.url, timeout=60) as target:
+    with HTMClient(one.url, timeout=PATIENCE_S) as source, HTMClient(other.url, timeout=PATIENCE_S) as target:
         fill(source, scale.session_mib)
         server, client, began = Peak(one.pid), Peak(os.getpid()), time.monotonic()
         source.export("s", path)
@@ -68,7 +71,8 @@ def test_r5_a_session_goes_from_server_to_server_in_constant_memory(
         assert set(too_large) <= {"mib", "out_mib_s", "in_mib_s"}, tally.figures
         for stop in (info.length, info.length // 2):
             query = np.random.default_rng(stop).standard_normal(DIM, np.float32)
-            answers = [one.attend("s", query, stop=stop, returns=["output", "payloads"]) for one in (source, target)]
+            asked: Any = {"stop": stop, "returns": ["output", "payloads"], "timeout_ms": PATIENCE_S * 1e3}
+            answers = [client.attend("s", query, **asked) for client in (source, target)]
             np.testing.assert_array_equal(answers[0].output, answers[1].output)
             assert answers[0].recalled == answers[1].recalled
         tally.rounds, tally.requests = 1, scale.session_mib // 8 + 6

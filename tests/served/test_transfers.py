@@ -95,6 +95,16 @@ def data_of(server: ForkedServer, data: bytes) -> bytes:
     return own
 
 
+def test_who_goes_before_the_first_byte_is_not_read_for(server: ForkedServer, data: bytes) -> None:
+    """A session is read for its checksums first; of the sixteen that may be at it none has gone."""
+    assert httpx.put(f"{server.url}/v1/sessions/s/import", content=data, headers=FILE, timeout=60).status_code == 201
+    for _ in range(40):
+        connection = http.client.HTTPConnection("127.0.0.1", server.port)
+        connection.request("GET", "/v1/sessions/s/export")
+        connection.close()
+    until(lambda: httpx.get(f"{server.url}/v1/sessions/s/export", timeout=60).status_code == 200)
+
+
 def test_a_refused_file_is_told_while_it_is_still_sent(server: ForkedServer, data: bytes) -> None:
     """The connection carries the next request, once the rest was dropped."""
     with httpx.Client(base_url=server.url, timeout=60) as client:

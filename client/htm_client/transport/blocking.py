@@ -50,12 +50,13 @@ class BlockingConnection:
         """Send a request and wait for its answer. Raises NoResponse, and what a source or a sink raises."""
         self._parser.begin(call.sink)
         is_sent = False
+        patience = contextlib.nullcontext() if call.max_silence_s is None else self._patience(call.max_silence_s)
         try:
             # A server may answer before it has read everything, and close; the answer says why.
-            with contextlib.suppress(BrokenPipeError, ConnectionResetError), self._patience(call.max_silence_s):
-                self._send(request)
-                is_sent = call.source is None or self._send_pieces(call.source)
-            with self._patience(call.max_silence_s):
+            with patience:
+                with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+                    self._send(request)
+                    is_sent = call.source is None or self._send_pieces(call.source)
                 response = self._receive()
         except OSError as error:
             raise NoResponse(f"the connection is lost: {error!r}", may_be_done=True) from error
@@ -71,13 +72,10 @@ class BlockingConnection:
         self._socket.close()
 
     @contextlib.contextmanager
-    def _patience(self, max_silence_s: float | None) -> Iterator[None]:
-        """Wait longer than usual, where a call asks for that."""
+    def _patience(self, max_silence_s: float) -> Iterator[None]:
+        """Wait longer than usual, because a call asks for that."""
         usual = self._socket.gettimeout()
-        if max_silence_s is None or usual is None or usual >= max_silence_s:
-            yield
-            return
-        self._socket.settimeout(max_silence_s)
+        self._socket.settimeout(None if usual is None else max(usual, max_silence_s))
         try:
             yield
         finally:
