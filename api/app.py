@@ -27,6 +27,7 @@ from api.routes import (
     inspection,
     keys,
     metrics,
+    models,
     pages,
     quotas,
     server,
@@ -42,8 +43,11 @@ from htm_service.version import __version__
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
     from htm_service.engine import Engine
 
-CORS_HEADERS = ["Authorization", "Content-Type", "Idempotency-Key", "X-HTM-Namespace", "X-Request-Id"]
-CORS_EXPOSED = ["Location", "Retry-After", "Server-Timing", "X-Batch-Size", "X-Request-Id"]
+CORS_HEADERS = [
+    *("Authorization", "Content-Type", "Idempotency-Key", "If-Match", "If-None-Match"),
+    *("X-HTM-Namespace", "X-Request-Id"),
+]
+CORS_EXPOSED = ["ETag", "Location", "Retry-After", "Server-Timing", "X-Batch-Size", "X-Model-Hash", "X-Request-Id"]
 """Headers that pages of other origins may send, and read."""
 DESCRIPTION = "A memory server for agents: chunked memories, Hierarchical Transformer Memory attention over REST."
 
@@ -117,6 +121,7 @@ def create_app(
     app.include_router(transfers.router())
     app.include_router(inspection.router())
     app.include_router(events.router())
+    app.include_router(models.router())
     app.include_router(keys.router())
     app.include_router(quotas.router())
     app.include_router(server.router())

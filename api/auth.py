@@ -42,6 +42,8 @@ ROLES: Mapping[str, Role] = {
     "metrics": "admin",
     "list_models": "read",
     "inspect_model": "read",
+    "put_model": "admin",
+    "delete_model": "admin",
     "list_sessions": "read",
     "create_session": "write",
     "put_session": "write",

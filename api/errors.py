@@ -50,8 +50,14 @@ PROBLEMS: Mapping[str, Problem] = {
         409, "The session exists with other settings", "session 'agent-7' has dim 256, not 512"
     ),
     "key_exists": Problem(409, "There is a key of this name", "there is a key 'agent-7' already"),
+    "model_in_use": Problem(
+        409, "Something else needs the model, or its name", "model 'navigator' cannot be deleted: sessions name it"
+    ),
     "length_conflict": Problem(409, "The session has another length", "the length is 40, not if_length 39"),
     "session_expired": Problem(410, "The session has expired", "session 'agent-7' was idle for longer than 60 s"),
+    "model_conflict": Problem(
+        412, "The model is not the one that the change is for", "the model has the hash 4f6c1b1d, not that of If-Match"
+    ),
     "body_too_large": Problem(413, "The body is too large", "the body has 100000000 bytes, the limit is 67108864"),
     "unsupported_media_type": Problem(
         415, "The content type is not supported", "the content type is 'text/plain'; use application/json"

@@ -23,6 +23,7 @@ COUNTED = {
     "fetched_pages": ("htm_pages_fetched", "Pages that were read from the store for an attend."),
     "offloaded_pages": ("htm_pages_offloaded", "Pages that were taken off the device."),
     "trimmed_tokens": ("htm_tokens_trimmed", "Tokens that sessions let go to stay within max_tokens."),
+    "model_swaps": ("htm_model_swaps", "Models that were replaced by other weights."),
     "expired_sessions": ("htm_sessions_expired", "Sessions that were deleted after their ttl_s."),
 }
 """The engine's totals since its start, and what they are called here."""

@@ -127,6 +127,11 @@ def operation(call: HotCall) -> dict[str, Any]:
         },
         "content": _content(call.answer, call.example),
     }
+    if call.operation_id in ("attend", "explain", "step"):
+        answer["headers"]["X-Model-Hash"] = {
+            "description": "The hash of the weights that it was computed with.",
+            "schema": {"type": "string"},
+        }
     if call.method == "get":
         del answer["headers"]
     item: dict[str, Any] = {

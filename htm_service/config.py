@@ -27,6 +27,8 @@ MAX_BINS = 4_096
 """Runs of chunks in one heat strip."""
 MAX_LABELS = 64
 MAX_LABEL_CHARS = 256
+MAX_MODELS = 100
+"""Of one namespace: all of them stay loaded."""
 DEFAULT_CHUNK_SIZE = 32
 NAME_PATTERN = "[A-Za-z0-9._~-]{1,128}"
 """Of session ids and of models' names."""

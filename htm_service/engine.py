@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
 
 from htm_service import batches
+from htm_service.attention.catalog import Catalog
 from htm_service.attention.model import RetrievalModel
 from htm_service.attention.registry import RETRIEVAL, ModelRegistry
 from htm_service.clock import SteadyClock
@@ -41,6 +42,7 @@ from htm_service.reads.runner import Runner
 from htm_service.reads.selects import Selects
 from htm_service.reads.worker import DeviceWorker, Job
 from htm_service.records import (
+    DEFAULT_NAMESPACE,
     AppendRequest,
     AppendResult,
     AttendRequest,
@@ -55,6 +57,7 @@ from htm_service.records import (
     KeyWish,
     Memories,
     ModelInfo,
+    Precondition,
     Quota,
     QuotaInfo,
     Recall,
@@ -84,6 +87,7 @@ from storage.base import SetQuota, Store
 
 COMPACTION_SHARE = 0.2
 """Of the time that closing may take: to keep the summary keys of the sessions in use."""
+ANY = Precondition()
 COMPILING = "the compiled one is on its way: a process compiles it, then it takes over"
 
 
@@ -101,7 +105,7 @@ class Engine:
         retrieval = RetrievalModel(
             summary_scale=config.retrieval_summary_scale, attention_scale=config.retrieval_attention_scale
         )
-        self._models = ModelRegistry(config.models_dir, self.device, retrieval)
+        models = ModelRegistry(config.models_dir, self.device, retrieval)
 
         device: Batcher[Job, object] = Batcher(
             "device",
@@ -113,7 +117,7 @@ class Engine:
         loader = Loader(store, cache, device)
         kernel, self._compilation = resolve_for_start(self.device, config.kernel_cache)
         self.kernel_reason = "the fastest that this device has" if self._compilation is None else COMPILING
-        self.worker = DeviceWorker(device, cache, loader, Runner(kernel))
+        self.worker = DeviceWorker(device, cache, loader, Runner(kernel), models)
 
         writer: Batcher[Work, Written] = Batcher(
             "store",
@@ -126,8 +130,9 @@ class Engine:
         """What happens to sessions, for whoever reads along."""
         self.directory = Directory(store, self.committer.write, clock, config.recalls_per_session, self.feed)
 
-        self._attends = Attends(config, self._models, self.worker, store, self.feed, clock)
-        self._selects = Selects(self._models, self.worker, self._attends)
+        self.catalog = Catalog(models, store, self.committer, self.device)
+        self._attends = Attends(config, self.catalog, self.worker, store, self.feed, clock)
+        self._selects = Selects(self.worker, self._attends)
         self._appends = Appends(self.committer, self.feed, clock)
         self._steps = Steps(self._attends, self._appends)
         self._inspection = Inspection(store, self.worker, config.max_answer_bytes)
@@ -137,14 +142,16 @@ class Engine:
         self.keys = Keys(store, self.committer.write, clock)
         self._exports = Exports(store, self.directory)
         self.imports = Imports(
-            store, self.committer, self.directory, self._models, clock, max_payload_bytes=config.max_answer_bytes
+            store, self.committer, self.directory, self.catalog, clock, max_payload_bytes=config.max_answer_bytes
         )
+        self._clock = clock
         self._supervisor = Supervisor(workers, [device.fail, writer.fail], config.stuck_s)
         self._beside: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
         """Start the threads, and what is done beside requests, on the running loop."""
         await self.keys.read()  # nobody is served before it is known who may call
+        await self.catalog.read()
         await asyncio.to_thread(self.worker.runner.kernel.warm_up)
         self.store.watch(self._supervisor.fail)
         self.worker.queue.start(self.worker.run)
@@ -155,6 +162,7 @@ class Engine:
             self.compaction.run(),
             self.keys.run(),
             self.imports.run(),
+            self.catalog.run(),
             self._supervisor.run(),
             self._change_kernel(),
         )
@@ -195,7 +203,8 @@ class Engine:
         self._check_open()
         validation.check_key(name)
         model_name = RETRIEVAL if settings.model is None else settings.model
-        wanted = validation.resolve_settings(settings, model_name, self._models.get(model_name), self.config.dtype)
+        model = await self.catalog.get(name.namespace, model_name)
+        wanted = validation.resolve_settings(settings, model_name, model, self.config.dtype)
         session, is_new = await self.directory.create(name, wanted)
         if not is_new:
             named = {field for field in ("labels", "ttl_s", "model") if getattr(settings, field) is not None}
@@ -232,7 +241,8 @@ class Engine:
             change = replace(change, labels=validation.check_labels(change.labels))
         validation.check_ttl(change.ttl_s)
         if change.model is not None:
-            validation.check_model_dim(change.model, self._models.get(change.model), session.settings.dim)
+            model = await self.catalog.get(name.namespace, change.model)
+            validation.check_model_dim(change.model, model, session.settings.dim)
         await self.directory.update(session, change)
         return session.info()
 
@@ -382,25 +392,48 @@ class Engine:
             validation.check_namespace(namespace)
         attends = self._attends
         counted = {"attends": attends.num_attends, "attended_queries": attends.num_queries}
-        totals = {**counted, **self.directory.totals()}
+        totals = {**counted, **self.directory.totals(), "model_swaps": self.catalog.num_swaps}
         return await engine_info(
             self.config,
             self.store,
             self.worker,
             self.committer,
             (self.device_reason, self.kernel_reason),
-            self.models(),
+            self.catalog.names(namespace or DEFAULT_NAMESPACE),
             totals,
             namespace,
         )
 
-    def models(self) -> list[ModelInfo]:
-        """The models that are served, and those whose files cannot be."""
-        return self._models.infos()
-
     def unhealthy_reason(self) -> str | None:
         """Why the engine can do no work, or None when it can."""
         return self.worker.queue.unhealthy_reason or self.committer.queue.unhealthy_reason
+
+    # --- models ---
+
+    async def models(self, namespace: str) -> list[ModelInfo]:
+        """The models that can be named in a namespace, and those that cannot be served, with the reason."""
+        self._check_open()
+        return await self.catalog.infos(validation.check_namespace(namespace))
+
+    async def model(self, namespace: str, name: str) -> ModelInfo:
+        """One of them. Raises ModelNotFound."""
+        self._check_open()
+        return await self.catalog.info(validation.check_namespace(namespace), name)
+
+    async def put_model(
+        self, namespace: str, name: str, data: bytes | bytearray, wanted: Precondition = ANY
+    ) -> tuple[ModelInfo, bool]:
+        """Keep a model file under a name that is new (True), or replace what has it, from the next batch on.
+
+        Raises ModelInUse, ModelConflict.
+        """
+        self._check_open()
+        return await self.catalog.put(validation.check_namespace(namespace), name, data, wanted, self._clock())
+
+    async def delete_model(self, namespace: str, name: str, wanted: Precondition = ANY) -> None:
+        """Forget a model. Raises ModelInUse while sessions name it."""
+        self._check_open()
+        await self.catalog.delete(validation.check_namespace(namespace), name, wanted)
 
     # --- callers ---
 

@@ -15,6 +15,8 @@ HTMError
 │   └── KeyNotFound      key_not_found         no caller's key has this name
 ├── Conflict
 │   ├── SessionConflict  session_conflict      same id, other settings
+│   ├── ModelInUse       model_in_use          sessions, or a file, keep a model from what is asked
+│   ├── ModelConflict    model_conflict        the model's hash is not the one that the change is for
 │   ├── KeyExists        key_exists            a caller's key of this name is there already
 │   └── LengthConflict   length_conflict       `if_length` is not the session's length
 ├── SessionDamaged       session_damaged       stored bytes of the session cannot be read
@@ -145,6 +147,18 @@ class KeyExists(Conflict):
     """A key has this name already."""
 
     code = "key_exists"
+
+
+class ModelInUse(Conflict):
+    """Sessions name the model and do not fit what it is to become, or its name belongs to a file or is built in."""
+
+    code = "model_in_use"
+
+
+class ModelConflict(Conflict):
+    """The model's hash is not the one that the change was conditioned on."""
+
+    code = "model_conflict"
 
 
 class LengthConflict(Conflict):

@@ -35,7 +35,6 @@ from htm_service.records import (
     Floats,
     Heat,
     Memories,
-    ModelInfo,
     QuotaInfo,
     Tier,
 )
@@ -238,7 +237,10 @@ async def quota_info(store: Store, namespace: str) -> QuotaInfo:
     except StoreError as error:
         raise Unhealthy(f"what the namespace holds cannot be read: {error}") from error
     return QuotaInfo(
-        **asdict(quota), num_sessions=held.num_sessions, num_tokens=held.num_tokens, num_bytes=held.num_bytes
+        **asdict(quota),
+        num_sessions=held.num_sessions,
+        num_tokens=held.num_tokens,
+        num_bytes=held.num_bytes + held.num_model_bytes,
     )
 
 
@@ -248,7 +250,7 @@ async def engine_info(
     worker: DeviceWorker,
     committer: Committer,
     reasons: tuple[str, str],
-    models: list[ModelInfo],
+    models: Sequence[str],
     counted: Mapping[str, int],
     namespace: str | None,
 ) -> EngineInfo:

@@ -30,6 +30,9 @@ Residency = Literal["resident", "loading", "cold"]
 ALL_NAMESPACES = "*"
 """Where the keys are whose holders name a namespace with each call."""
 
+SHARED_NAMESPACE = "shared"
+"""Whose models all may use."""
+
 Role = Literal["read", "write", "admin"]
 Tier = Literal["resident", "cold"]
 
@@ -211,7 +214,7 @@ class Ranking:
 class AttendResult(NamedTuple):
     """`output` [Q, D]; `chunk_index` and `chunk_weight` [Q, K], -1 and 0 where fewer chunks are visible;
     `recalled` per query, in rank order, or None when not asked for; `length` the session had; `ranking` where an
-    explanation was asked for.
+    explanation was asked for; `model_hash` and `top_k`, of the weights that it was computed with.
     """
 
     output: Floats
@@ -221,6 +224,8 @@ class AttendResult(NamedTuple):
     length: int
     timing: Timing = Timing()
     ranking: Ranking | None = None
+    model_hash: str = ""
+    top_k: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,12 +273,11 @@ class StepResult(NamedTuple):
 
 
 class Explanation(NamedTuple):
-    """Why one query takes the chunks it takes, with the model and the `top_k` that it was answered with."""
+    """Why one query takes the chunks it takes, with the name of the model that it was answered with."""
 
     attended: AttendResult
     ranking: Ranking
     model: str
-    top_k: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,6 +362,8 @@ class Recall(NamedTuple):
     episodes: Sequence[int] | None
     is_masked: bool
     model: str
+    model_hash: str
+    """Of the weights that it was computed with."""
     length: int
     start: int
     stop: int
@@ -394,14 +400,18 @@ class Event(NamedTuple):
     what: Recall | AppendResult | Change
 
 
+ModelSource = Literal["built-in", "file", "store"]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelInfo:
-    """A model as served. `dim` is None when it takes any width.
+    """A model as served. `dim` is None when it takes any width. `num_bytes` and `created_at` are of one that was put.
 
-    One that cannot be served has an `error`, which says why, and nothing else but its name.
+    One that cannot be served has an `error`, which says why, and of a file nothing else but its name.
     """
 
     name: str
+    source: ModelSource = "file"
     hash: str | None = None
     dim: int | None = None
     heads: int | None = None
@@ -412,7 +422,26 @@ class ModelInfo:
     block: bool | None = None
     summary_scale: float | None = None
     attention_scale: float | None = None
+    num_bytes: int | None = None
+    created_at: float | None = None
+    num_sessions: int = 0
+    """Of the namespace that asks, those that name it."""
     error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Precondition:
+    """What the hash of a model must be, or must not be, for it to be changed; `*` stands for any."""
+
+    match: frozenset[str] | None = None
+    none_match: frozenset[str] | None = None
+
+    def holds(self, current: str | None) -> bool:
+        """Whether it does for the hash of the model as it is, None where there is none (RFC 9110, 13.1)."""
+        has = {current, "*"} if current is not None else set()
+        return (self.match is None or not has.isdisjoint(self.match)) and (
+            self.none_match is None or has.isdisjoint(self.none_match)
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -463,6 +492,7 @@ class EngineInfo:
     dtype_reason: str
     kernel: str
     kernel_reason: str
-    models: Sequence[ModelInfo]
+    models: Sequence[str]
+    """The names of those that are served."""
     limits: Mapping[str, float]
     totals: Mapping[str, float] = field(default_factory=dict)

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import Any
 
@@ -192,6 +193,18 @@ async def test_close_finishes_what_was_admitted_and_refuses_the_rest(start: Star
     assert (await first, await second) == (0, 4)
     assert not batcher.post(lambda: None)
     await batcher.close(1.0)
+
+
+async def test_close_waits_no_longer_than_for_what_was_posted(start: Start) -> None:
+    """It waited for its whole deadline when it looked before the worker had taken an action: nobody told it then."""
+    for number in range(60):
+        batcher: Batcher[int, int] = start(lambda items: list(items))
+        if number % 2:
+            await asyncio.sleep(0.001)
+        batcher.post(lambda: None)
+        began = time.monotonic()
+        await batcher.close(5.0)
+        assert time.monotonic() - began < 4.0
 
 
 async def test_close_fails_what_does_not_finish_in_time(start: Start) -> None:

@@ -59,7 +59,7 @@ async def attend(request: Request) -> Response:
         reply,
         lambda raw: answers.attend_parts(result, asked, wanted.payloads, raw),
         answers.attend_bytes(result),
-        answers.timing_headers(measured_of(request).worked(result.timing)),
+        answers.attend_headers(result, measured_of(request).worked(result.timing)),
     )
 
 
@@ -76,7 +76,7 @@ async def explain(request: Request) -> Response:
         reply,
         lambda raw: answers.explain_parts(found, asked, wanted.payloads, raw),
         answers.attend_bytes(found.attended) + found.ranking.index.nbytes,
-        answers.timing_headers(measured_of(request).worked(found.attended.timing)),
+        answers.attend_headers(found.attended, measured_of(request).worked(found.attended.timing)),
     )
 
 
@@ -125,7 +125,7 @@ async def step(request: Request) -> Response:
         reply,
         lambda raw: answers.step_parts(attended, appended, asked, wanted.payloads, raw),
         answers.attend_bytes(attended),
-        answers.timing_headers(measured_of(request).worked(attended.timing, appended.timing)),
+        answers.attend_headers(attended, measured_of(request).worked(attended.timing, appended.timing)),
     )
 
 

@@ -20,6 +20,7 @@ _ATTENDED = {
 }
 _EXPLAINED = {
     "model": "retrieval",
+    "model_hash": "4e2718460261b5363c6a20fefd8139b085ef9264af400e952147f2288220c0a5",
     "top_k": 2,
     "num_taken": 2,
     "num_visible": 9,

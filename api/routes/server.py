@@ -1,4 +1,4 @@
-"""The server itself: info, models, and the two health calls. Does not know: sessions."""
+"""The server itself: info, and the two health calls. Does not know: sessions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from starlette.requests import Request
 
 from api.openapi import problems
 from api.routes.context import JsonRoute, caller_of, engine_of, settings_of
-from api.schemas.views import Caller, Health, Info, Model, Models
-from htm_service.errors import Draining, ModelNotFound, Unhealthy, quoted
+from api.schemas.views import Caller, Health, Info
+from htm_service.errors import Draining, Unhealthy
 
 
 def router() -> APIRouter:
@@ -20,20 +20,6 @@ def router() -> APIRouter:
         methods=["GET"],
         operation_id="info",
         responses=problems(("unhealthy", "invalid_argument", "internal_error")),
-    )
-    routes.add_api_route(
-        "/v1/models",
-        models,
-        methods=["GET"],
-        operation_id="list_models",
-        responses=problems(("internal_error",)),
-    )
-    routes.add_api_route(
-        "/v1/models/{name}",
-        model,
-        methods=["GET"],
-        operation_id="inspect_model",
-        responses=problems(("model_not_found", "internal_error")),
     )
     routes.add_api_route("/livez", alive, methods=["GET"], operation_id="livez")
     routes.add_api_route(
@@ -60,24 +46,11 @@ async def info(request: Request) -> Info:
         dtype_reason=found.dtype_reason,
         kernel=found.kernel,
         kernel_reason=found.kernel_reason,
-        models=[item.name for item in found.models if item.error is None],
+        models=list(found.models),
         limits={**found.limits, **own},
         totals=dict(found.totals),
         caller=Caller(role=who.role, opens=who.namespace, namespace=who.space) if who.is_known else None,
     )
-
-
-async def models(request: Request) -> Models:
-    """List the models that sessions and attends may name, and the files that cannot be served, with their errors."""
-    return Models(models=[Model.of(item) for item in engine_of(request).models()])
-
-
-async def model(request: Request, name: str) -> Model:
-    """Describe one model."""
-    for item in engine_of(request).models():
-        if item.name == name:
-            return Model.of(item)
-    raise ModelNotFound(f"no model has the name {quoted(name)}")
 
 
 async def alive() -> Health:

@@ -287,6 +287,7 @@ class ExplainAnswer(Body):
     """How a query ranks the chunks it sees, the first `limit` of them; and what `return` asked for."""
 
     model: str
+    model_hash: str
     top_k: int
     num_taken: int = Field(description="The first so many of all are taken.")
     num_visible: int

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from api.schemas.bodies import Base64Tensor, Body, Chunks, RecalledToken, Row
 from htm_service import records
-from htm_service.records import DType, OnFull, OpenChunk, Residency, Role, Tier
+from htm_service.records import DType, ModelSource, OnFull, OpenChunk, Residency, Role, Tier
 
 
 def when(seconds: float) -> datetime:
@@ -137,6 +137,7 @@ class Recall(Body):
     episodes: list[int] | None
     is_masked: bool = Field(description="Whether it was asked with masks, which are not kept.")
     model: str
+    model_hash: str = Field(description="Of the weights that it was computed with, as in `X-Model-Hash`.")
     length: int
     start: int
     stop: int
@@ -155,6 +156,7 @@ class Recall(Body):
             note=recall.note,
             is_masked=recall.is_masked,
             model=recall.model,
+            model_hash=recall.model_hash,
             length=recall.length,
             start=recall.start,
             stop=recall.stop,
@@ -204,11 +206,9 @@ class Deleted(Body):
     deleted: int
 
 
-class Model(Body):
-    """A model as served; `dim` is null when it takes any width. Of one with an `error` all but the name is null."""
+class ModelConfig(Body):
+    """The settings of a model; `dim` and `dim_head` are null when it takes any width."""
 
-    name: str
-    hash: str | None
     dim: int | None
     heads: int | None
     dim_head: int | None
@@ -218,12 +218,30 @@ class Model(Body):
     block: bool | None
     summary_scale: float | None
     attention_scale: float | None
-    error: str | None = Field(description="Why its file cannot be served; null when it is.")
+
+
+class Model(Body):
+    """A model as served. Of a file with an `error` all but the name is null."""
+
+    name: str
+    source: ModelSource = Field(description="`store`: it was put; `file`: of the models directory.")
+    hash: str | None
+    bytes: int | None = Field(description="Of the file that was put.")
+    config: ModelConfig | None
+    created_at: datetime | None = Field(description="When it was put.")
+    num_sessions: int = Field(description="Sessions of the caller's namespace that name it.")
+    error: str | None = Field(description="Why it cannot be served; null when it is.")
 
     @classmethod
     def of(cls, info: records.ModelInfo) -> Self:
         """The view of a record."""
-        return cls(**{name: getattr(info, name) for name in cls.model_fields})
+        config = ModelConfig(**{name: getattr(info, name) for name in ModelConfig.model_fields})
+        return cls(
+            bytes=info.num_bytes,
+            config=None if info.heads is None else config,
+            created_at=None if info.created_at is None else when(info.created_at),
+            **{name: getattr(info, name) for name in ("name", "source", "hash", "num_sessions", "error")},
+        )
 
 
 class Models(Body):

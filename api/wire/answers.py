@@ -217,7 +217,8 @@ def explain_parts(found: Explanation, asked: Asked, payloads: bool, raw: Raw) ->
     ranking = found.ranking
     tensors |= {"chunks.index": ranking.index, "chunks.logit": ranking.logit, "chunks.weight": ranking.weight}
     counts = {"num_taken": ranking.num_taken, "num_visible": ranking.num_visible}
-    return tensors, {"model": found.model, "top_k": found.top_k, **counts, **params}
+    model = {"model": found.model, "model_hash": found.attended.model_hash, "top_k": found.attended.top_k}
+    return tensors, {**model, **counts, **params}
 
 
 def select_parts(result: SelectResult, wanted: Selected) -> tuple[Tensors, Params]:
@@ -363,3 +364,8 @@ def timing_headers(timing: Timing) -> list[Header]:
         (b"server-timing", b"queue;dur=%.3f, compute;dur=%.3f, store;dur=%.3f" % times),
         (b"x-batch-size", b"%d" % timing.batch_size),
     ]
+
+
+def attend_headers(result: AttendResult, timing: Timing) -> list[Header]:
+    """The same of an attend, and `X-Model-Hash`: which weights it was computed with."""
+    return [*timing_headers(timing), (b"x-model-hash", result.model_hash.encode())]

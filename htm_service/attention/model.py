@@ -23,7 +23,7 @@ from htm_service.attention.model_config import ModelConfig, check_tensors, conte
 from htm_service.attention.positions import position_table
 from htm_service.errors import InvalidArgument
 from htm_service.kernels.base import Attended, Batch, Kernel, Projections, View
-from htm_service.records import ModelInfo
+from htm_service.records import ModelInfo, ModelSource
 
 LAYER_NORM_EPS = 1e-5
 _MAX_POSITION_TABLES = 64
@@ -83,11 +83,18 @@ class Model(ABC):
                 self._tables[chunk_size] = table
         return table
 
-    def info(self, name: str) -> ModelInfo:
+    def take_positions(self, other: Model) -> None:
+        """Take over what another model, which this one replaces, has made of positions: it depends on no weights."""
+        if (self.dim, self.config.position_encoding) == (other.dim, other.config.position_encoding):
+            with other._tables_lock:
+                self._tables = {**other._tables, **self._tables}
+
+    def info(self, name: str, source: ModelSource = "file") -> ModelInfo:
         """What the API tells about this model when it is served under `name`."""
         config = self.config
         return ModelInfo(
             name=name,
+            source=source,
             hash=self.hash,
             dim=config.dim,
             heads=config.heads,

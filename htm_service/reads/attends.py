@@ -12,16 +12,15 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-from htm_service.attention.model import Model
-from htm_service.attention.registry import ModelRegistry
+from htm_service.attention.catalog import Catalog
 from htm_service.config import EngineConfig
 from htm_service.errors import HTMError, InvalidArgument, LengthConflict, SessionDamaged
 from htm_service.reads.cost import merge, merge_selects, products_per_query, split
 from htm_service.reads.runner import Attend
 from htm_service.reads.visibility import Trimmed
+from htm_service.reads.weights import Outgrown, Weights
 from htm_service.reads.worker import DeviceWorker
 from htm_service.records import (
-    RECALLED_BYTES,
     AttendRequest,
     AttendResult,
     Event,
@@ -39,14 +38,12 @@ from storage.base import Store, StoreError, TooManyBytes
 
 
 class _Row(NamedTuple):
-    """One of several requests, `place` among them, with its model and how many chunks it takes."""
+    """One of several requests, `place` among them, with the name of its model."""
 
     place: int
     session: Session
-    request: AttendRequest
     name: str
-    model: Model
-    top_k: int
+    asked: Attend
 
 
 class Answered(NamedTuple):
@@ -63,14 +60,14 @@ class Attends:
     def __init__(
         self,
         config: EngineConfig,
-        models: ModelRegistry,
+        catalog: Catalog,
         worker: DeviceWorker,
         store: Store,
         feed: Feed,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
-        self._models = models
+        self._catalog = catalog
         self._worker = worker
         self._store = store
         self._feed = feed
@@ -82,10 +79,10 @@ class Attends:
 
     async def attend(self, session: Session, request: AttendRequest) -> AttendResult:
         """Answer a checked request over the session as it is now, or as it was at `stop`."""
-        name, model, top_k = self._resolve(session, request)
-        result = await self._answer(session, model, request, top_k)
+        name = name_of(session, request)
+        result = await self._answer(session, name, request)
         answer = await self._with_payloads(session, result) if request.payloads else result
-        self._account(session, request, result, name, top_k)
+        self._account(session, request, result, name)
         return answer
 
     async def attend_all(self, wanted: Sequence[tuple[Session, AttendRequest]]) -> list[AttendResult | Exception]:
@@ -106,32 +103,31 @@ class Attends:
         rows: list[_Row] = []
         for place, (session, request) in enumerate(wanted):
             try:
-                rows.append(_Row(place, session, request, *self._resolve(session, request)))
+                name = name_of(session, request)
+                asked = Attend(session.resident, await self.weights_of(session, name, request), request)
+                rows.append(_Row(place, session, name, asked))
             except HTMError as error:
                 outcomes[place] = error
-        num_bytes = sum(self._answer_bytes(row.session, row.request, row.top_k) for row in rows)
-        self._check_bytes(sum(len(request.queries) for _, request in wanted), num_bytes)
-        jobs = [(row.session, Attend(row.session.resident, row.model, row.request, row.top_k)) for row in rows]
+        self._check_answers([row.asked for row in rows])
+        jobs = [(row.session, row.asked) for row in rows]
         for row, outcome in zip(rows, await self.compute_all(jobs, *limit), strict=True):
             assert not isinstance(outcome, SelectResult)
             outcomes[row.place] = outcome
         computed = [outcomes[place] for place in range(len(wanted))]
         if any(request.payloads for _, request in wanted):
-            await self._add_payloads([row for row in rows if row.request.payloads], outcomes)
+            await self._add_payloads([row for row in rows if row.asked.request.payloads], outcomes)
         return Answered(rows, computed, [outcomes[place] for place in range(len(wanted))])
 
     def account(self, answered: Answered) -> None:
         """Count and keep what was answered to several requests, and what was found damaged."""
         for row in answered.rows:
-            outcome = answered.outcomes[row.place]
+            computed, outcome = answered.computed[row.place], answered.outcomes[row.place]
             if isinstance(outcome, SessionDamaged):
                 row.session.damage = outcome.detail
-            elif isinstance(outcome, AttendResult) and isinstance(
-                computed := answered.computed[row.place], AttendResult
-            ):
-                self._account(row.session, row.request, computed, row.name, row.top_k)
+            elif isinstance(outcome, AttendResult) and isinstance(computed, AttendResult):
+                self._account(row.session, row.asked.request, computed, row.name)
 
-    def _account(self, session: Session, request: AttendRequest, result: AttendResult, name: str, top_k: int) -> None:
+    def _account(self, session: Session, request: AttendRequest, result: AttendResult, name: str) -> None:
         """Count an attend that was answered with the model `name`, keep its recall, and tell of it."""
         self.num_attends += 1
         self.num_queries += len(request.queries)
@@ -140,7 +136,7 @@ class Attends:
         now = self._clock()
         is_kept, is_read = session.recalls.is_kept, self._feed.is_read
         if is_kept or is_read:
-            recall = account(request, result, name, top_k, now)
+            recall = account(request, result, name, now)
             if is_kept:
                 session.recalls.add(recall, request, result)
             if is_read:
@@ -148,40 +144,34 @@ class Attends:
 
     async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:
         """How the one query of a checked request ranks the chunks it sees, `limit` of them. It is no recall."""
-        name, model, top_k = self._resolve(session, request)
-        result = await self._answer(session, model, request, top_k, num_ranked=limit)
+        name = name_of(session, request)
+        result = await self._answer(session, name, request, num_ranked=limit)
         if request.payloads:
             result = await self._with_payloads(session, result)
         assert result.ranking is not None
-        return Explanation(result, result.ranking, name, top_k)
+        return Explanation(result, result.ranking, name)
 
-    async def _answer(
-        self, session: Session, model: Model, request: AttendRequest, top_k: int, num_ranked: int = 0
-    ) -> AttendResult:
-        self._check_bytes(len(request.queries), self._answer_bytes(session, request, top_k))
+    async def _answer(self, session: Session, name: str, request: AttendRequest, num_ranked: int = 0) -> AttendResult:
+        asked = Attend(session.resident, await self.weights_of(session, name, request), request, num_ranked)
         try:
-            attend = Attend(session.resident, model, request, top_k, num_ranked)
-            result = await self.compute(session, attend)
+            result = await self.compute(session, asked)
             assert isinstance(result, AttendResult)
             return result
         except SessionDamaged as error:
             session.damage = error.detail
             raise
 
-    def _resolve(self, session: Session, request: AttendRequest) -> tuple[str, Model, int]:
-        """The model that a request names, or its session's, and how many chunks it takes.
-
-        Raises ModelNotFound, InvalidArgument.
-        """
-        name, dim = session.settings.model if request.model is None else request.model, session.settings.dim
-        model = self._models.get(name)
+    async def weights_of(self, session: Session, name: str, request: AttendRequest) -> Weights:
+        """What the name of a model stands for. Raises ModelNotFound, and InvalidArgument for another width."""
+        namespace, dim = session.key.namespace, session.settings.dim
+        model = self._worker.models.served.find(namespace, name) or await self._catalog.get(namespace, name)
         if request.model is None and model.dim not in (None, dim):
             raise InvalidArgument(
                 f"model {name!r}, which session {session.id!r} of width {dim} was given, has width {model.dim} now: "
-                "its file was replaced. Put one of that width back, name another model, or give the session one"
+                "it was replaced. Put one of that width back, name another model, or give the session one"
             )
         check_model_dim(name, model, dim)
-        return name, model, request.top_k or model.config.top_k
+        return Weights(namespace, name, dim, model, request.top_k)
 
     async def attend_before(self, session: Session, request: AttendRequest, position: int) -> AttendResult:
         """Attend to the session as it was before an append at `position`. Raises LengthConflict when that is gone."""
@@ -211,7 +201,8 @@ class Attends:
             entry = self._worker.submit_all([(attend, cost) for _, attend, cost in together])
             found = await entry.within(deadline, timeout_s)
             for (place, _, _), outcome in zip(together, found, strict=True):
-                if isinstance(outcome, Trimmed) and wanted[place][1].request.stop is None:  # all that it was to see
+                is_gone = isinstance(outcome, Trimmed) and wanted[place][1].request.stop is None
+                if is_gone or isinstance(outcome, Outgrown):  # it is admitted anew
                     alone.append(place)
                 else:
                     outcomes[place] = outcome
@@ -228,13 +219,14 @@ class Attends:
         """What `asked`, which is copied, finds in what is left of the tokens as of its admission.
 
         `limit` is a deadline on the loop's clock, and the seconds that it was away from the beginning; else the
-        request's. Where nothing is left of the tokens it is admitted anew. Raises LengthConflict when its masks forbid
-        that.
+        request's. Where nothing is left of the tokens it is admitted anew, and where its model takes more chunks since.
+        Raises LengthConflict when its masks forbid the former.
         """
         request = asked.request
         deadline, timeout_s = limit or self.deadline_of(request)  # one for all that is tried
         length, was_torn = session.length, False
         while True:
+            self._check_answers([asked])
             attend = _admitted(asked, length)
             cost, at_once, room = self._cost(session, attend)
             try:
@@ -245,6 +237,9 @@ class Attends:
                 if result is not None:
                     return result
                 was_torn = True  # in a session that is trimmed all the time it would be so again
+            except Outgrown:
+                name = name_of(session, request)
+                asked = replace(asked, weights=await self.weights_of(session, name, request))
             except Trimmed:
                 if request.stop is not None:
                     raise
@@ -353,19 +348,18 @@ class Attends:
             raise _too_large(what, self._config.max_answer_bytes)
         return result._replace(recalled=recalled)
 
-    def _answer_bytes(self, session: Session, request: AttendRequest, top_k: int) -> int:
-        """At most, whatever the payloads."""
-        num_bytes = request.queries.nbytes
-        if request.tokens:
-            num_listed = min(request.max_recalled, top_k * session.settings.chunk_size)
-            num_bytes += len(request.queries) * num_listed * RECALLED_BYTES
-        return num_bytes
-
-    def _check_bytes(self, num_queries: int, num_bytes: int) -> None:
-        """Raise InvalidArgument for an answer that would hold too much."""
+    def _check_answers(self, attends: Sequence[Attend]) -> None:
+        """Raise InvalidArgument for an answer that would hold too much, whatever the payloads."""
         most = self._config.max_answer_bytes
+        num_bytes = sum(attend.answer_bytes for attend in attends)
         if num_bytes > most:
+            num_queries = sum(len(attend.request.queries) for attend in attends)
             raise _too_large(f"the answer to {num_queries} queries has up to {num_bytes} bytes", most)
+
+
+def name_of(session: Session, request: AttendRequest) -> str:
+    """The name of the model that a request is computed with."""
+    return session.settings.model if request.model is None else request.model
 
 
 def _admitted(asked: Attend, length: int) -> Attend:

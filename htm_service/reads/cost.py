@@ -54,6 +54,8 @@ def merge(results: Sequence[AttendResult], length: int) -> AttendResult:
         recalled=recalled,
         length=length,
         timing=timing,
+        model_hash=first.model_hash,
+        top_k=first.top_k,
     )
 
 

@@ -29,7 +29,9 @@ from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.memory.resident import Resident
 from htm_service.reads.visibility import Ends, SeenTo, Visibility, ends_of, partial_keys, seen_in_part
+from htm_service.reads.weights import Weights
 from htm_service.records import (
+    RECALLED_BYTES,
     AttendRequest,
     AttendResult,
     Bools,
@@ -59,15 +61,14 @@ class Missing(NamedTuple):
 
 @dataclass(slots=True, eq=False)
 class Attend:
-    """One attend on its way: `request.queries` is [Q, D], checked; `top_k` is resolved.
+    """One attend on its way: `request.queries` is [Q, D], checked.
 
     Made by the loop; the device thread's from the moment that it is submitted.
     """
 
     resident: Resident
-    model: Model
+    weights: Weights
     request: AttendRequest
-    top_k: int
     num_ranked: int = 0
     """Chunks that an explanation of its one query lists; 0: it is none."""
     length: int | None = None
@@ -90,6 +91,25 @@ class Attend:
     def part(self, request: AttendRequest, length: int) -> Self:
         """One with some of its queries, which sees this length."""
         return replace(self, request=request, length=length)
+
+    @property
+    def model(self) -> Model:
+        """What computes it, once it is planned."""
+        return self.weights.model
+
+    @property
+    def top_k(self) -> int:
+        """How many chunks each query takes."""
+        return self.weights.top_k
+
+    @property
+    def answer_bytes(self) -> int:
+        """Of its answer, at most and without payloads."""
+        num_bytes = self.request.queries.nbytes
+        if self.request.tokens:
+            num_listed = min(self.request.max_recalled, self.top_k * self.resident.settings.chunk_size)
+            num_bytes += len(self.request.queries) * num_listed * RECALLED_BYTES
+        return num_bytes
 
     @property
     def chunks(self) -> Chunks:

@@ -12,12 +12,12 @@ from dataclasses import replace
 import numpy as np
 
 from htm_service.attention.model import RetrievalModel
-from htm_service.attention.registry import ModelRegistry
 from htm_service.config import MAX_TOP_K
 from htm_service.errors import LengthConflict, SessionDamaged
 from htm_service.reads.attends import Attends
 from htm_service.reads.runner import Select
 from htm_service.reads.visibility import Trimmed
+from htm_service.reads.weights import Weights
 from htm_service.reads.worker import DeviceWorker
 from htm_service.records import AttendRequest, SelectResult
 from htm_service.sessions.session import Session
@@ -27,8 +27,7 @@ from htm_service.threads.batcher import within
 class Selects:
     """See the head of this module. Raises only `htm_service.errors`."""
 
-    def __init__(self, models: ModelRegistry, worker: DeviceWorker, attends: Attends) -> None:
-        self._models = models
+    def __init__(self, worker: DeviceWorker, attends: Attends) -> None:
         self._worker = worker
         self._attends = attends
         self._key_space = RetrievalModel(summary_scale=1.0, attention_scale=1.0)
@@ -36,8 +35,11 @@ class Selects:
 
     async def select(self, session: Session, request: AttendRequest, *, keys: bool, tokens: bool) -> SelectResult:
         """What a checked request takes of the session as it is now, or as it was at `stop`."""
-        top_k = request.top_k or self._models.get(session.settings.model).config.top_k
-        asked = Select(session.resident, self._key_space, request, top_k, keys=keys, tokens=tokens)
+        top_k = request.top_k
+        if top_k is None:
+            top_k = (await self._attends.weights_of(session, session.settings.model, request)).top_k
+        weights = Weights.fixed(self._key_space, top_k)
+        asked = Select(session.resident, weights, request, keys=keys, tokens=tokens)
         try:
             limit = self._attends.deadline_of(request)  # one for all that is asked of the device
             result = await self._attends.compute(session, asked, limit)
@@ -70,7 +72,7 @@ class Selects:
         select = replace(
             asked,
             request=replace(request, queries=queries, stop=stop, chunk_mask=chunk_mask),
-            top_k=MAX_TOP_K,
+            weights=Weights.fixed(self._key_space, MAX_TOP_K),
             length=result.length,
         )
         future = self._worker.submit(select, chunk_mask.size * session.settings.dim)

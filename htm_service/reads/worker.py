@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from htm_service.attention.registry import ModelRegistry
 from htm_service.errors import HTMError, OutOfMemory, SessionNotFound
 from htm_service.kernels.base import Kernel
 from htm_service.memory.cache import Cache
@@ -47,7 +48,10 @@ JobTicket = Ticket[Job, Any]
 class DeviceWorker:
     """See the head of this module. `queue` is the device thread's, which is to call `run`."""
 
-    def __init__(self, queue: Batcher[Job, Any], cache: Cache, loader: Loader, runner: Runner) -> None:
+    def __init__(
+        self, queue: Batcher[Job, Any], cache: Cache, loader: Loader, runner: Runner, models: ModelRegistry
+    ) -> None:
+        self.models = models
         self.queue = queue
         self.cache = cache
         self.loader = loader
@@ -100,6 +104,7 @@ class DeviceWorker:
     ) -> list[tuple[JobTicket, Attend]]:
         """The attends that are planned, the others' outcomes."""
         self.cache.begin_turn()
+        served = self.models.served  # of this moment, for the whole batch
         for ticket in tickets:
             self._want(ticket.item.resident)
         for ticket in tickets:
@@ -122,6 +127,7 @@ class DeviceWorker:
                 outcomes[ticket] = job.ask(resident.held)
             else:
                 try:
+                    job.weights.bind(served)
                     _see(job)
                 except HTMError as error:
                     outcomes[ticket] = error
@@ -197,7 +203,10 @@ class DeviceWorker:
             if isinstance(result, AttendResult | SelectResult):
                 self.cache.touch(attend.resident, result.chunk_index)
                 length = result.length if attend.length is None else attend.length
-                result = result._replace(length=length, timing=Timing(ticket.queue_s, compute_s, 0.0, batch_size))
+                timing = Timing(ticket.queue_s, compute_s, 0.0, batch_size)
+                result = result._replace(length=length, timing=timing)
+                if isinstance(result, AttendResult):
+                    result = result._replace(model_hash=attend.model.hash, top_k=attend.top_k)
             outcomes[ticket] = result
 
 

@@ -146,7 +146,7 @@ class RecallLog:
         self._last_at = np.pad(self._last_at, (0, more))
 
 
-def account(request: AttendRequest, result: AttendResult, model: str, top_k: int, now: float) -> Recall:
+def account(request: AttendRequest, result: AttendResult, model: str, now: float) -> Recall:
     """The account of one attend, without its query. `result` is without payloads."""
     index, weight, rows = result.chunk_index, result.chunk_weight, result.recalled
     num_queries = len(index)
@@ -160,10 +160,11 @@ def account(request: AttendRequest, result: AttendResult, model: str, top_k: int
         request.episodes,
         request.is_masked,
         model,
+        result.model_hash,
         result.length,
         request.start,
         result.length if request.stop is None else request.stop,
-        top_k,
+        result.top_k,
         num_queries,
         len(index),
         index.tobytes(),

@@ -310,6 +310,8 @@ class Batcher(Generic[Item, Result]):
                 self._changed.wait()
             actions = list(self._actions)
             self._actions.clear()
+            if self._draining and actions:
+                self._changed.notify_all()  # `close` waits for them to be taken
             return actions, self._take_waiting()
 
     def _take_requeued(self) -> list[list[Ticket[Item, Result]]]:

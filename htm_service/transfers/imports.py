@@ -24,7 +24,8 @@ import numpy as np
 import numpy.typing as npt
 import orjson
 
-from htm_service.attention.registry import RETRIEVAL, ModelRegistry
+from htm_service.attention.catalog import Catalog
+from htm_service.attention.registry import RETRIEVAL
 from htm_service.errors import HTMError, InvalidArgument, Overloaded, QuotaExceeded, Unhealthy
 from htm_service.records import DType
 from htm_service.session_settings import SessionSettings
@@ -119,7 +120,7 @@ class Imports:
         store: Store,
         committer: Committer,
         directory: Directory,
-        models: ModelRegistry,
+        models: Catalog,
         clock: Callable[[], float],
         max_payload_bytes: int,
     ) -> None:
@@ -146,7 +147,7 @@ class Imports:
         try:
             source = Incoming(parts)
             layout, checksums = await _header(source, num_bytes)
-            settings = self._settings(layout)
+            settings = await self._settings(key, layout)
             await self._check_room(key, layout)
             sid = await self._stage(name, settings, layout)
             try:
@@ -188,11 +189,12 @@ class Imports:
 
     # --- before the first token ---
 
-    def _settings(self, layout: Layout) -> SessionSettings:
+    async def _settings(self, key: SessionKey, layout: Layout) -> SessionSettings:
         """What the session is to be, as if it were created here."""
         wish = layout.wish
         name = wish.model or RETRIEVAL
-        settings = validation.resolve_settings(wish, name, self._models.get(name), layout.dtype)
+        model = await self._models.get(key.namespace, name)
+        settings = validation.resolve_settings(wish, name, model, layout.dtype)
         if layout.first_position % settings.chunk_size:
             raise InvalidArgument(
                 f"first_position is {layout.first_position}, no beginning of a chunk of {settings.chunk_size}"

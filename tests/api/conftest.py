@@ -12,7 +12,12 @@ from fastapi import FastAPI
 
 from api.app import create_app
 from api.settings import Settings
+from htm_service.attention.convert import from_module
+from htm_service.attention.model_file import model_bytes
+from htm_service.attention.modules import HTMAttention
 
+MODEL = model_bytes(*from_module(HTMAttention(3, heads=1, topk_mems=2, mem_chunk_size=2, dim_head=2)))
+"""The file of a model that fits the session of the tests."""
 Serve = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
@@ -51,12 +56,18 @@ ADMIN_KEY = "the-admins-key-of-the-tests"
 
 @pytest.fixture
 async def keyed(serve: Serve) -> AsyncIterator[httpx.AsyncClient]:
-    """A client with the admin's key, of a running app that asks for keys: the session `s`, and the key `bob`."""
+    """A client with the admin's key, of an app that asks for keys: session `s`, key `bob`, model `m`."""
     async with serve(api_key=ADMIN_KEY) as client:
         client.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
         await fill(client)
         await make_key(client, "bob")
+        assert (await put_model(client)).status_code == 201
         yield client
+
+
+async def put_model(client: httpx.AsyncClient, name: str = "m", data: bytes = MODEL) -> httpx.Response:
+    """Put a model that fits the session of the tests."""
+    return await client.put(f"/v1/models/{name}", content=data, headers={"Content-Type": "application/x-safetensors"})
 
 
 async def make_key(client: httpx.AsyncClient, name: str, role: str = "read", **wish: Any) -> str:

@@ -13,12 +13,13 @@ from htm_service.errors import HTMError
 from htm_service.metrics import Metrics
 from htm_service.writes.keys import Keys
 from storage.in_memory import MemoryStore
+from tests.api.conftest import MODEL
 from tests.session_files import session_file
 
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """A good request of an admin, on a server with the session and the key of conftest.keyed, and its status."""
+    """A good request of an admin, on a server with what conftest.keyed puts there, and its status."""
 
     method: str
     path: str
@@ -54,6 +55,8 @@ CALLS: Mapping[str, Call] = {
     "metrics": Call("GET", "/metrics"),
     "list_models": Call("GET", "/v1/models"),
     "inspect_model": Call("GET", "/v1/models/retrieval"),
+    "put_model": Call("PUT", "/v1/models/m", content=MODEL, headers={"content-type": "application/x-safetensors"}),
+    "delete_model": Call("DELETE", "/v1/models/m", 204),
     "create_session": Call("POST", "/v1/sessions", 201, {"dim": 3}),
     "list_sessions": Call("GET", "/v1/sessions?limit=10"),
     "delete_sessions": Call("DELETE", "/v1/sessions?prefix=nobody"),
@@ -88,6 +91,7 @@ CALLS: Mapping[str, Call] = {
 """By operationId. `delete_session` comes last where all are sent to one server."""
 
 WITH_BODY = [name for name, call in CALLS.items() if call.json is not None]
+"""Of those with JSON bodies."""
 ON_SESSION = [name for name, call in CALLS.items() if "/v1/sessions/s" in call.path]
 
 
@@ -106,9 +110,6 @@ class FailingEngine:
             raise self.error
 
         return call
-
-    def models(self) -> None:
-        raise self.error
 
     def listen(self, namespace: str, session_id: str | None) -> None:
         raise self.error

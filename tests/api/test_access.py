@@ -14,7 +14,7 @@ import pytest
 from api.app import create_app
 from api.auth import OPEN, ROLES
 from api.settings import Settings
-from tests.api.conftest import ADMIN_KEY, Serve, fill, make_key
+from tests.api.conftest import ADMIN_KEY, Serve, fill, make_key, put_model
 from tests.api.exercised import CALLS, ON_SESSION
 from tests.api.test_errors import check_problem
 
@@ -25,6 +25,8 @@ NEEDS: Mapping[str, str] = {
     "metrics": "admin of all",
     "list_models": "read",
     "inspect_model": "read",
+    "put_model": "admin",
+    "delete_model": "admin",
     "list_sessions": "read",
     "create_session": "write",
     "put_session": "write",
@@ -83,6 +85,7 @@ async def client(serve: Serve, clock: Clock) -> AsyncIterator[httpx.AsyncClient]
         client.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
         await fill(client)
         await make_key(client, "bob")
+        assert (await put_model(client)).status_code == 201
         yield client
 
 
@@ -121,8 +124,10 @@ def expected(name: str, caller: str) -> tuple[int, str]:
     if caller == "other namespace":
         if name == "get_quota":
             return 403, "forbidden"
-        if name == "put_session":
-            return 201, ""  # the id is free there
+        if name in ("put_session", "put_model"):
+            return 201, ""  # the name is free there
+        if name == "delete_model":
+            return 404, "model_not_found"
         if name in ON_SESSION:
             return 404, "session_not_found"
         if name == "revoke_key":
@@ -156,8 +161,10 @@ async def test_the_matrix(client: httpx.AsyncClient, clock: Clock, caller: str) 
             await fill(client)
         if name == "revoke_key" and status == 204:
             await make_key(client, "bob")
-        if caller == "other namespace" and name == "put_session":
-            assert (await client.delete("/v1/sessions/s", headers=headers)).status_code == 204
+        if name == "delete_model" and status == 204:
+            await put_model(client)
+        if caller == "other namespace" and name in ("put_session", "put_model"):
+            assert (await client.delete(call.path, headers=headers)).status_code == 204
 
 
 async def state(client: httpx.AsyncClient) -> str:

@@ -14,7 +14,7 @@ from api.app import create_app
 from api.schemas import bodies, views
 from api.settings import Settings
 from api.wire.tensors import to_base64
-from tests.api.conftest import ADMIN_KEY, Serve, fill, make_key, talk_to
+from tests.api.conftest import ADMIN_KEY, Serve, fill, make_key, put_model, talk_to
 from tests.api.exercised import CALLS, ON_SESSION, WITH_BODY, Call, FailingEngine, domain_error
 from tests.api.test_errors import check_problem
 from tests.session_files import parsed, session_file
@@ -78,9 +78,11 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "body_too_large": {
         **{name: {"content": b" " * 20_000, "headers": {"content-type": "application/json"}} for name in WITH_BODY},
         "import_session": {"content": b" " * 20_000},
+        "put_model": {"content": b" " * 200_000},
     },
     "unsupported_media_type": {
-        name: {"content": b"{}", "headers": {"content-type": "text/plain"}} for name in [*WITH_BODY, "import_session"]
+        name: {"content": b"{}", "headers": {"content-type": "text/plain"}}
+        for name in (*WITH_BODY, "import_session", "put_model")
     },
     "session_not_found": at("nobody", "put_session"),
     "invalid_argument": {
@@ -94,6 +96,7 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     },
     "model_not_found": {
         "inspect_model": {"path": "/v1/models/nothing"},
+        "delete_model": {"path": "/v1/models/nothing"},
         "create_session": {"json": {"dim": 3, "model": "nothing"}},
         "put_session": {"json": {"dim": 3, "model": "nothing"}},
         "update_session": {"json": {"model": "nothing"}},
@@ -107,6 +110,8 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "misdirected_request": {name: {"headers": {"Host": "example.org:8000"}} for name in BY_CALLER},
     "key_not_found": {"revoke_key": {"path": "/v1/keys/nobody"}},
     "key_exists": {"create_key": {"json": {"name": "bob", "role": "read"}}},
+    "model_in_use": {name: {"path": "/v1/models/retrieval"} for name in ("put_model", "delete_model")},
+    "model_conflict": {name: {"headers": {"If-Match": '"another"'}} for name in ("put_model", "delete_model")},
     "session_conflict": {"put_session": {"json": {"dim": 4}}, "import_session": {"path": "/v1/sessions/s/import"}},
     "length_conflict": {
         "append": {"json": {"embeddings": [1, 0, 0], "if_length": 99}},
@@ -128,7 +133,10 @@ def test_every_documented_failure_is_exercised() -> None:
 def test_every_operation_is_exercised() -> None:
     assert {name for name, _, _ in DOCUMENTED} == set(CALLS)
     successes = {(name, status) for name, status, code in DOCUMENTED if not code}
-    assert successes == {(name, call.status) for name, call in CALLS.items()} | {("put_session", 201)}
+    assert successes == {(name, call.status) for name, call in CALLS.items()} | {
+        ("put_session", 201),
+        ("put_model", 201),
+    }
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -172,12 +180,13 @@ async def test_put_creates(client: httpx.AsyncClient) -> None:
 @pytest.mark.parametrize("code", WRONG)
 async def test_real_failures(serve: Serve, code: str) -> None:
     """Each of them leaves the session as it was."""
-    limits = {"max_json_body_bytes": 10_000, "max_import_bytes": 10_000}
+    limits = {"max_json_body_bytes": 10_000, "max_import_bytes": 10_000, "max_body_bytes": 100_000}
     async with serve(**limits, api_key=None if code in BY_HOST else ADMIN_KEY) as client:
         client.headers["Authorization"] = f"Bearer {ADMIN_KEY}"
         await fill(client)
         if code not in BY_HOST:
             await make_key(client, "bob")
+            assert (await put_model(client)).status_code == 201
         await CALLS["attend"].send(client)  # so that it is on the device before and after
         before = (await client.get("/v1/sessions/s")).json()
         for name, changes in WRONG[code].items():

@@ -372,18 +372,18 @@ class TestRegistry:
     def test_only_the_built_in(self) -> None:
         registry = ModelRegistry(None, "cpu")
         assert [info.name for info in registry.infos()] == ["retrieval"]
-        assert registry.get("retrieval").config.top_k == 8
+        assert registry.served.everyones["retrieval"].config.top_k == 8
 
     def test_a_directory(self, tmp_path: Path) -> None:
         save_model(tmp_path / "planner-v1.2.safetensors", CONFIG, make_tensors(CONFIG))
         (tmp_path / "notes.txt").write_text("not a model")
         registry = ModelRegistry(tmp_path, "cpu", RetrievalModel(5.0, 7.0, 3))
         assert [info.name for info in registry.infos()] == ["planner-v1.2", "retrieval"]
-        assert registry.get("planner-v1.2").dim == 13
-        info = registry.get("retrieval").info("retrieval")
+        assert registry.served.everyones["planner-v1.2"].dim == 13
+        (_, info) = registry.infos()
         assert (info.summary_scale, info.attention_scale, info.top_k) == (5.0, 7.0, 3)
-        with pytest.raises(ModelNotFound, match=r"'planner'; there are: planner-v1\.2, retrieval"):
-            registry.get("planner")
+        missing = registry.missing("default", "planner")
+        assert isinstance(missing, ModelNotFound) and "'planner'; there are: planner-v1.2, retrieval" in missing.detail
 
     def test_files_that_cannot_be_served_are_listed(self, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
         """One of them ended the start of a server. What macOS leaves beside a copied file is none."""
@@ -408,9 +408,10 @@ class TestRegistry:
             "pipe": "it is not a file",
             "gone": "it is not a file",
         }
-        assert registry.get("planner").dim == 13 and registry.get("retrieval").dim is None
-        with pytest.raises(ModelNotFound, match=r"^model 'cut' cannot be served: not a safetensors file"):
-            registry.get("cut")
+        assert registry.served.everyones["planner"].dim == 13 and registry.served.everyones["retrieval"].dim is None
+        assert registry.missing("default", "cut").detail.startswith(
+            "model 'cut' cannot be served: not a safetensors file"
+        )
         assert f"the model file {tmp_path / 'cut.safetensors'} is not served: not a safetensors file" in caplog.text
         assert "._planner" not in caplog.text
 
@@ -429,11 +430,29 @@ class TestRegistry:
     @pytest.mark.parametrize("name", ["", "my model", "a/b", "x" * 129, "x" * 4_000_000])
     def test_what_is_no_name(self, name: str) -> None:
         """A name of 4 MB came back twice in its error; an empty one was the default, or unknown, by the call."""
-        with pytest.raises(InvalidArgument, match=r"^model is '.*', a model's name must match \[") as caught:
-            ModelRegistry().get(name)
-        assert (
-            repr(name[:128])[:-1] in caught.value.detail and len(caught.value.detail) < 300 and not caught.value.extra
-        )
+        missing = ModelRegistry().missing("default", name)
+        assert isinstance(missing, InvalidArgument) and not missing.extra
+        assert re.match(r"model is '.*', a model's name must match \[", missing.detail)
+        assert repr(name[:128])[:-1] in missing.detail and len(missing.detail) < 300
+
+    def test_what_a_name_stands_for(self, tmp_path: Path) -> None:
+        """A file's name is everyone's; else a namespace's own model hides the shared one, even one that is not here."""
+        save_model(tmp_path / "file.safetensors", CONFIG, make_tensors(CONFIG))
+        registry = ModelRegistry(tmp_path)
+        own, shared = (ProjectedModel(CONFIG, make_tensors(CONFIG, seed)) for seed in (2, 3))
+        before = registry.served
+        registry.put(("shared", "m"), shared)
+        assert before.find("ours", "m") is None, "what is looked at does not change"
+        assert registry.served.find("ours", "m") is registry.served.find("theirs", "m") is shared
+        registry.put(("ours", "m"), own)
+        assert registry.served.find("ours", "m") is own and registry.served.find("theirs", "m") is shared
+        registry.put(("ours", "m"), None)
+        assert registry.served.find("ours", "m") is None
+        registry.drop(("ours", "m"))
+        assert registry.served.find("ours", "m") is shared
+        registry.put(("ours", "file"), own)
+        assert registry.served.find("ours", "file") is registry.served.everyones["file"]
+        assert registry.is_everyones("file") and not registry.is_everyones("m")
 
     def test_no_directory(self, tmp_path: Path) -> None:
         with pytest.raises(InvalidArgument, match="is not a directory"):

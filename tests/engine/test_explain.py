@@ -10,6 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from htm_service.attention.model import RetrievalModel
 from htm_service.attention.model_config import ModelConfig
 from htm_service.config import MAX_NOTE_CHARS, MAX_RANKED, EngineConfig
 from htm_service.engine import Engine
@@ -90,7 +91,8 @@ async def test_of_many_chunks_the_first_are_listed_and_all_are_counted(engine: E
     await fill(engine, "s", vectors(0, 11 * SIZE, DIM))
     request = AttendRequest(queries=vectors(1, DIM), top_k=3)
     whole, short = await engine.explain(named("s"), request), await engine.explain(named("s"), request, 2)
-    assert (whole.ranking.num_taken, whole.ranking.num_visible, whole.top_k, whole.model) == (3, 11, 3, "retrieval")
+    assert (whole.ranking.num_taken, whole.ranking.num_visible, whole.attended.top_k) == (3, 11, 3)
+    assert (whole.model, whole.attended.model_hash) == ("retrieval", RetrievalModel().hash)
     assert (short.ranking.num_taken, short.ranking.num_visible) == (3, 11)
     np.testing.assert_array_equal(short.ranking.index, whole.ranking.index[:2])
 

@@ -27,8 +27,8 @@ def add(log: RecallLog, index: np.ndarray[tuple[int, int], np.dtype[np.int64]]) 
     num_queries = len(index)
     request = AttendRequest(queries=np.zeros((num_queries, 3), np.float32))
     weight = np.where(index < 0, 0, 1).astype(np.float32)
-    result = AttendResult(np.zeros((num_queries, 3), np.float32), index, weight, None, 7)
-    log.add(account(request, result, "retrieval", 2, 5.0), request, result)
+    result = AttendResult(np.zeros((num_queries, 3), np.float32), index, weight, None, 7, top_k=2)
+    log.add(account(request, result, "retrieval", 5.0), request, result)
 
 
 def test_chunks_are_counted_when_asked_for() -> None:
@@ -92,7 +92,7 @@ def test_the_last_recalls_keep_their_queries_within_bounds() -> None:
         queries = np.full((2, width), number, np.float32)
         result = AttendResult(queries, np.zeros((2, 1), np.int64), np.ones((2, 1), np.float32), None, 7)
         request = AttendRequest(queries=queries)
-        log.add(account(request, result, "retrieval", 1, 5.0), request, result)
+        log.add(account(request, result, "retrieval", 5.0), request, result)
     recalls = log.latest(64)
     kept = [recall.query for recall in recalls if recall.query is not None]
     assert len(recalls) == 40 and len(kept) == 10
