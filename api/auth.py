@@ -60,6 +60,8 @@ ROLES: Mapping[str, Role] = {
     "session_heat": "read",
     "explain": "read",
     "select": "read",
+    "search": "read",
+    "search_all": "read",
     "events": "read",
     "delete_sessions": "write",
     "export_session": "read",

@@ -16,6 +16,11 @@ MAX_SESSIONS = 4_096
 """Of one lock-step batch."""
 MAX_RECALLED = 1_024
 """Tokens per query that one attend lists."""
+MAX_FOUND = 1_000
+"""Tokens that a search answers for each query."""
+MAX_OVERSAMPLE = 100
+MAX_SEARCHED = 4_096
+"""Sessions of one search."""
 MAX_RANKED = 10_000
 """Chunks that one explanation lists."""
 MAX_SELECTED_CHUNKS = 4_096
@@ -51,6 +56,10 @@ class EngineConfig:
     max_answer_bytes: int = 64 << 20
     """Of tensors, payloads and recalled tokens in one answer."""
     default_timeout_s: float = 30.0
+    oversample: int = 4
+    """Tokens that a search scores for each that is wanted, by their sketches, before those that may be better."""
+    payload_cache_bytes: int = 256 << 20
+    """Of payloads in host memory, those that came last."""
     recalls_per_session: int = 64
     create_on_append: bool = False
     models_dir: Path | None = None

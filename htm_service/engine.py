@@ -21,7 +21,7 @@ from htm_service.attention.catalog import Catalog
 from htm_service.attention.model import RetrievalModel
 from htm_service.attention.registry import RETRIEVAL, ModelRegistry
 from htm_service.clock import SteadyClock
-from htm_service.config import EngineConfig
+from htm_service.config import MAX_SEARCHED, EngineConfig
 from htm_service.errors import (
     Draining,
     HTMError,
@@ -39,6 +39,7 @@ from htm_service.memory.loader import Loader
 from htm_service.metrics import Metrics
 from htm_service.reads.attends import Attends
 from htm_service.reads.runner import Runner
+from htm_service.reads.searches import Searches
 from htm_service.reads.selects import Selects
 from htm_service.reads.worker import DeviceWorker, Job
 from htm_service.records import (
@@ -61,6 +62,9 @@ from htm_service.records import (
     Quota,
     QuotaInfo,
     Recall,
+    SearchAllResult,
+    SearchRequest,
+    SearchResult,
     SelectResult,
     SessionChange,
     SessionInfo,
@@ -72,6 +76,8 @@ from htm_service.records import (
 from htm_service.sessions import validation
 from htm_service.sessions.directory import Directory, compare
 from htm_service.sessions.feed import Feed, Reader
+from htm_service.sessions.payload_cache import PayloadCache
+from htm_service.sessions.payloads import Payloads, Texts, Wanted
 from htm_service.sessions.session import Session
 from htm_service.threads.batcher import Batcher
 from htm_service.threads.supervision import Supervisor, Worker
@@ -128,24 +134,33 @@ class Engine:
         self.committer = Committer(store, writer, self.worker, clock, self.metrics.commit_seconds)
         self.feed = Feed()
         """What happens to sessions, for whoever reads along."""
-        self.directory = Directory(store, self.committer.write, clock, config.recalls_per_session, self.feed)
+        cached = PayloadCache(config.payload_cache_bytes)
+        self.directory = Directory(store, self.committer.write, clock, config.recalls_per_session, self.feed, cached)
 
         self.catalog = Catalog(models, store, self.committer, self.device)
-        self._attends = Attends(config, self.catalog, self.worker, store, self.feed, clock)
+        reader: Batcher[Wanted, Texts] = Batcher(
+            "payloads",
+            max_waiting=config.max_waiting,
+            max_cost=config.max_waiting,
+            metrics=self.metrics.of_queue("payloads"),
+        )
+        self.payloads = Payloads(store, reader, cached, config.max_answer_bytes)
+        self._attends = Attends(config, self.catalog, self.worker, self.payloads, self.feed, clock)
         self._selects = Selects(self.worker, self._attends)
-        self._appends = Appends(self.committer, self.feed, clock)
+        self._searches = Searches(config, self._attends, self.payloads)
+        self._appends = Appends(self.committer, cached, self.feed, clock)
         self._steps = Steps(self._attends, self._appends)
         self._inspection = Inspection(store, self.worker, config.max_answer_bytes)
         self.expiry = Expiry(self.directory, store, self.committer, config.expiry_interval_s)
         self.compaction = Compaction(self.directory, self.worker, self.committer)
-        workers: dict[str, Worker] = {"device": device, "store": writer, "loader": loader}
+        workers: dict[str, Worker] = {"device": device, "store": writer, "payloads": reader, "loader": loader}
         self.keys = Keys(store, self.committer.write, clock)
         self._exports = Exports(store, self.directory)
         self.imports = Imports(
             store, self.committer, self.directory, self.catalog, clock, max_payload_bytes=config.max_answer_bytes
         )
         self._clock = clock
-        self._supervisor = Supervisor(workers, [device.fail, writer.fail], config.stuck_s)
+        self._supervisor = Supervisor(workers, [device.fail, writer.fail, reader.fail], config.stuck_s)
         self._beside: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -157,6 +172,7 @@ class Engine:
         self.worker.queue.start(self.worker.run)
         self.worker.loader.start()
         self.committer.queue.start(self.committer.run)
+        self.payloads.queue.start(self.payloads.run)
         beside = (
             self.expiry.run(),
             self.compaction.run(),
@@ -182,6 +198,7 @@ class Engine:
                 await asyncio.wait_for(self.keys.note(), timeout_s * COMPACTION_SHARE)
         await self.committer.queue.close(timeout_s)
         await self.worker.queue.close(timeout_s)
+        await self.payloads.queue.close(timeout_s)
         await asyncio.to_thread(self.worker.loader.close, max(1.0, timeout_s))
 
     async def _change_kernel(self) -> None:
@@ -292,6 +309,31 @@ class Engine:
         session = await self._session(name)
         checked = validation.check_attend(request, session.settings.dim)
         return await self._selects.select(session, checked, keys=keys, tokens=tokens)
+
+    async def search(self, name: SessionKey, request: SearchRequest) -> SearchResult:
+        """The tokens that score best, of all that are visible."""
+        session = await self._session(name)
+        return await self._searches.search(session, validation.check_search(request, session.settings.dim))
+
+    async def search_all(
+        self,
+        namespace: str,
+        request: SearchRequest,
+        ids: Sequence[str] | None = None,
+        labels: Mapping[str, str] | None = None,
+        prefix: str = "",
+    ) -> SearchAllResult:
+        """The tokens that score best of several sessions together: those named, or those with labels and prefix."""
+        names = [SessionKey(namespace, name) for name in ids] if ids is not None else None
+        if names is None:
+            validation.check_prefix(prefix)
+            names = await self.directory.keys_of(namespace, prefix, validation.check_labels(labels or {}), MAX_SEARCHED)
+        validation.check_range("the number of sessions", len(set(names)), 0, MAX_SEARCHED)
+        sessions = [await self._session(name) for name in dict.fromkeys(names)]
+        for session in sessions:
+            validation.check_search(request, session.settings.dim, session.id)
+        request = validation.check_search(request, request.queries.shape[-1])
+        return await self._searches.search_all(sessions, request)
 
     async def step(
         self, name: SessionKey, attend: AttendRequest, append: AppendRequest
@@ -406,7 +448,8 @@ class Engine:
 
     def unhealthy_reason(self) -> str | None:
         """Why the engine can do no work, or None when it can."""
-        return self.worker.queue.unhealthy_reason or self.committer.queue.unhealthy_reason
+        queues = (self.worker.queue, self.committer.queue, self.payloads.queue)
+        return next((queue.unhealthy_reason for queue in queues if queue.unhealthy_reason is not None), None)
 
     # --- models ---
 

@@ -229,6 +229,56 @@ class AttendResult(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class SearchRequest:
+    """The tokens that score best against `queries` [Q, D] or [D]; see docs/api.md. `mask` is as in AttendRequest."""
+
+    queries: Floats
+    num_wanted: int = 10
+    """n: tokens for each query."""
+    model: str | None = None
+    start: int = 0
+    stop: int | None = None
+    episodes: Sequence[int] | None = None
+    mask: Bools | None = None
+    exact: bool = False
+    """Whether every visible token is scored."""
+    oversample: int | None = None
+    """Tokens scored for each that is wanted, where sketches say which; None: the server's."""
+    min_score: float | None = None
+    payloads: bool = True
+    """Whether the answer has the payloads of what was found, and the `embeddings`."""
+    embeddings: bool = False
+    timeout_s: float | None = None
+    request_id: str = ""
+
+
+class SearchResult(NamedTuple):
+    """What queries found, best first, ties to the lower position: `position` [Q, n] int64, -1 where fewer are visible,
+    and `score` [Q, n], 0 there; `payloads` by position and `embeddings` [Q, n, D], 0 there, when asked for; `length`
+    and `chunk_size` of the session.
+    """
+
+    position: Ints
+    score: Floats
+    length: int
+    chunk_size: int
+    payloads: Mapping[int, bytes] | None = None
+    embeddings: Floats | None = None
+    timing: Timing = Timing()
+
+
+class SearchAllResult(NamedTuple):
+    """The same over several sessions: of each, `sessions` [S] being their ids, what was found there, and which of it
+    are the best: per query the session and the place among its results, best first.
+    """
+
+    sessions: Sequence[str]
+    results: Sequence[SearchResult]
+    best: Sequence[Sequence[tuple[int, int]]]
+    timing: Timing = Timing()
+
+
+@dataclass(frozen=True, slots=True)
 class Taken:
     """The chunks that the queries of a select take, each once: `index` [U], ascending; `key` [U, D] of what is visible;
     `tokens` [U, C, D] in float32, 0 where nothing is visible, and `visible` [U, C]; each when asked for.

@@ -1,4 +1,4 @@
-"""The calls with tensors: append, read back, attend, explain, select, step. Does not know what becomes of them.
+"""The calls with tensors: append, read back, attend, explain, select, search, step. Does not know what becomes of them.
 
 Plain Starlette routes, because FastAPI's own handling costs as much again as everything else that a small attend does
 here; `hot_openapi.py` documents them.
@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from api.errors import request_id_of, shorten
-from api.routes.context import begin, engine_of, key_of, measured_of, settings_of, watch_of
+from api.routes.context import begin, caller_of, engine_of, key_of, measured_of, settings_of, watch_of
 from api.wire import answers, hot_bodies, query
 from api.wire.body import THREAD_BYTES, read_body, wire_of
 from api.wire.fields import HotBody
@@ -36,6 +36,8 @@ def routes() -> list[Route]:
         Route(f"{session}/attend", attend, methods=["POST"]),
         Route(f"{session}/explain", explain, methods=["POST"]),
         Route(f"{session}/select", select, methods=["POST"]),
+        Route(f"{session}/search", search, methods=["POST"]),
+        Route("/v1/search", search_all, methods=["POST"]),
         Route(f"{session}/step", step, methods=["POST"]),
         Route(f"{session}/memories", memories, methods=["GET", "POST"]),
     ]
@@ -94,6 +96,41 @@ async def select(request: Request) -> Response:
         reply,
         lambda raw: answers.select_parts(result, asked),
         answers.select_bytes(result),
+        answers.timing_headers(measured_of(request).worked(result.timing)),
+    )
+
+
+async def search(request: Request) -> Response:
+    """The tokens that score best."""
+    begin(request, "search")
+    query.check_names(request, ("encoding",))
+    wire = wire_of(request)
+    reply = answers.reply_of(request, wire)
+    request_id = request_id_of(request)
+    wanted = await parse(request, wire, lambda body: hot_bodies.search(body, request_id))
+    result = await watch_of(request).unless_gone(request, engine_of(request).search(key_of(request), wanted))
+    return await answers.respond(
+        reply,
+        lambda raw: answers.search_parts(result, reply, raw),
+        answers.search_bytes(result),
+        answers.timing_headers(measured_of(request).worked(result.timing)),
+    )
+
+
+async def search_all(request: Request) -> Response:
+    """The tokens of several sessions that score best."""
+    begin(request, "search_all")
+    query.check_names(request, ("encoding",))
+    wire = wire_of(request)
+    reply = answers.reply_of(request, wire)
+    request_id = request_id_of(request)
+    wanted, where = await parse(request, wire, lambda body: hot_bodies.search_all(body, request_id))
+    work = engine_of(request).search_all(caller_of(request).space, wanted, where.sessions, where.labels, where.prefix)
+    result = await watch_of(request).unless_gone(request, work)
+    return await answers.respond(
+        reply,
+        lambda raw: answers.search_all_parts(result, raw),
+        sum(map(answers.search_bytes, result.results)),
         answers.timing_headers(measured_of(request).worked(result.timing)),
     )
 

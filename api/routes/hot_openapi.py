@@ -38,6 +38,7 @@ _SELECTED = {
     },
     "length": 3,
 }
+_FOUND = {"position": 39, "score": 0.96, "chunk": 1, "payload": {"text": "the door is locked"}}
 _READ = {
     "start": 0,
     "stop": 1,
@@ -142,6 +143,31 @@ def calls() -> list[HotCall]:
             tensors="For whoever computes attention with weights of their own; it is no recall. "
             "Binary: tensors `queries`, `mask`, `chunk_mask`; `chunks.index`, `chunks.logit`, `unique.index`, "
             "`unique.key`, `unique.tokens`, `unique.visible`.",
+            codes=_ATTEND_CODES,
+        ),
+        HotCall(
+            path=f"{session}/search",
+            method="post",
+            operation_id="search",
+            summary="Find the tokens that score best",
+            body=bodies.SearchBody,
+            body_example={"queries": [0.6, 0.8], "n": 1},
+            answer=bodies.SearchAnswer,
+            example={"found": [[_FOUND]], "length": 40, "chunk_size": 32},
+            tensors="It is no recall. Binary: tensors `queries`, `mask`; `position` [Q, n], -1 where fewer are found, "
+            "`score` [Q, n], `embeddings`; payloads in `params`, a list for each query.",
+            codes=_ATTEND_CODES,
+        ),
+        HotCall(
+            path="/v1/search",
+            method="post",
+            operation_id="search_all",
+            summary="Find the tokens of several sessions that score best",
+            body=bodies.SearchAllBody,
+            body_example={"queries": [0.6, 0.8], "label": {"user": "ana"}, "n": 1},
+            answer=bodies.SearchAllAnswer,
+            example={"found": [[{"session": "monday", **_FOUND}]], "num_sessions": 2},
+            tensors="Binary: tensors `queries`; `embeddings`. What was found is in `params` as in JSON.",
             codes=_ATTEND_CODES,
         ),
         HotCall(

@@ -10,7 +10,15 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from htm_service import records
-from htm_service.config import MAX_LABELS, MAX_NOTE_CHARS, MAX_RANKED, MAX_SESSIONS
+from htm_service.config import (
+    MAX_FOUND,
+    MAX_LABELS,
+    MAX_NOTE_CHARS,
+    MAX_OVERSAMPLE,
+    MAX_RANKED,
+    MAX_SEARCHED,
+    MAX_SESSIONS,
+)
 from htm_service.errors import clipped
 from htm_service.records import DType, OnFull, OpenChunk, RankBy, Role
 
@@ -174,6 +182,46 @@ class SelectBody(Body):
     timeout_ms: Number | None = Field(None, description="504 when the work has not begun after that.")
 
 
+class SearchBody(Body):
+    """Queries, and what they may see: fields as in an attend."""
+
+    queries: Tensor = Field(description="`[Q, D]`, or `[D]` for one query.")
+    n: int = Field(10, description=f"Tokens for each query, 1..{MAX_FOUND}; fewer when fewer are visible.")
+    model: str | None = Field(None, description="What scores; the session's, if left out.")
+    start: int = Field(0, description="First visible position.")
+    stop: int | None = Field(None, description="End of the visible positions; the length, if left out.")
+    episodes: list[int] | None = Field(None, description="Only tokens appended under these episode numbers.")
+    mask: Mask | None = Field(None, description="`[n]` bool: which tokens are visible.")
+    exact: bool = Field(default=False, description="Score every visible token, not only those whose sketches are near.")
+    oversample: int | None = Field(
+        None, description=f"Tokens that are scored for each one wanted, 1..{MAX_OVERSAMPLE}; the server's, if left out."
+    )
+    min_score: Number | None = Field(None, description="Only tokens that score at least this.")
+    return_: list[Literal["payloads", "embeddings"]] = Field(
+        default=["payloads"], alias="return", description="What the answer holds of each token."
+    )
+    timeout_ms: Number | None = Field(None, description="504 when the work has not begun after that.")
+
+
+class SearchAllBody(Body):
+    """The same over several sessions: those named, or those with these labels and this prefix."""
+
+    queries: Tensor = Field(description="`[Q, D]`, or `[D]` for one query.")
+    sessions: list[str] | None = Field(None, description=f"Ids, at most {MAX_SEARCHED}.")
+    label: dict[str, str] | None = Field(None, description="Labels that the sessions have, all of them.")
+    prefix: str | None = Field(None, description="How their ids begin.")
+    n: int = Field(10, description=f"Tokens for each query over all sessions, 1..{MAX_FOUND}.")
+    model: str | None = Field(None, description="What scores; each session's, if left out.")
+    episodes: list[int] | None = Field(None, description="Only tokens appended under these episode numbers.")
+    exact: bool = Field(default=False, description="Score every visible token.")
+    oversample: int | None = Field(None, description="Tokens that are scored for each one wanted.")
+    min_score: Number | None = Field(None, description="Only tokens that score at least this.")
+    return_: list[Literal["payloads", "embeddings"]] = Field(
+        default=["payloads"], alias="return", description="What the answer holds of each token."
+    )
+    timeout_ms: Number | None = Field(None, description="504 when the work has not begun after that.")
+
+
 class ExplainBody(AttendBody):
     """One query, and what it may see: as in an attend. `chunks` are always in the answer."""
 
@@ -319,6 +367,40 @@ class SelectAnswer(Body):
     chunks: SelectedChunks | None = None
     unique: UniqueChunks | None = None
     length: int
+
+
+class FoundToken(Body):
+    """One found token. `payload` is there when `return` asked for payloads."""
+
+    position: int
+    score: float = Field(
+        description="With `retrieval` the inner product with the query, else the in-chunk logit, mean over heads."
+    )
+    chunk: int
+    payload: dict[str, Any] | None = None
+
+
+class FoundInSession(FoundToken):
+    """One found token of several sessions'."""
+
+    session: str
+
+
+class SearchAnswer(Body):
+    """Per query what was found, best first, ties to the lower position; and the session length this answer saw."""
+
+    found: list[list[FoundToken]]
+    embeddings: list[list[Row]] | Base64Tensor | None = Field(None, description="`[Q, n, D]`, 0 where fewer are found.")
+    length: int
+    chunk_size: int
+
+
+class SearchAllAnswer(Body):
+    """Per query what was found in all sessions, best first."""
+
+    found: list[list[FoundInSession]]
+    embeddings: list[list[Row]] | Base64Tensor | None = Field(None, description="`[Q, n, D]`, 0 where fewer are found.")
+    num_sessions: int
 
 
 class StepAnswer(Body):

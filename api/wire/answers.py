@@ -31,12 +31,16 @@ from htm_service.records import (
     Explanation,
     Memories,
     Recalled,
+    SearchAllResult,
+    SearchResult,
     SelectResult,
     StepResult,
     Timing,
     recalled_bytes,
 )
 
+FOUND_BYTES = 80
+"""About what a found token takes in an answer, without its payload."""
 Reply = Literal["lists", "b64", "safetensors"]
 """How an answer is written."""
 
@@ -182,6 +186,13 @@ def select_bytes(result: SelectResult) -> int:
     return result.chunk_index.nbytes + result.chunk_logit.nbytes + taken
 
 
+def search_bytes(result: SearchResult) -> int:
+    """About how many bytes a search's answer has."""
+    embeddings = 0 if result.embeddings is None else result.embeddings.nbytes
+    payloads = sum(map(len, result.payloads.values())) if result.payloads else 0
+    return result.position.size * FOUND_BYTES + embeddings + payloads
+
+
 def read_bytes(found: Memories) -> int:
     """About how many bytes the answer has that reads tokens back."""
     num_bytes = 0 if found.embeddings is None else found.embeddings.nbytes
@@ -230,6 +241,59 @@ def select_parts(result: SelectResult, wanted: Selected) -> tuple[Tensors, Param
         unique = {"index": taken.index, "key": taken.key, "tokens": taken.tokens, "visible": taken.visible}
         tensors |= {f"unique.{name}": array for name, array in unique.items() if array is not None}
     return tensors, {"length": result.length}
+
+
+def search_parts(result: SearchResult, reply: Reply, raw: Raw) -> tuple[Tensors, Params]:
+    """Tensors and params of a search's answer: in JSON a list of what was found, in binary its numbers as tensors."""
+    tensors: Tensors = {} if result.embeddings is None else {"embeddings": result.embeddings}
+    params: Params = {"length": result.length, "chunk_size": result.chunk_size}
+    rows = [row[: np.count_nonzero(row >= 0)] for row in result.position]
+    if reply == "safetensors":
+        tensors |= {"position": result.position, "score": result.score}
+        if (texts := result.payloads) is not None:
+            params["payloads"] = [[_payload(texts.get(position), raw) for position in row] for row in map(list, rows)]
+    else:
+        params["found"] = [
+            [found_item(result, position, score, raw) for position, score in zip(row.tolist(), scores, strict=False)]
+            for row, scores in zip(rows, result.score.tolist(), strict=True)
+        ]
+    return tensors, params
+
+
+def search_all_parts(result: SearchAllResult, raw: Raw) -> tuple[Tensors, Params]:
+    """Params of the answer to a search through several sessions, and the embeddings [Q, n, D] if asked for."""
+    found, rows = [], []
+    for query, best in enumerate(result.best):
+        items, vectors = [], []
+        for session, place in best:
+            of = result.results[session]
+            item = found_item(of, int(of.position[query, place]), float(of.score[query, place]), raw)
+            items.append({"session": result.sessions[session], **item})
+            if of.embeddings is not None:
+                vectors.append(of.embeddings[query, place])
+        found.append(items)
+        rows.append(vectors)
+    tensors: Tensors = {}
+    if any(of.embeddings is not None for of in result.results):
+        dim = next(of.embeddings.shape[2] for of in result.results if of.embeddings is not None)
+        embeddings = np.zeros((len(rows), max(map(len, rows)), dim), np.float32)
+        for row, vectors in zip(embeddings, rows, strict=True):
+            if vectors:
+                row[: len(vectors)] = vectors
+        tensors["embeddings"] = embeddings
+    return tensors, {"found": found, "num_sessions": len(result.sessions)}
+
+
+def found_item(result: SearchResult, position: int, score: float, raw: Raw) -> Params:
+    """One found token."""
+    params: Params = {"position": position, "score": score, "chunk": position // result.chunk_size}
+    if result.payloads is not None:
+        params["payload"] = _payload(result.payloads.get(position), raw)
+    return params
+
+
+def _payload(text: bytes | None, raw: Raw) -> object:
+    return None if text is None else raw(text)
 
 
 def step_parts(

@@ -89,6 +89,27 @@ def number(name: str, value: Any) -> float:
     raise wrong(name, value, "a number")
 
 
+def boolean(name: str, value: Any) -> bool:
+    """True or false."""
+    if isinstance(value, bool):
+        return value
+    raise wrong(name, value, "true or false")
+
+
+def texts(name: str, value: Any) -> list[str]:
+    """A list of strings."""
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return value
+    raise wrong(name, value, "a list of strings")
+
+
+def mapping(name: str, value: Any) -> dict[str, str]:
+    """An object of strings."""
+    if isinstance(value, dict) and all(isinstance(item, str) for item in value.values()):
+        return value
+    raise wrong(name, value, "an object of strings")
+
+
 def text(name: str, value: Any) -> str:
     """A string."""
     if isinstance(value, str):

@@ -15,7 +15,7 @@ from api.wire import fields, safetensors
 from api.wire.fields import HotBody, Table
 from api.wire.tensors import bools, floats
 from htm_service.errors import InvalidArgument, MalformedBody, clipped
-from htm_service.records import AppendRequest, AttendRequest
+from htm_service.records import AppendRequest, AttendRequest, SearchRequest
 
 Wire = Literal["json", "safetensors"]
 """How a body is written."""
@@ -71,6 +71,30 @@ SELECT = Table(
         **{name: ATTEND.params[name] for name in ("top_k", "start", "stop", "episodes", "timeout_ms")},
     },
     tensors=ATTEND.tensors,
+)
+
+
+def search_returns(name: str, value: Any) -> set[str]:
+    """The field `return` of a search."""
+    return fields.some_of(name, value, ("payloads", "embeddings"))
+
+
+SEARCH = Table(
+    params={
+        "return": search_returns,
+        "n": fields.integer,
+        "exact": fields.boolean,
+        "oversample": fields.integer,
+        "min_score": fields.number,
+        **{name: ATTEND.params[name] for name in ("model", "start", "stop", "episodes", "timeout_ms")},
+    },
+    tensors={"queries": floats, "mask": bools},
+)
+WHERE = {"sessions": fields.texts, "label": fields.mapping, "prefix": fields.text}
+"""The sessions of a search through several."""
+SEARCH_ALL = Table(
+    params={name: reader for name, reader in {**SEARCH.params, **WHERE}.items() if name not in ("start", "stop")},
+    tensors={"queries": floats},
 )
 APPEND = Table(
     params={
@@ -139,6 +163,47 @@ def select(body: HotBody, request_id: str) -> tuple[AttendRequest, Selected]:
     wanted = found.pop("return", {"chunks", "keys", "tokens"})
     request, _ = asked(found, request_id)
     return request, Selected("chunks" in wanted, "keys" in wanted, "tokens" in wanted)
+
+
+class Where(NamedTuple):
+    """Which sessions are searched: those named, or those with these labels and this prefix."""
+
+    sessions: list[str] | None
+    labels: dict[str, str]
+    prefix: str
+
+
+def search(body: HotBody, request_id: str) -> SearchRequest:
+    """The body of a search."""
+    body.check_tensors(SEARCH.tensors.keys())
+    return _search(body.read(SEARCH), body, request_id)
+
+
+def search_all(body: HotBody, request_id: str) -> tuple[SearchRequest, Where]:
+    """The body of a search through several sessions."""
+    body.check_tensors(SEARCH_ALL.tensors.keys())
+    found = body.read(SEARCH_ALL)
+    where = Where(found.pop("sessions", None), found.pop("label", {}), found.pop("prefix", ""))
+    if where.sessions is None and not (where.labels or where.prefix):
+        raise InvalidArgument("sessions, label or prefix is required")
+    if where.sessions is not None and (where.labels or where.prefix):
+        raise InvalidArgument("sessions are named, and label or prefix is given too; one of the two it can be")
+    return _search(found, body, request_id), where
+
+
+def _search(found: dict[str, Any], body: HotBody, request_id: str) -> SearchRequest:
+    require("queries", found, body)
+    wanted: set[str] = found.pop("return", {"payloads"})
+    timeout_ms: float | None = found.pop("timeout_ms", None)
+    if "n" in found:
+        found["num_wanted"] = found.pop("n")
+    return SearchRequest(
+        **found,
+        payloads="payloads" in wanted,
+        embeddings="embeddings" in wanted,
+        timeout_s=_seconds(timeout_ms),
+        request_id=request_id,
+    )
 
 
 def append(body: HotBody, idempotency_key: str | None) -> AppendRequest:

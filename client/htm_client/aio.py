@@ -30,6 +30,8 @@ from htm_client.options import (
     ExplainOptions,
     Payloads,
     RecallOptions,
+    SearchAllOptions,
+    SearchOptions,
     SelectOptions,
     SessionChanges,
     SessionOptions,
@@ -44,6 +46,7 @@ from htm_client.results import (
     Chunk,
     ChunkDetail,
     Explained,
+    Found,
     Memories,
     Recall,
     Recalled,
@@ -162,6 +165,54 @@ class AsyncHTMClient:
     async def select(self, session: str, queries: Any, **options: Unpack[SelectOptions]) -> Selected:
         """Which chunks `queries` [Q, D] in key space take, with their keys and tokens; it is no recall."""
         return await self._send(self._requests.select(session, queries, options))
+
+    async def search(
+        self,
+        session: str,
+        query: Any,
+        n: int = 10,
+        *,
+        embeddings: bool = False,
+        payloads: bool = True,
+        **options: Unpack[SearchOptions],
+    ) -> list[Found]:
+        """The n tokens of a session that score best against `query` [D], with their payloads."""
+        many = self._requests.search(session, query, n, embeddings=embeddings, payloads=payloads, options=options)
+        return (await self._send(many))[0]
+
+    async def search_many(
+        self,
+        session: str,
+        queries: Any,
+        n: int = 10,
+        *,
+        embeddings: bool = False,
+        payloads: bool = True,
+        **options: Unpack[SearchOptions],
+    ) -> list[list[Found]]:
+        """The same for `queries` [Q, D], a list for each."""
+        many = self._requests.search(session, queries, n, embeddings=embeddings, payloads=payloads, options=options)
+        return await self._send(many)
+
+    async def search_all(
+        self,
+        queries: Any,
+        n: int = 10,
+        *,
+        sessions: Sequence[str] | None = None,
+        label: Mapping[str, str] | None = None,
+        prefix: str | None = None,
+        embeddings: bool = False,
+        payloads: bool = True,
+        **options: Unpack[SearchAllOptions],
+    ) -> list[list[Found]]:
+        """The n tokens that score best against each of `queries` [Q, D] or [D], of all these sessions together: those
+        named, or those that have these labels and this prefix.
+        """
+        many = self._requests.search_all(
+            queries, n, sessions, label, prefix, embeddings=embeddings, payloads=payloads, options=options
+        )
+        return await self._send(many)
 
     async def step(
         self,

@@ -22,7 +22,7 @@ from htm_client.arrays import bools, floats
 from htm_client.errors import InvalidArgument, UnreadableAnswer, from_answer
 from htm_client.json_text import dumps
 from htm_client.options import AppendConditions, AppendOptions
-from htm_client.results import Appended, Attended, ChunkDetail, Explained, Memories, Recalled, Selected, Stepped
+from htm_client.results import Appended, Attended, ChunkDetail, Explained, Found, Memories, Recalled, Selected, Stepped
 from htm_client.results import Chunk as ChunkResult
 
 JSON = "application/json"
@@ -139,6 +139,14 @@ class Codec:
     def select(self, session: str, tensors: Tensors, params: Params) -> Call:
         """A select, of `attend_parts`."""
         return self.post(session_path(session, "select"), tensors, params)
+
+    def search(self, session: str, tensors: Tensors, params: Params) -> Call:
+        """A search, of `attend_parts`."""
+        return self.post(session_path(session, "search"), tensors, params)
+
+    def search_all(self, tensors: Tensors, params: Params) -> Call:
+        """A search through several sessions, of `attend_parts`."""
+        return self.post("/v1/search", tensors, params)
 
     def step(self, session: str, attend: tuple[Tensors, Params], embeddings: Any, options: AppendOptions) -> Call:
         """A step: an attend of `attend_parts`, then an append."""
@@ -324,6 +332,33 @@ def selected(answer: Answer) -> Selected:
         **{f"unique_{name}": tensors.get(f"unique.{name}") for name in UNIQUE},
         length=answer.params["length"],
     )
+
+
+def found(answer: Answer) -> list[list[Found]]:
+    """What a search found, of each query; in binary its numbers are tensors."""
+    vectors = answer.tensors.get("embeddings")
+    if "found" in answer.params:
+        rows: list[list[Params]] = answer.params["found"]
+    else:
+        position, score = answer.tensors["position"].tolist(), answer.tensors["score"].tolist()
+        texts, size = answer.params.get("payloads"), answer.params["chunk_size"]
+        rows = [
+            [
+                {
+                    "position": at,
+                    "score": score[q][i],
+                    "chunk": at // size,
+                    "payload": None if texts is None else texts[q][i],
+                }
+                for i, at in enumerate(row)
+                if at >= 0
+            ]
+            for q, row in enumerate(position)
+        ]
+    return [
+        [Found(**item) if vectors is None else Found(**item, embedding=vectors[q, i]) for i, item in enumerate(row)]
+        for q, row in enumerate(rows)
+    ]
 
 
 def stepped(answer: Answer) -> Stepped:

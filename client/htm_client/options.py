@@ -91,6 +91,31 @@ class SelectOptions(TypedDict, total=False):
     returns: Sequence[Literal["chunks", "keys", "tokens"]]
 
 
+class SearchOptions(TypedDict, total=False):
+    """Beside the queries [Q, D] and n of a search: what scores, what is visible, how carefully, and what to answer."""
+
+    model: str
+    start: int
+    stop: int
+    episodes: Sequence[int]
+    mask: Any
+    exact: bool
+    oversample: int
+    min_score: float
+    timeout_ms: float
+
+
+class SearchAllOptions(TypedDict, total=False):
+    """The same through several sessions, all of each."""
+
+    model: str
+    episodes: Sequence[int]
+    exact: bool
+    oversample: int
+    min_score: float
+    timeout_ms: float
+
+
 class BatchAppendConditions(TypedDict, total=False):
     """Of appends to many sessions: `num_tokens` and `if_length` for each, `episode` one or for each."""
 

@@ -26,6 +26,8 @@ from htm_client.options import (
     ExplainOptions,
     Payloads,
     RecallOptions,
+    SearchAllOptions,
+    SearchOptions,
     SelectOptions,
     SessionChanges,
     SessionOptions,
@@ -40,6 +42,7 @@ from htm_client.results import (
     Chunk,
     ChunkDetail,
     Explained,
+    Found,
     Memories,
     Recall,
     Recalled,
@@ -132,6 +135,32 @@ class Requests:
         check("select", options, SelectOptions)
         everything: SelectOptions = {"returns": ["chunks", "keys", "tokens"], **options}
         return Request(self._codec.select(session, *attend_parts(queries, **everything)), calls.selected)
+
+    def search(
+        self, session: str, queries: Any, n: int, *, embeddings: bool, payloads: bool, options: SearchOptions
+    ) -> Request[list[list[Found]]]:
+        """Find tokens."""
+        check("search", options, SearchOptions, "n", "embeddings", "payloads")
+        parts = attend_parts(queries, n=n, returns=_included(embeddings, payloads), **options)
+        return Request(self._codec.search(session, *parts), calls.found)
+
+    def search_all(
+        self,
+        queries: Any,
+        n: int,
+        sessions: Sequence[str] | None,
+        label: Mapping[str, str] | None,
+        prefix: str | None,
+        *,
+        embeddings: bool,
+        payloads: bool,
+        options: SearchAllOptions,
+    ) -> Request[list[list[Found]]]:
+        """Find tokens of several sessions."""
+        check("search_all", options, SearchAllOptions, "n", "sessions", "label", "prefix", "embeddings", "payloads")
+        named = {"sessions": None if sessions is None else list(sessions), "label": label, "prefix": prefix}
+        parts = attend_parts(queries, n=n, returns=_included(embeddings, payloads), **named, **options)
+        return Request(self._codec.search_all(*parts), calls.found)
 
     def step(
         self, session: str, queries: Any, embeddings: Any, attend: AttendOptions, append: AppendOptions
@@ -261,3 +290,8 @@ def _session(answer: Answer) -> SessionInfo:
 
 def _page(answer: Answer, name: str, of: Callable[[Mapping[str, Any]], T]) -> Page[T]:
     return Page([of(item) for item in answer.params[name]], answer.params["cursor"])
+
+
+def _included(embeddings: bool, payloads: bool) -> list[str]:
+    """What a search answers of each token."""
+    return [name for name, wanted in (("payloads", payloads), ("embeddings", embeddings)) if wanted]

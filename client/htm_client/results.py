@@ -144,6 +144,18 @@ class Selected:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """One found token; `embedding` [D] when asked for, `session` when several were searched."""
+
+    position: int
+    score: float
+    chunk: int
+    payload: Mapping[str, Any] | None = None
+    embedding: Floats | None = None
+    session: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Stepped:
     """The two answers of a step."""
 

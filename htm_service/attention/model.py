@@ -58,6 +58,10 @@ class Model(ABC):
     def fold(self, queries: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
         """Queries [R, D] as they meet summary keys [R, D] and tokens [R, H, D]: see `Batch`."""
 
+    def scoring(self, queries: Tensor, kernel: Kernel) -> Tensor:
+        """Queries [R, D] as u [R, D]: a token's score is <u, y>, its in-chunk logit, mean over heads."""
+        return self.fold(queries, kernel)[1].mean(dim=1)
+
     @abstractmethod
     def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
         """What `queries` [R, D] take of a view, and the outputs [R, D]; zero, in a block the normed query, for none."""
@@ -206,6 +210,10 @@ class RetrievalModel(Model):
     def fold(self, queries: Tensor, kernel: Kernel) -> tuple[Tensor, Tensor]:
         """Scaled; see `Model.fold`."""
         return queries * self._summary_scale, queries[:, None] * self._attention_scale
+
+    def scoring(self, queries: Tensor, kernel: Kernel) -> Tensor:
+        """As they are, so that scores are plain inner products; see `Model.scoring`."""
+        return queries
 
     def answer(self, queries: Tensor, view: View, kernel: Kernel) -> tuple[Attended, Tensor]:
         """The sum of tokens is the answer; see `Model.answer`."""

@@ -29,7 +29,7 @@ if TYPE_CHECKING:  # numba takes a second to import, and need not be there
     from htm_service.kernels.compiled import CompiledKernel
 
 LOOPS = "htm_service.kernels.loops"
-SOURCE = Path(__file__).with_name("loops.py")
+SOURCES = (Path(__file__).with_name("loops.py"), Path(__file__).parent / "search" / "loops.py")
 CPUINFO = Path("/proc/cpuinfo")
 NICENESS = 5
 """Of the child: a third of the share of who serves, so that it ends soon on a busy machine too."""
@@ -54,11 +54,10 @@ class Compilation:
     def load(self) -> CompiledKernel:
         """The kernel, ready, from the cache (any thread). Nothing is compiled here. Raises CompilationFailed."""
         use_cache(self.folder)
-        from htm_service.kernels import loops
         from htm_service.kernels.compiled import CompiledKernel
 
         with refusing():
-            loops.compile_all()
+            compile_all()
         return CompiledKernel()
 
     def prepare(self) -> None:
@@ -100,10 +99,17 @@ def compile_into(folder: str) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not mark_of(Path(folder)).exists():
             use_cache(Path(folder))
-            from htm_service.kernels import loops  # and no torch: it would be imported for nothing
-
-            loops.compile_all()
+            compile_all()
             mark_of(Path(folder)).touch()
+
+
+def compile_all() -> None:
+    """Have all loops: from the cache, or compile them. Imports no torch: the child would do so for nothing."""
+    from htm_service.kernels import loops
+    from htm_service.kernels.search import loops as search_loops
+
+    for loop, types in (*loops.signatures(), *search_loops.signatures()):
+        loop.compile(types)
 
 
 def _end_with_parent() -> None:
@@ -142,9 +148,9 @@ def use_cache(folder: Path) -> None:
 
 def mark_of(folder: Path) -> Path:
     """The mark that says: for this processor, these versions and this source all is in the cache."""
-    status = SOURCE.stat()
+    sources = [f"{source} {status.st_mtime_ns} {status.st_size}" for source in SOURCES if (status := source.stat())]
     versions = [f"{name} {importlib.metadata.version(name)}" for name in ("numba", "llvmlite", "numpy")]
-    depends_on = [sys.version, processor(), *versions, f"{SOURCE} {status.st_mtime_ns} {status.st_size}"]
+    depends_on = [sys.version, processor(), *versions, *sources]
     return folder / f"{hashlib.sha256(repr(depends_on).encode()).hexdigest()[:16]}.ready"
 
 

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from htm_service.kernels import loops
 from htm_service.kernels.base import Attended, Batch, Projections, Search, View, answer_in_steps
+from htm_service.kernels.compilation import compile_all
 from htm_service.kernels.loops import Array
 from htm_service.memory.arena import Arena
 
@@ -53,7 +54,7 @@ class CompiledKernel:
     def warm_up(self) -> None:
         """Compile now rather than with the first batch; from numba's cache on disk, where it can write one."""
         logging.getLogger(__name__).info("the kernel is made ready; where it is not kept it is compiled, in about 20 s")
-        loops.compile_all()
+        compile_all()
 
     def fold(self, projections: Projections, queries: Tensor) -> tuple[Tensor, Tensor]:
         """In one call; see `Kernel`."""
@@ -61,7 +62,7 @@ class CompiledKernel:
         summary = np.empty((len(queries), dim), np.float32)
         heads = np.empty((len(queries), num_heads, dim), np.float32)
         rows, weights = queries.contiguous().numpy(), [tensor.numpy() for tensor in projections[:5]]
-        self._together(
+        self.together(
             [
                 partial(loops.fold, rows[part], *weights, summary[part], heads[part])
                 for part in _row_parts(len(queries), self._num_parts(len(queries)))
@@ -73,7 +74,7 @@ class CompiledKernel:
         """In one call; see `Kernel`."""
         output = np.empty((len(z), z.shape[2]), np.float32)
         rows, weights = z.numpy(), [tensor.numpy() for tensor in projections[5:]]
-        self._together(
+        self.together(
             [
                 partial(loops.project, rows[part], *weights, output[part])
                 for part in _row_parts(len(z), self._num_parts(len(z)))
@@ -92,7 +93,7 @@ class CompiledKernel:
     def attend(self, batch: Batch) -> Attended:
         """In one call, or two where a session is long: first its keys, shared out, then the rows; see `Attended`."""
         view = batch.view
-        table, pages, positions = _table(view.searches), _pages(view.arena), _positions(view)
+        table, pages, positions = _table(view.searches), pages_of(view.arena), _positions(view)
         taken = _nothing_taken(view, len(batch.summary), batch.heads.shape[1])
         summary, heads = batch.summary.numpy(), batch.heads.numpy()
         if self._is_long(table, view.arena):
@@ -119,7 +120,7 @@ class CompiledKernel:
         table = _table(view.searches)
         if self._is_long(table, view.arena):
             return answer_in_steps(self, projections, queries, view)
-        pages, positions = _pages(view.arena), _positions(view)
+        pages, positions = pages_of(view.arena), _positions(view)
         taken = _nothing_taken(view, len(queries), len(projections.key))
         questions, weights = queries.contiguous().numpy(), [tensor.numpy() for tensor in projections]
         output = np.zeros(queries.shape, np.float32)
@@ -147,18 +148,18 @@ class CompiledKernel:
         index = np.full((len(batch.summary), num_parts, batch.view.width), -1)
         logit = np.full(index.shape, -np.inf, np.float32)
         summary = batch.summary.numpy()
-        self._together([partial(loops.score, table, summary, part, index, logit) for part in range(num_parts)])
+        self.together([partial(loops.score, table, summary, part, index, logit) for part in range(num_parts)])
         return index, logit
 
     def _by_rows(self, table: Array, dim: int, call: Callable[[slice, Array], None]) -> None:
         """Call for parts of the rows, with the searches [s] SEARCH of these, on several cores when they are many."""
         num_rows = int(table["num_queries"].sum())
-        self._together([partial(call, *part) for part in _share_out(table, num_rows, self._num_parts(num_rows), dim)])
+        self.together([partial(call, *part) for part in _share_out(table, num_rows, self._num_parts(num_rows), dim)])
 
     def _num_parts(self, num_rows: int) -> int:
         return max(1, min(self.num_threads, num_rows // ROWS_PER_THREAD))
 
-    def _together(self, calls: Sequence[Callable[[], None]]) -> None:
+    def together(self, calls: Sequence[Callable[[], None]]) -> None:
         """Make all the calls at once, the first on this thread."""
         helped = [self._helpers.submit(call) for call in calls[1:]]
         calls[0]()
@@ -166,7 +167,7 @@ class CompiledKernel:
             call.result()
 
 
-def _pages(arena: Arena) -> tuple[Array, Array, int]:
+def pages_of(arena: Arena) -> tuple[Array, Array, int]:
     """All pages [P, C, D] as the loops take them: float32, or the bits of narrower numbers; and which these are."""
     contents, none = arena.contents, (0, arena.chunk_size, arena.dim)
     assert contents is not None, "this kernel runs on a CPU"

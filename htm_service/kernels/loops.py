@@ -68,7 +68,7 @@ def _pointer(typing_context: Any, address: Any, like: Any) -> Any:
 
 
 @intrinsic
-def _prefer_wide_vectors(typing_context: Any) -> Any:
+def prefer_wide_vectors(typing_context: Any) -> Any:
     """Let the function that calls this have vectors of 512 bits where the CPU has them, a no-op elsewhere.
 
     LLVM takes 256 bits on Intel's CPUs with AVX-512, because short stretches of wider ones once slowed their clock for
@@ -85,13 +85,13 @@ def _prefer_wide_vectors(typing_context: Any) -> Any:
 
 
 @compile_loop
-def _array_at(address: int, like: Array, shape: Any) -> Array:
+def array_at(address: int, like: Array, shape: Any) -> Array:
     """The array of this shape and the type of `like` that begins at an address; nothing of it is read here."""
     return numba.carray(_pointer(address, like), shape)  # type: ignore[attr-defined, call-arg]
 
 
 @compile_loop
-def _aligned(num_rows: int, dim: int) -> Array:
+def aligned(num_rows: int, dim: int) -> Array:
     """An array [num_rows, dim], not set, that begins where a line of the cache does.
 
     numpy's begin anywhere, and every load of a whole line is then two: the loops take up to 1.7 times as long.
@@ -176,7 +176,7 @@ def fold(
     _linear(queries, summary_weight, summary_bias, summary)
     _linear(queries, query_weight, query_bias, head_queries)
     # Whole arrays of their own per head: in a slice of an array the compiler cannot tell that numbers lie together.
-    of_head, folded = np.empty((len(queries), dim_head), np.float32), _aligned(*queries.shape)
+    of_head, folded = np.empty((len(queries), dim_head), np.float32), aligned(*queries.shape)
     for h in range(num_heads):
         of_head[:] = head_queries[:, h * dim_head : (h + 1) * dim_head]
         folded[:] = 0
@@ -195,7 +195,7 @@ def project(
     """Sums of tokens to values per head, and these to answers."""
     num_heads, dim_head = value_weight.shape[:2]
     values = np.empty((len(z), num_heads * dim_head), np.float32)
-    of_head, summed = np.empty((dim_head, len(z)), np.float32), _aligned(len(z), z.shape[2])
+    of_head, summed = np.empty((dim_head, len(z)), np.float32), aligned(len(z), z.shape[2])
     for h in range(num_heads):
         summed[:] = z[:, h]
         dots(value_weight[h], summed, of_head)
@@ -223,7 +223,7 @@ def attend(
     choose(searches, index, logit, chunk_index, chunk_weight)
     num_heads, dim, size = heads.shape[1], heads.shape[2], max(wide.shape[1], narrow.shape[1])
     no_flags = np.empty(0, np.bool_)
-    workspace, head_queries, sums = _aligned(size, dim), _aligned(num_heads, dim), _aligned(num_heads, dim)
+    workspace, head_queries, sums = aligned(size, dim), aligned(num_heads, dim), aligned(num_heads, dim)
     share = np.empty((num_heads, size), np.float32)
     by_slot = np.empty((num_heads, size), np.float32)
     position_logits = np.zeros((num_heads, size), np.float32)
@@ -231,9 +231,9 @@ def attend(
     for s in range(len(searches)):
         search = searches[s]
         rows = slice(row, row + search.num_queries)
-        page_table = _array_at(search.pages, chunk_index, (search.num_keys,))
-        marked = _array_at(search.token_mask, no_flags, (search.stop,))
-        ends = _array_at(search.ends, chunk_index, (search.num_queries, 3))
+        page_table = array_at(search.pages, chunk_index, (search.num_keys,))
+        marked = array_at(search.token_mask, no_flags, (search.stop,))
+        ends = array_at(search.ends, chunk_index, (search.num_queries, 3))
         for row in range(rows.start, rows.stop):
             head_queries[:], sums[:], by_slot[:] = heads[row], 0, 0
             stop = ends[row - rows.start, 2] if search.ends != 0 else search.stop
@@ -247,7 +247,7 @@ def attend(
                 seen = marked[chunk * size + begin : chunk * size + end]
                 if begin >= end or (search.token_mask != 0 and not seen.any()):
                     continue
-                tokens = _tokens(wide, narrow, encoding, page_table[chunk - search.first], begin, end, workspace)
+                tokens = page_tokens(wide, narrow, encoding, page_table[chunk - search.first], begin, end, workspace)
                 dots(head_queries, tokens, share)
                 for h in range(num_heads):
                     logits, spread = share[h, : end - begin], by_slot[h, begin:end]
@@ -326,10 +326,10 @@ def score(searches: Array, summary: Array, part: int, index: Array, logit: Array
 def _score(search: Any, begin: int, end: int, summary: Array, index: Array, logit: Array) -> None:
     """The best of the keys begin .. end-1 of one search."""
     num_rows, num_keys = len(summary), search.num_keys
-    keys = _array_at(search.keys, summary, (num_keys, summary.shape[1]))
-    hidden = _array_at(search.hidden, np.empty(0, np.bool_), (num_rows, num_keys))
-    ends = _array_at(search.ends, index, (num_rows, 3))
-    rows, scores = _aligned(*summary.shape), np.empty((KEYS_AT_ONCE, num_rows), np.float32)
+    keys = array_at(search.keys, summary, (num_keys, summary.shape[1]))
+    hidden = array_at(search.hidden, np.empty(0, np.bool_), (num_rows, num_keys))
+    ends = array_at(search.ends, index, (num_rows, 3))
+    rows, scores = aligned(*summary.shape), np.empty((KEYS_AT_ONCE, num_rows), np.float32)
     rows[:] = summary
     overflowed = np.zeros(num_rows, np.bool_)
     for start in range(begin, end, KEYS_AT_ONCE):
@@ -354,9 +354,9 @@ def _score(search: Any, begin: int, end: int, summary: Array, index: Array, logi
 def _score_own(search: Any, begin: int, end: int, rows: Array, logit: Array, index: Array, overflowed: Array) -> None:
     """The keys begin .. end-1 that one row alone sees so, its last: they come after the others of its chunks."""
     num_rows, score = len(rows), np.empty((1, 1), np.float32)
-    ends = _array_at(search.ends, index, (num_rows, 3))
-    own_keys = _array_at(search.own_keys, rows, (num_rows, rows.shape[1]))
-    hidden = _array_at(search.hidden, np.empty(0, np.bool_), (num_rows, search.num_keys))
+    ends = array_at(search.ends, index, (num_rows, 3))
+    own_keys = array_at(search.own_keys, rows, (num_rows, rows.shape[1]))
+    hidden = array_at(search.hidden, np.empty(0, np.bool_), (num_rows, search.num_keys))
     for q in range(num_rows):
         own = ends[q, 1]
         if own < begin or own >= end or (search.hidden != 0 and hidden[q if search.hidden_stride else 0, own]):
@@ -447,9 +447,9 @@ def _exp(x: np.float32) -> np.float32:
 
 
 @compile_loop
-def _tokens(wide: Array, narrow: Array, encoding: int, page: int, begin: int, end: int, workspace: Array) -> Array:
+def page_tokens(wide: Array, narrow: Array, encoding: int, page: int, begin: int, end: int, workspace: Array) -> Array:
     """The tokens [n, D] in a page's slots begin .. end-1; in place where they are float32."""
-    _prefer_wide_vectors()  # type: ignore[call-arg]
+    prefer_wide_vectors()  # type: ignore[call-arg]
     if encoding == FLOAT32:
         return wide[page, begin:end]
     for i in range(end - begin):
@@ -470,7 +470,7 @@ def _tokens(wide: Array, narrow: Array, encoding: int, page: int, begin: int, en
 @compile_loop
 def _linear(x: Array, weight: Array, bias: Array, out: Array) -> None:
     """`x` [R, D] times the transposed `weight` [N, D], plus `bias` [N], into out [R, N]; the weight is read once."""
-    rows, columns = _aligned(*x.shape), np.empty((len(weight), len(x)), np.float32)
+    rows, columns = aligned(*x.shape), np.empty((len(weight), len(x)), np.float32)
     rows[:] = x
     dots(weight, rows, columns)
     for row in range(len(x)):
@@ -484,7 +484,7 @@ def dots(a: Array, b: Array, out: Array) -> None:
 
     Twelve sums are what fits in the registers of most machines; sixteen were written to memory and back.
     """
-    _prefer_wide_vectors()  # type: ignore[call-arg]
+    prefer_wide_vectors()  # type: ignore[call-arg]
     dim = a.shape[1]
     # For fewer than three, what counts is memory, which is read faster in one stream than in four.
     whole_a, whole_b = len(a) // 4 * 4 if len(b) >= 3 else 0, len(b) // 3 * 3
@@ -532,7 +532,7 @@ def dots(a: Array, b: Array, out: Array) -> None:
 @compile_loop
 def _add_weighted(shares: Array, tokens: Array, z: Array) -> None:
     """Add to z [H, D] the sums of tokens [n, D] weighted by shares [H, :n]; eight tokens at once."""
-    _prefer_wide_vectors()  # type: ignore[call-arg]
+    prefer_wide_vectors()  # type: ignore[call-arg]
     whole = len(tokens) // 8 * 8
     for i in range(0, whole, 8):
         x0, x1, x2, x3 = tokens[i], tokens[i + 1], tokens[i + 2], tokens[i + 3]
@@ -550,12 +550,6 @@ def _add_weighted(shares: Array, tokens: Array, z: Array) -> None:
         for h in range(len(z)):
             for d in range(z.shape[1]):
                 z[h, d] += shares[h, i] * tokens[i, d]
-
-
-def compile_all() -> None:
-    """Have all that `compiled` calls: from the cache, or compile it."""
-    for loop, types in signatures():
-        loop.compile(types)
 
 
 def signatures() -> list[tuple[Any, tuple[Any, ...]]]:

@@ -13,6 +13,8 @@ import torch
 from htm_service.kernels.base import Kernel
 from htm_service.kernels.compilation import Compilation, use_cache
 from htm_service.kernels.reference import ReferenceKernel
+from htm_service.kernels.search.base import SearchKernel
+from htm_service.kernels.search.reference import ReferenceSearch
 
 KERNELS = ("reference", "compiled", "triton")
 OLDEST_TRITON = "3.5"
@@ -49,6 +51,17 @@ def resolve_for_start(device: torch.device, cache: Path | None) -> tuple[Kernel,
         return ReferenceKernel(), compilation
     use_cache(compilation.folder)
     return resolve_kernel(device, name), None
+
+
+def search_kernel(kernel: Kernel) -> SearchKernel:
+    """What searches where `kernel` attends: on a GPU torch, which reads all resident pages as fast as they can be."""
+    if kernel.name != "compiled":
+        return ReferenceSearch()
+    from htm_service.kernels.compiled import CompiledKernel
+    from htm_service.kernels.search.compiled import CompiledSearch
+
+    assert isinstance(kernel, CompiledKernel)
+    return CompiledSearch(kernel)
 
 
 def _default(device: torch.device) -> str:

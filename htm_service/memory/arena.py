@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import mmap
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from htm_service.errors import OutOfMemory
+from htm_service.memory.sketches.code import Rotation
 
 SLAB_BYTES = 256 << 20
 """Size of one allocation on the device; smaller under a small budget."""
@@ -86,6 +88,11 @@ class Arena:
         self._slabs: list[torch.Tensor | None] = []
         self._free: list[_FreePages] = []
         """Those of each slab."""
+
+    @cached_property
+    def rotation(self) -> Rotation:
+        """What sketches of tokens of this width are made with."""
+        return Rotation(self.dim, self.device)
 
     @property
     def max_pages(self) -> int:

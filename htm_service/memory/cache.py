@@ -16,11 +16,15 @@ import torch
 
 from htm_service.errors import HTMError, OutOfMemory, Unhealthy
 from htm_service.memory.arena import Arena, Budget
-from htm_service.memory.chunks import Chunks
+from htm_service.memory.chunks import NO_PAGE, Chunks
 from htm_service.memory.reclaim import Reclaim
 from htm_service.memory.resident import EpisodeRun, Extent, NewTokens, Resident, joined
+from htm_service.memory.sketches.code import LEAST_DIM, sketch
 from htm_service.records import Ints
 from htm_service.session_settings import Shape
+
+SKETCHED_BYTES = 8 << 20
+"""Contents of the chunks that are sketched between two batches."""
 
 
 class Cache:
@@ -162,6 +166,57 @@ class Cache:
             chunks.put(missing, torch.stack([contents[chunk] for chunk in missing]))
             self.touch(resident, missing)
             self.num_fetched_pages += len(missing)
+
+    def sketch(self, resident: Resident) -> bool:
+        """Make sketches of some sealed chunks that are here and have none; whether there are more.
+
+        None at all where tokens are narrow, or where there is no room for them: then all tokens are read.
+        """
+        if resident.state != "resident" or resident.is_deleted or resident.chunks is None:
+            return False
+        chunks = resident.chunks
+        if not self._has_room_for_sketches(resident):
+            return False
+        table = chunks.make_sketches()
+        if table.num_known >= chunks.num_sealed - chunks.first_chunk:
+            return False
+        pages = np.array(chunks.pages, dtype=np.int64)
+        missing = table.missing(chunks.num_sealed)
+        here = missing[pages[missing - chunks.first_chunk] != NO_PAGE]
+        at_once = max(1, SKETCHED_BYTES // chunks.arena.page_bytes)
+        some = torch.from_numpy(here[:at_once]).to(self.device)
+        if len(some):
+            self._put_sketches(chunks, some, chunks.contents(some))
+        return len(here) > at_once
+
+    def sketch_contents(self, resident: Resident, contents: Mapping[int, torch.Tensor]) -> None:
+        """Make sketches of chunks by their contents [C, D], which were fetched, where they have none."""
+        chunks = resident.held
+        if not self._has_room_for_sketches(resident):
+            return
+        missing = set(chunks.make_sketches().missing(chunks.num_sealed).tolist())
+        if some := [chunk for chunk in contents if chunk in missing]:
+            tokens = torch.stack([contents[chunk] for chunk in some])
+            self._put_sketches(chunks, torch.tensor(some, device=self.device), tokens.to(self.device))
+
+    def _put_sketches(self, chunks: Chunks, some: torch.Tensor, tokens: torch.Tensor) -> None:
+        keys = chunks.keys[some - chunks.first_chunk]
+        chunks.make_sketches().put(some, *sketch(tokens, keys, chunks.arena.rotation))
+
+    def _has_room_for_sketches(self, resident: Resident) -> bool:
+        """Have room for sketches of all chunks there are, if they are to have any."""
+        chunks = resident.held
+        if chunks.arena.dim < LEAST_DIM:
+            return False
+        num_bytes = chunks.make_sketches().num_bytes_for(chunks.num_chunks)
+        if num_bytes > 0:
+            try:
+                self.reclaim.make_room(resident, 0, num_bytes)
+                chunks.make_sketches().reserve(chunks.num_chunks)
+            except OutOfMemory:
+                chunks.drop_sketches()
+                return False
+        return True
 
     def _hold(self, resident: Resident) -> None:
         """Have chunks for a session whose first tokens come. Raises OutOfMemory."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.device import sent
+from htm_service.memory.sketches.table import SketchTable
 from htm_service.memory.summary import add_token, mean_of, sum_slots
 
 KEY_ITEMSIZE = 4
@@ -36,6 +37,8 @@ class Chunks:
         self.length = first_chunk * arena.chunk_size
         self.num_missing = 0
         """Chunks without a page."""
+        self.sketches: SketchTable | None = None
+        """Those of a session that is searched."""
         self._budget = budget
         self._num_trimmed = 0
         """Rows at the beginning of the tables below, of chunks that were trimmed."""
@@ -79,8 +82,9 @@ class Chunks:
 
     @property
     def device_key_bytes(self) -> int:
-        """Those of the keys."""
-        return self._keys.shape[0] * self._key_bytes
+        """Those of the keys, and of the sketches beside them."""
+        sketches = 0 if self.sketches is None else self.sketches.device_bytes
+        return self._keys.shape[0] * self._key_bytes + sketches
 
     def num_pages_for(self, num_tokens: int) -> int:
         """Pages that `append` takes for so many tokens."""
@@ -185,6 +189,8 @@ class Chunks:
         self.arena.free(pages)
         self.num_missing -= num_chunks - len(pages)
         del self._pages[:num_chunks]
+        if self.sketches is not None:
+            self.sketches.trim(self.first_chunk + num_chunks)
         self.first_chunk += num_chunks
         self._num_trimmed += num_chunks
         self._look()
@@ -222,6 +228,20 @@ class Chunks:
         device = self._page_table.device
         self._page_table[_ints([self._row(chunk) for chunk in chunks], device)] = _ints(pages, device)
 
+    def make_sketches(self) -> SketchTable:
+        """The sketches, from now on there are some. Whose budget they are of is this session's."""
+        if self.sketches is None:
+            self.sketches = SketchTable(
+                self.arena.dim, self.chunk_size, self.arena.device, self._budget, self.first_chunk
+            )
+        return self.sketches
+
+    def drop_sketches(self) -> None:
+        """Give what the sketches take back."""
+        if self.sketches is not None:
+            self.sketches.free()
+            self.sketches = None
+
     def contents(self, chunks: Tensor) -> Tensor:
         """A copy of the contents of chunks [N] (int64 indexes) that have pages: [N, C, D].
 
@@ -237,6 +257,7 @@ class Chunks:
         """Give pages and keys back; nothing is held afterwards."""
         self.arena.free([page for page in self._pages if page != NO_PAGE])
         self._budget.give(self._keys.shape[0] * self._key_bytes)
+        self.drop_sketches()
         self._pages = []
         self._keys = self._keys[:0].clone()
         self._page_table = self._page_table[:0].clone()

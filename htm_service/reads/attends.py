@@ -10,12 +10,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from htm_service.attention.catalog import Catalog
 from htm_service.config import EngineConfig
 from htm_service.errors import HTMError, InvalidArgument, LengthConflict, SessionDamaged
-from htm_service.reads.cost import merge, merge_selects, products_per_query, split
+from htm_service.reads.cost import merge, split
 from htm_service.reads.runner import Attend
 from htm_service.reads.visibility import Trimmed
 from htm_service.reads.weights import Outgrown, Weights
@@ -25,16 +25,18 @@ from htm_service.records import (
     AttendResult,
     Event,
     Explanation,
+    SearchResult,
     SelectResult,
     recalled_bytes,
 )
 from htm_service.sessions.feed import Feed
+from htm_service.sessions.payloads import Payloads
 from htm_service.sessions.recalls import account
 from htm_service.sessions.session import Session
 from htm_service.sessions.validation import check_model_dim
-from htm_service.store_errors import still_there, unreadable
 from htm_service.threads.batcher import within
-from storage.base import Store, StoreError, TooManyBytes
+
+Answer = AttendResult | SelectResult | SearchResult
 
 
 class _Row(NamedTuple):
@@ -62,14 +64,14 @@ class Attends:
         config: EngineConfig,
         catalog: Catalog,
         worker: DeviceWorker,
-        store: Store,
+        payloads: Payloads,
         feed: Feed,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._catalog = catalog
         self._worker = worker
-        self._store = store
+        self._payloads = payloads
         self._feed = feed
         self._clock = clock
         self.num_attends = 0
@@ -111,7 +113,7 @@ class Attends:
         self._check_answers([row.asked for row in rows])
         jobs = [(row.session, row.asked) for row in rows]
         for row, outcome in zip(rows, await self.compute_all(jobs, *limit), strict=True):
-            assert not isinstance(outcome, SelectResult)
+            assert not isinstance(outcome, SelectResult | SearchResult)
             outcomes[row.place] = outcome
         computed = [outcomes[place] for place in range(len(wanted))]
         if any(request.payloads for _, request in wanted):
@@ -185,7 +187,7 @@ class Attends:
 
     async def compute_all(
         self, wanted: Sequence[tuple[Session, Attend]], deadline: float, timeout_s: float
-    ) -> list[AttendResult | SelectResult | Exception]:
+    ) -> list[Answer | Exception]:
         """What each finds: those that cost little enough as one entry of the queue, then the others on their own."""
         together: list[tuple[int, Attend, int]] = []
         alone: list[int] = []
@@ -196,7 +198,7 @@ class Attends:
                 together.append((place, attend, cost * len(attend.request.queries)))
             else:
                 alone.append(place)
-        outcomes: dict[int, AttendResult | SelectResult | Exception] = {}
+        outcomes: dict[int, Answer | Exception] = {}
         if together:
             entry = self._worker.submit_all([(attend, cost) for _, attend, cost in together])
             found = await entry.within(deadline, timeout_s)
@@ -213,9 +215,7 @@ class Attends:
                 outcomes[place] = error
         return [outcomes[place] for place in range(len(wanted))]
 
-    async def compute(
-        self, session: Session, asked: Attend, limit: tuple[float, float] | None = None
-    ) -> AttendResult | SelectResult:
+    async def compute(self, session: Session, asked: Attend, limit: tuple[float, float] | None = None) -> Answer:
         """What `asked`, which is copied, finds in what is left of the tokens as of its admission.
 
         `limit` is a deadline on the loop's clock, and the seconds that it was away from the beginning; else the
@@ -257,25 +257,17 @@ class Attends:
 
     def _cost(self, session: Session, attend: Attend) -> tuple[int, int, int]:
         """Multiply-adds of one query; how many queries are cheap enough for one batch; how many there is room for."""
-        settings = session.settings
-        cost = products_per_query(
-            attend.model.config,
-            dim=settings.dim,
-            length=session.length - session.first_position,
-            chunk_size=settings.chunk_size,
-            top_k=attend.top_k,
-        )
+        cost = attend.products_per_query(session.length - session.first_position)
         # What they take must fit into half the budget, should none of it be on the device.
-        bytes_per_query = attend.top_k * settings.chunk_size * session.resident.token_bytes
-        room = max(1, self._config.memory_budget_bytes // 2 // bytes_per_query)
+        room = max(1, self._config.memory_budget_bytes // 2 // attend.fetched_bytes)
         return cost, max(1, min(self._config.max_batch_products // cost, room)), room
 
     async def _in_parts(
         self, attend: Attend, length: int, cost: int, max_queries: int, deadline: float, timeout_s: float
-    ) -> AttendResult | SelectResult | None:
+    ) -> Answer | None:
         """Several attends that see one length, as one; None when a trim came between them. Raises Trimmed."""
         parts = [attend.part(part, length) for part in split(attend.request, max_queries, length)]
-        futures: list[asyncio.Future[AttendResult | SelectResult]] = []
+        futures: list[asyncio.Future[Any]] = []
         try:
             for part in parts:
                 futures.append(self._worker.submit(part, cost * len(part.request.queries)))
@@ -286,18 +278,16 @@ class Attends:
             raise
         if len({part.seen.start for part in parts}) > 1:
             return None
-        selects = [result for result in results if isinstance(result, SelectResult)]
-        if selects:
-            return merge_selects(selects, length)
-        return merge([result for result in results if isinstance(result, AttendResult)], length)
+        merged: Answer = merge(results, length)
+        return merged
 
     async def _with_payloads(self, session: Session, result: AttendResult) -> AttendResult:
         """The result with the payloads of its recalled tokens."""
         if not result.recalled:
             return result
-        positions, most = _positions(result), self._config.max_answer_bytes
+        most = self._config.max_answer_bytes
         try:
-            texts = await asyncio.to_thread(self._read_payloads, session, positions, most)
+            texts = await self._payloads.of(session, _positions(result))
         except SessionDamaged as error:
             session.damage = error.detail
             raise
@@ -305,38 +295,17 @@ class Attends:
 
     async def _add_payloads(self, rows: Sequence[_Row], outcomes: dict[int, AttendResult | Exception]) -> None:
         """The same for many results, in place, which hold no more together than one may."""
-        found = {row.place: outcome for row in rows if isinstance(outcome := outcomes[row.place], AttendResult)}
-
-        def read() -> None:
-            left = self._config.max_answer_bytes
-            for row in rows:
-                if (result := found.get(row.place)) is not None and result.recalled:
-                    try:
-                        texts = self._read_payloads(row.session, _positions(result), left)
-                        result = self._filled(result, texts, left)
-                    except HTMError as error:
-                        outcomes[row.place] = error
-                    else:
-                        outcomes[row.place] = result
-                        left -= recalled_bytes(result.recalled)
-
-        await asyncio.to_thread(read)
-
-    def _read_payloads(self, session: Session, positions: Sequence[int], most: int) -> Mapping[int, bytes]:
-        """Those that there are, of tokens that were trimmed meanwhile none (a worker thread).
-
-        Raises SessionNotFound, and InvalidArgument when they have more bytes than an answer may hold.
-        """
-        try:
-            texts = self._store.read_payloads(session.sid, positions, most)
-            if len(texts) < len(positions):  # one that is not there does not say why
-                still_there(self._store, session.key, session.sid)
-        except TooManyBytes as error:
-            what = f"the payloads of {len(positions)} recalled tokens have more bytes"
-            raise _too_large(what, self._config.max_answer_bytes) from error
-        except StoreError as error:
-            raise unreadable(session.id, error) from error
-        return texts
+        found = [(row, result) for row in rows if isinstance(result := outcomes[row.place], AttendResult)]
+        reads = (self._payloads.of(row.session, _positions(result)) for row, result in found)
+        left = self._config.max_answer_bytes
+        for (row, result), texts in zip(found, await asyncio.gather(*reads, return_exceptions=True), strict=True):
+            try:
+                if isinstance(texts, BaseException):
+                    raise texts
+                outcomes[row.place] = filled = self._filled(result, texts, left)
+                left -= recalled_bytes(filled.recalled)
+            except HTMError as error:
+                outcomes[row.place] = error
 
     def _filled(self, result: AttendResult, texts: Mapping[int, bytes], most: int) -> AttendResult:
         """The result with these payloads. Raises InvalidArgument when its recalled tokens have more bytes."""

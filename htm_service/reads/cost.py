@@ -8,12 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 import numpy as np
 
 from htm_service.attention.model_config import ModelConfig
-from htm_service.records import AttendRequest, AttendResult, SelectResult, Timing
+from htm_service.records import AttendRequest, AttendResult, SearchResult, SelectResult
 
+Answer = TypeVar("Answer", AttendResult, SelectResult, SearchResult)
+ROWS = ("output", "chunk_index", "chunk_weight", "chunk_logit", "recalled", "position", "score", "embeddings")
+"""Fields of an answer that have a row for each query."""
 PRODUCTS_OF_ANY_QUERY = 1 << 20
 """What a query costs before any arithmetic, in multiply-adds: about 30 us of a core."""
 
@@ -42,33 +46,20 @@ def split(request: AttendRequest, max_queries: int, length: int) -> list[AttendR
     return parts
 
 
-def merge(results: Sequence[AttendResult], length: int) -> AttendResult:
-    """The parts' results as that of the whole, which saw `length` tokens."""
+def merge(results: Sequence[Answer], length: int) -> Answer:
+    """The parts' results as that of the whole, which saw `length` tokens.
+
+    Of a select the parts say which chunks they take, and no more.
+    """
     first = results[0]
-    timing = _merged_timing([result.timing for result in results])
-    recalled = None if first.recalled is None else [row for result in results for row in result.recalled or ()]
-    return AttendResult(
-        output=np.concatenate([result.output for result in results]),
-        chunk_index=np.concatenate([result.chunk_index for result in results]),
-        chunk_weight=np.concatenate([result.chunk_weight for result in results]),
-        recalled=recalled,
-        length=length,
-        timing=timing,
-        model_hash=first.model_hash,
-        top_k=first.top_k,
-    )
+    timing = first.timing._replace(compute_s=sum(result.timing.compute_s for result in results))
+    rows = {name: _joined(results, name) for name in ROWS if name in first._fields}
+    return first._replace(**rows, length=length, timing=timing)
 
 
-def merge_selects(results: Sequence[SelectResult], length: int) -> SelectResult:
-    """The same of selects, which in parts say which chunks they take, and no more."""
-    return SelectResult(
-        chunk_index=np.concatenate([result.chunk_index for result in results]),
-        chunk_logit=np.concatenate([result.chunk_logit for result in results]),
-        taken=None,
-        length=length,
-        timing=_merged_timing([result.timing for result in results]),
-    )
-
-
-def _merged_timing(timings: Sequence[Timing]) -> Timing:
-    return timings[0]._replace(compute_s=sum(timing.compute_s for timing in timings))
+def _joined(results: Sequence[Answer], name: str) -> Any:
+    """A field with one row for each query, of all results."""
+    rows = [getattr(result, name) for result in results]
+    if rows[0] is None:
+        return None
+    return np.concatenate(rows) if isinstance(rows[0], np.ndarray) else [row for some in rows for row in some]

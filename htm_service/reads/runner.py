@@ -28,6 +28,7 @@ from htm_service.kernels.reference import ranked
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.memory.resident import Resident
+from htm_service.reads.cost import products_per_query
 from htm_service.reads.visibility import Ends, SeenTo, Visibility, ends_of, partial_keys, seen_in_part
 from htm_service.reads.weights import Weights
 from htm_service.records import (
@@ -91,6 +92,22 @@ class Attend:
     def part(self, request: AttendRequest, length: int) -> Self:
         """One with some of its queries, which sees this length."""
         return replace(self, request=request, length=length)
+
+    def products_per_query(self, num_tokens: int) -> int:
+        """Multiply-adds of one of its queries over so many tokens."""
+        settings = self.resident.settings
+        return products_per_query(
+            self.model.config,
+            dim=settings.dim,
+            length=num_tokens,
+            chunk_size=settings.chunk_size,
+            top_k=self.top_k,
+        )
+
+    @property
+    def fetched_bytes(self) -> int:
+        """What one query takes of the device at once, should none of it be there."""
+        return self.top_k * self.resident.settings.chunk_size * self.resident.token_bytes
 
     @property
     def model(self) -> Model:
@@ -193,14 +210,14 @@ class Runner:
 
     def _choose(self, alike: list[list[Attend]], attends: list[Attend]) -> list[Ints]:
         """The chunks [Q, K] that each of the `attends` of `alike` takes, -1 for none."""
-        index = attends[0].model.select(_stack_queries(attends), _view(alike, attends), self.kernel).cpu().numpy()
+        index = attends[0].model.select(stack_queries(attends), _view(alike, attends), self.kernel).cpu().numpy()
         return np.split(index, np.cumsum([len(attend.request.queries) for attend in attends])[:-1])
 
     def _run_group(self, alike: list[list[Attend]]) -> list[AttendResult | SelectResult | Exception]:
         attends = [attend for together in alike for attend in together]
         if isinstance(attends[0], Select):
             return list(map(_take, attends, self._choose(alike, attends)))
-        attended, output = attends[0].model.answer(_stack_queries(attends), _view(alike, attends), self.kernel)
+        attended, output = attends[0].model.answer(stack_queries(attends), _view(alike, attends), self.kernel)
         results: list[AttendResult | SelectResult | Exception] = list(_split(attends, output, attended))
         for place, (attend, result) in enumerate(zip(attends, results, strict=True)):
             if attend.num_ranked and isinstance(result, AttendResult):
@@ -287,7 +304,7 @@ def _with_ends(search: Search, attend: Attend, ends: Ends) -> Search:
     return replace(search, ends=torch.stack((num_whole, own, ends.stop), dim=1), own_keys=own_keys)
 
 
-def _stack_queries(attends: list[Attend]) -> Tensor:
+def stack_queries(attends: Sequence[Attend]) -> Tensor:
     """All queries [R, D] float32 on the device."""
     return torch.from_numpy(np.concatenate([attend.request.queries for attend in attends])).to(
         attends[0].chunks.arena.device
@@ -377,7 +394,7 @@ def _dots(queries: Floats, keys: Floats, places: Ints) -> Floats:
 def _explain(attend: Attend, result: AttendResult, kernel: Kernel) -> Ranking:
     """All chunks that one query sees, by their keys alone: those it took, as the kernel took them, then the others."""
     search = _search([attend])
-    summary, _ = attend.model.fold(_stack_queries([attend]), kernel)
+    summary, _ = attend.model.fold(stack_queries([attend]), kernel)
     order, logits = ranked(replace(search, k=len(search.keys)), summary, torch.zeros(1, dtype=torch.int64))
     index, logit = order[0].cpu().numpy(), logits[0].cpu().numpy()
     index, logit = index[index >= 0] + search.first, logit[index >= 0]

@@ -9,6 +9,7 @@ Only this thread touches sessions' chunks. Does not know storage's writes, paylo
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,12 +26,14 @@ from htm_service.memory.cache import Cache
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch, Loader
 from htm_service.memory.resident import Resident
-from htm_service.reads.runner import Attend, Runner
+from htm_service.reads.finder import Find, Finder
+from htm_service.reads.runner import Attend, Missing, Runner
 from htm_service.reads.visibility import Trimmed, ends_of, keys_of, plan_visibility
-from htm_service.records import AttendResult, SelectResult, Timing
+from htm_service.records import AttendResult, Ints, SearchResult, SelectResult, Timing
 from htm_service.threads.batcher import LATER, Batcher, Entry, Outcome, Ticket
 
 T = TypeVar("T")
+U = TypeVar("U")
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,12 +59,13 @@ class DeviceWorker:
         self.cache = cache
         self.loader = loader
         self.runner = runner
+        self.finder = Finder(runner.kernel)
 
-    def submit(self, attend: Attend, cost: int) -> asyncio.Future[AttendResult | SelectResult]:
-        """Admit an attend or a select (the loop). Raises Overloaded, Draining or Unhealthy."""
+    def submit(self, attend: Attend, cost: int) -> asyncio.Future[AttendResult | SelectResult | SearchResult]:
+        """Admit an attend, a select or a search (the loop). Raises Overloaded, Draining or Unhealthy."""
         return self.queue.submit(attend, cost=cost, lane=attend.resident.sid)
 
-    def submit_all(self, attends: Sequence[tuple[Attend, int]]) -> Entry[AttendResult | SelectResult]:
+    def submit_all(self, attends: Sequence[tuple[Attend, int]]) -> Entry[AttendResult | SelectResult | SearchResult]:
         """Admit attends, each with its cost, as one entry (the loop). Raises as `submit` does."""
         return self.queue.submit_all(attends)
 
@@ -86,7 +90,12 @@ class DeviceWorker:
 
     def use(self, kernel: Kernel) -> None:
         """Have the batches after the one at hand computed with another kernel (any thread)."""
-        self.queue.post(partial(setattr, self.runner, "kernel", kernel))
+
+        def act() -> None:
+            self.runner.kernel = kernel
+            self.finder.use(kernel)
+
+        self.queue.post(act)
 
     # --- the device thread ---
 
@@ -95,9 +104,23 @@ class DeviceWorker:
         outcomes: dict[JobTicket, Outcome[Any]] = {}
         ready = self._fetch_missing(self._plan(tickets, outcomes), outcomes)
         started = time.monotonic()
-        results = self.runner.run([attend for _, attend in ready])
+        results = self._apart([attend for _, attend in ready], self.runner.run, self.finder.run)
         self._deliver(ready, results, time.monotonic() - started, outcomes)
         return [outcomes[ticket] for ticket in tickets]
+
+    def _apart(
+        self,
+        jobs: Sequence[Attend],
+        attends: Callable[[Sequence[Attend]], Sequence[T]],
+        finds: Callable[[Sequence[Find]], Sequence[U]],
+    ) -> list[T | U]:
+        """What becomes of attends and selects, and of searches, each kind together; in the order of the jobs."""
+        searches = [job for job in jobs if isinstance(job, Find)]
+        if not searches:  # nearly always
+            return list(attends(jobs))
+        others = [job for job in jobs if not isinstance(job, Find)]
+        found, attended = iter(finds(searches)), iter(attends(others))
+        return [next(found) if isinstance(job, Find) else next(attended) for job in jobs]
 
     def _plan(
         self, tickets: Sequence[JobTicket], outcomes: dict[JobTicket, Outcome[Any]]
@@ -133,7 +156,14 @@ class DeviceWorker:
                     outcomes[ticket] = error
                 else:
                     ready.append((ticket, job))
+                    if isinstance(job, Find):
+                        self._sketch(resident)
         return ready
+
+    def _sketch(self, resident: Resident) -> None:
+        """Make sketches of what is searched, so many at a time that others can wait for them."""
+        if self.cache.sketch(resident):
+            self.queue.post(partial(self._sketch, resident))
 
     def _want(self, resident: Resident) -> None:
         """Have a session's tokens here; when it is cold, its loading begins."""
@@ -149,11 +179,11 @@ class DeviceWorker:
         if not late:
             return planned
         fetch, num_pages = Fetch({}, []), 0
-        for (ticket, attend), missing in zip(late, self.runner.missing([attend for _, attend in late]), strict=True):
+        for (ticket, attend), missing in zip(late, self._missing([attend for _, attend in late]), strict=True):
             if not missing.chunks:
                 continue
             limit = self.cache.max_fetch(attend.resident)
-            if missing.in_part:  # its keys only, by and by; meanwhile the session may grow
+            if missing.in_part or isinstance(attend, Find):  # by and by; meanwhile the session may grow
                 missing = missing._replace(chunks=missing.chunks[:limit])
                 attend.see_as_of(attend.chunks.length)
             elif len(missing.chunks) > limit:
@@ -173,6 +203,9 @@ class DeviceWorker:
             self.loader.fetch(fetch)
         return [(ticket, attend) for ticket, attend in planned if ticket not in outcomes]
 
+    def _missing(self, jobs: Sequence[Attend]) -> list[Missing]:
+        return self._apart(jobs, self.runner.missing, self.finder.missing)
+
     def _use_fetched(self, job: Job) -> None:
         """Put what was fetched where it belongs; what was trimmed meanwhile is not among it. Raises HTMError."""
         if isinstance(job, Probe) or job.fetch is None or job.missing is None:
@@ -185,29 +218,41 @@ class DeviceWorker:
         found = {chunk: stored[chunk] for chunk in missing.chunks if chunk in stored}
         if not found:
             return
-        if missing.in_part:
+        if isinstance(attend, Find):
+            if resident.state == "resident":  # else it loads again, and what it takes is looked for again
+                self.cache.sketch_contents(resident, found)
+                self.finder.know(attend, found)
+                if not missing.in_part:
+                    with contextlib.suppress(OutOfMemory):  # what is wanted of them is known
+                        self.cache.put(resident, found)
+        elif missing.in_part:
             _know_keys(attend, found)
-        elif resident.state == "resident":  # else it loads again, and what it takes is looked for again
+        elif resident.state == "resident":
             self.cache.put(resident, found)
 
     def _deliver(
         self,
         ready: list[tuple[JobTicket, Attend]],
-        results: Sequence[AttendResult | SelectResult | Exception],
+        results: Sequence[AttendResult | SelectResult | SearchResult | Exception],
         compute_s: float,
         outcomes: dict[JobTicket, Outcome[Any]],
     ) -> None:
         """The results with their timings as outcomes; what they took counts as used now."""
         batch_size = sum(len(attend.request.queries) for _, attend in ready)
         for (ticket, attend), result in zip(ready, results, strict=True):
-            if isinstance(result, AttendResult | SelectResult):
-                self.cache.touch(attend.resident, result.chunk_index)
+            if isinstance(result, AttendResult | SelectResult | SearchResult):
+                self.cache.touch(attend.resident, _chunks_of(result))
                 length = result.length if attend.length is None else attend.length
                 timing = Timing(ticket.queue_s, compute_s, 0.0, batch_size)
                 result = result._replace(length=length, timing=timing)
                 if isinstance(result, AttendResult):
                     result = result._replace(model_hash=attend.model.hash, top_k=attend.top_k)
             outcomes[ticket] = result
+
+
+def _chunks_of(result: AttendResult | SelectResult | SearchResult) -> Ints:
+    """The chunks that were taken, -1 for none."""
+    return result.position // result.chunk_size if isinstance(result, SearchResult) else result.chunk_index
 
 
 def _see(attend: Attend) -> None:

@@ -31,6 +31,7 @@ from htm_service.records import Change, Event, SessionChange, SessionInfo, Sessi
 from htm_service.session_settings import SessionSettings, wrong_with
 from htm_service.sessions import validation
 from htm_service.sessions.feed import Feed
+from htm_service.sessions.payload_cache import PayloadCache
 from htm_service.sessions.recalls import RecallLog
 from htm_service.sessions.session import Session
 from storage import base
@@ -69,8 +70,10 @@ class Directory:
         clock: Callable[[], float],
         recalls_per_session: int,
         feed: Feed,
+        payloads: PayloadCache,
     ) -> None:
         self._store = store
+        self._payloads = payloads
         self._feed = feed
         self._write = write
         self._clock = clock
@@ -195,6 +198,7 @@ class Directory:
         except Exception:
             self._sessions[session.key] = session
             raise
+        self._payloads.forget(session.sid)
         self._tell(session.key, "deleted")
 
     async def delete_all(
@@ -230,6 +234,19 @@ class Directory:
             await self._write(DeleteSession(row.sid), None)
             self._tell(key, "deleted")
             return row.sid
+
+    async def keys_of(
+        self, namespace: str, prefix: str, labels: Mapping[str, str] | None, most: int
+    ) -> list[SessionKey]:
+        """Those of a namespace with this prefix and these labels that are not expired, one more than `most` at most."""
+        keys: list[SessionKey] = []
+        after: SessionKey | None = SessionKey(namespace, "")
+        while after is not None and len(keys) <= most:
+            rows = await self._list(namespace=namespace, prefix=prefix, labels=labels, after=after, limit=SCAN_LIMIT)
+            now = self._clock()
+            keys += [row.key for row in rows if (of := self._of(row)) is not None and not of.is_expired(now)]
+            after = rows[-1].key if len(rows) == SCAN_LIMIT else None
+        return keys[: most + 1]
 
     async def list_page(
         self, namespace: str, prefix: str, labels: Mapping[str, str] | None, cursor: str | None, limit: int

@@ -17,7 +17,16 @@ from htm_service import config as limits
 from htm_service.attention.model import Model
 from htm_service.dtypes import TORCH_DTYPES
 from htm_service.errors import InvalidArgument, quoted
-from htm_service.records import AppendRequest, AttendRequest, CreateRequest, DType, Floats, Quota, SessionKey
+from htm_service.records import (
+    AppendRequest,
+    AttendRequest,
+    CreateRequest,
+    DType,
+    Floats,
+    Quota,
+    SearchRequest,
+    SessionKey,
+)
 from htm_service.session_settings import SessionSettings
 
 ID = re.compile(limits.NAME_PATTERN)
@@ -174,6 +183,26 @@ def check_attend(request: AttendRequest, dim: int) -> AttendRequest:
     if queries is request.queries and request.tokens >= request.payloads:
         return request
     return replace(request, queries=queries, tokens=True if request.payloads else request.tokens)
+
+
+def check_search(request: SearchRequest, dim: int, session: str | None = None) -> SearchRequest:
+    """A search with `queries` as [Q, D], of one session or of one among several, which an error then names."""
+    try:
+        queries = _check_matrix("queries", request.queries, dim)
+    except InvalidArgument as error:
+        raise error if session is None else InvalidArgument(f"session {session!r}: {error}") from None
+    check_range("the number of queries", len(queries), 1, limits.MAX_QUERIES)
+    check_range("n", request.num_wanted, 1, limits.MAX_FOUND)
+    check_range("start", request.start, 0, 2**53)
+    if request.stop is not None:
+        check_range("stop", request.stop, 0, 2**53)
+    if request.oversample is not None:
+        check_range("oversample", request.oversample, 1, limits.MAX_OVERSAMPLE)
+    if request.min_score is not None and not math.isfinite(request.min_score):
+        raise InvalidArgument(f"min_score is {request.min_score}, it must be a finite number")
+    if request.timeout_s is not None and not 0 < request.timeout_s <= 3600:
+        raise InvalidArgument(f"timeout_ms is {request.timeout_s * 1e3:g}, it must be above 0 and at most 3600000")
+    return request if queries is request.queries else replace(request, queries=queries)
 
 
 def check_explain(request: AttendRequest, limit: int, dim: int) -> AttendRequest:

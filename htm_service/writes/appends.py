@@ -23,6 +23,7 @@ from htm_service.errors import (
 )
 from htm_service.records import AppendRequest, AppendResult, Event, Timing
 from htm_service.sessions.feed import Feed
+from htm_service.sessions.payload_cache import PayloadCache
 from htm_service.sessions.session import Session
 from htm_service.writes.committer import Change, Committer, Written
 from storage import base
@@ -41,8 +42,9 @@ Prepared = Append | HTMError | None
 class Appends:
     """See the head of this module."""
 
-    def __init__(self, committer: Committer, feed: Feed, clock: Callable[[], float]) -> None:
+    def __init__(self, committer: Committer, payloads: PayloadCache, feed: Feed, clock: Callable[[], float]) -> None:
         self._committer = committer
+        self._payloads = payloads
         self._feed = feed
         self._clock = clock
 
@@ -57,7 +59,7 @@ class Appends:
             written = await self._committer.write(write, session.resident)
         except Refused as error:
             raise _refusal(error, session, write) from None
-        return self._appended(session, written, started)
+        return self._appended(session, write, written, started)
 
     async def append_all(self, wanted: Sequence[tuple[Session, AppendRequest]]) -> list[AppendResult | Exception]:
         """Write the tokens of several sessions, none of them twice, in one group; one that fails takes no other along.
@@ -88,7 +90,7 @@ class Appends:
             elif isinstance(written, Exception):
                 outcomes[place] = written
             else:
-                outcomes[place] = self._appended(session, written, started)
+                outcomes[place] = self._appended(session, write, written, started)
         for place, left in enumerate(prepared):
             if left is None:
                 session, request = wanted[place]
@@ -97,12 +99,14 @@ class Appends:
                 outcomes[place] = left
         return [outcomes[place] for place in range(len(wanted))]
 
-    def _appended(self, session: Session, written: Written, started: float) -> AppendResult:
+    def _appended(self, session: Session, write: Append, written: Written, started: float) -> AppendResult:
         """What an append that is on disk is answered; it is counted and told."""
         assert isinstance(written, Appended)
         if not written.replayed:
             if written.first_position:
                 session.recalls.trim(session.first_chunk)
+            if write.payloads is not None:
+                self._payloads.append(session.sid, written.start, write.payloads)
             session.num_appends += 1
             session.updated_at = self._clock()
         num_chunks = -(-written.length // session.settings.chunk_size)

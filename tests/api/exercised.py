@@ -69,6 +69,8 @@ CALLS: Mapping[str, Call] = {
     "attend": Call("POST", "/v1/sessions/s/attend", 200, ATTEND),
     "explain": Call("POST", "/v1/sessions/s/explain", 200, {"queries": [1, 0, 0], "return": ["output", "payloads"]}),
     "select": Call("POST", "/v1/sessions/s/select", 200, {"queries": [1, 0, 0]}),
+    "search": Call("POST", "/v1/sessions/s/search", 200, {"queries": [1, 0, 0], "return": ["payloads", "embeddings"]}),
+    "search_all": Call("POST", "/v1/search", 200, {"queries": [1, 0, 0], "sessions": ["s"], "n": 3}),
     "step": Call("POST", "/v1/sessions/s/step", 200, {"attend": ATTEND, "append": APPEND}),
     "export_session": Call("GET", "/v1/sessions/s/export"),
     "import_session": Call("PUT", "/v1/sessions/imported/import", 201, None, FILE, session_file()),

@@ -1,0 +1,103 @@
+"""Searches on a CPU, compiled: the chunks shared out over the cores, without the interpreter's lock.
+
+Does not know sessions, requests or models.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from itertools import pairwise
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from htm_service.kernels.compiled import CompiledKernel, pages_of
+from htm_service.kernels.loops import Array
+from htm_service.kernels.search import loops
+from htm_service.kernels.search.base import SPREAD, Found, TokenSearch
+from htm_service.memory.arena import Arena
+from htm_service.memory.sketches.code import ERROR
+
+BYTES_PER_THREAD = 4 << 20
+"""Of sketches with queries; fewer are gone over by one core before another one is awake."""
+ROWS_PER_THREAD = 4
+"""Whose tokens are scored."""
+
+
+class CompiledSearch:
+    """See the head of this module. Shares the threads of the kernel that answers attends."""
+
+    prefers_tokens = False
+
+    def __init__(self, kernel: CompiledKernel, bytes_per_thread: int = BYTES_PER_THREAD) -> None:
+        self._kernel = kernel
+        self._bytes_per_thread = bytes_per_thread
+
+    def find(
+        self, arena: Arena, searches: Sequence[TokenSearch], queries: Tensor, rotated: Tensor, slots: Tensor | None
+    ) -> Found:
+        """In two calls; see `SearchKernel`."""
+        table = np.array([_numbers(search) for search in searches], loops.TOKEN_SEARCH)
+        num_rows, width = len(queries), int(table["num_wanted"].max())
+        of_slots = np.zeros((num_rows, arena.chunk_size), np.float32) if slots is None else slots.numpy()
+        asked = (*pages_of(arena), table, queries.numpy())
+        num_parts = self._num_parts(table, arena)
+        first_chunks = np.cumsum(table["num_chunks"])
+        kept = (
+            *_lists(num_rows, num_parts, max(1, int(table["num_scored"].max()))),
+            *_lists(num_rows, num_parts, width),
+            *_bounds(int(table["num_chunks"] @ table["num_queries"]), arena.chunk_size),
+            *(np.zeros(int(first_chunks[-1]), np.bool_), np.zeros((num_rows, num_parts), np.bool_)),
+        )
+        turned = rotated.numpy()
+        self._kernel.together(
+            [partial(loops.collect, *asked, turned, SPREAD * ERROR, of_slots, part, *kept) for part in range(num_parts)]
+        )
+        score, position = np.full((num_rows, width), -np.inf, np.float32), np.full((num_rows, width), -1)
+        num_helped = max(1, min(self._kernel.num_threads, num_rows // ROWS_PER_THREAD))
+        cuts = [num_rows * part // num_helped for part in range(num_helped + 1)]
+        self._kernel.together(
+            [
+                partial(loops.finish, *asked, of_slots, *kept, begin, end, score, position)
+                for begin, end in pairwise(cuts)
+            ]
+        )
+        lacks = np.split(kept[6], first_chunks[:-1])
+        lacking = [
+            torch.from_numpy(np.flatnonzero(of)) + search.first for of, search in zip(lacks, searches, strict=True)
+        ]
+        return Found(torch.from_numpy(position), torch.from_numpy(score), lacking)
+
+    def _num_parts(self, table: Array, arena: Arena) -> int:
+        """Cores that the chunks are shared out over."""
+        token_bytes = np.where(table["bits"] != 0, arena.dim // 8, arena.dim * arena.dtype.itemsize)
+        work = int((table["num_chunks"] * table["num_queries"] * token_bytes).sum()) * arena.chunk_size
+        return max(1, min(self._kernel.num_threads, work // self._bytes_per_thread))
+
+
+def _lists(num_rows: int, num_parts: int, num: int) -> tuple[Array, Array]:
+    """Scores [R, P, N] and tokens, none yet."""
+    shape = (num_rows, num_parts, num)
+    return np.full(shape, -np.inf, np.float32), np.full(shape, -1)
+
+
+def _bounds(num: int, chunk_size: int) -> tuple[Array, Array]:
+    """What tokens [T, C] may score, not set, and the greatest of each chunk [T]."""
+    return np.empty((num, chunk_size), np.float32), np.full(num, -np.inf, np.float32)
+
+
+def _numbers(search: TokenSearch) -> tuple[int, ...]:
+    """As loops take it."""
+    tensors = (search.keys, search.pages, search.bits, search.factors, search.token_mask, search.known)
+    return (
+        *(0 if tensor is None else _address(tensor) for tensor in tensors),
+        *(len(search.pages), search.first, search.start, search.stop),
+        *(search.num_queries, search.num_wanted, search.num_scored),
+    )
+
+
+def _address(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()

@@ -1,0 +1,98 @@
+"""The sketches of one session's chunks on the device, of those that have any; they are counted with the keys.
+
+Chunks keep their numbers, as in `chunks.py`, and a chunk without sketches has the factor NaN.
+Shapes: N chunks, C chunk size, W words of a sketch. Does not know tokens. One thread at a time: the device thread.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from htm_service.memory.arena import Budget
+from htm_service.memory.sketches.code import num_words, sketch_bytes
+
+
+class SketchTable:
+    """See the head of this module."""
+
+    def __init__(self, dim: int, chunk_size: int, device: torch.device, budget: Budget, first_chunk: int) -> None:
+        self.first_chunk = first_chunk
+        self.num_known = 0
+        """Chunks that have sketches."""
+        self._budget = budget
+        self._num_trimmed = 0
+        """Rows at the beginning, of chunks that were trimmed."""
+        self._chunk_bytes = chunk_size * sketch_bytes(dim)
+        self._bits = torch.zeros(0, num_words(dim), chunk_size, dtype=torch.int64, device=device)
+        self._factors = torch.full((0, chunk_size), torch.nan, device=device)
+
+    @property
+    def device_bytes(self) -> int:
+        """Capacity included."""
+        return len(self._factors) * self._chunk_bytes
+
+    def num_bytes_for(self, last_chunk: int) -> int:
+        """Bytes that room for the chunks before `last_chunk` takes from the budget."""
+        return max(0, self._capacity_for(last_chunk) - len(self._factors)) * self._chunk_bytes
+
+    def reserve(self, last_chunk: int) -> None:
+        """Have room for the chunks before `last_chunk`. Raises OutOfMemory, changing nothing."""
+        if self._row(last_chunk) <= len(self._factors):
+            return
+        capacity = self._capacity_for(last_chunk)
+        self._budget.take(max(0, capacity - len(self._factors)) * self._chunk_bytes)
+        held = slice(self._num_trimmed, None)
+        num_held = len(self._factors) - self._num_trimmed
+        bits = self._bits.new_zeros(capacity, *self._bits.shape[1:])
+        factors = self._factors.new_full((capacity, self._factors.shape[1]), torch.nan)
+        bits[:num_held], factors[:num_held] = self._bits[held], self._factors[held]
+        self._bits, self._factors, self._num_trimmed = bits, factors, 0
+
+    def tables(self, first: int, last: int) -> tuple[Tensor, Tensor]:
+        """Bits [N, W, C] and factors [N, C] of chunks first .. last-1, for which there is room: views."""
+        some = slice(self._row(first), self._row(last))
+        return self._bits[some], self._factors[some]
+
+    def missing(self, last_chunk: int) -> npt.NDArray[np.int64]:
+        """The chunks before `last_chunk`, for which there is room, that have no sketches."""
+        _, factors = self.tables(self.first_chunk, last_chunk)
+        return np.flatnonzero(factors[:, 0].isnan().cpu().numpy()) + self.first_chunk
+
+    def put(self, chunks: Tensor, bits: Tensor, factors: Tensor) -> None:
+        """Keep the sketches of chunks [N] (int64), for which there is room."""
+        rows = chunks + self._row(0)
+        self._bits[rows], self._factors[rows] = bits, factors
+        self._count()
+
+    def trim(self, first_chunk: int) -> None:
+        """Forget the chunks before `first_chunk`."""
+        self._num_trimmed = min(self._num_trimmed + first_chunk - self.first_chunk, len(self._factors))
+        self.first_chunk = first_chunk
+        self._count()
+
+    def cut(self, last_chunk: int) -> None:
+        """Forget the chunks from `last_chunk` on; they may be other ones next time."""
+        self._factors[self._row(max(last_chunk, self.first_chunk)) :] = torch.nan
+        self._count()
+
+    def free(self) -> None:
+        """Give everything back."""
+        self._budget.give(self.device_bytes)
+        self._bits, self._factors, self._num_trimmed = self._bits[:0].clone(), self._factors[:0].clone(), 0
+        self._count()
+
+    def _row(self, chunk: int) -> int:
+        return chunk - self.first_chunk + self._num_trimmed
+
+    def _count(self) -> None:
+        self.num_known = int((~self._factors[self._num_trimmed :, 0].isnan()).sum())
+
+    def _capacity_for(self, last_chunk: int) -> int:
+        """Grown by half, unless many were trimmed."""
+        capacity, wanted = len(self._factors), last_chunk - self.first_chunk
+        if self._row(last_chunk) <= capacity or wanted <= capacity * 3 // 4:
+            return capacity
+        return max(wanted, capacity + max(4, capacity // 2))
