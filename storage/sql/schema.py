@@ -5,7 +5,9 @@ Does not know what the tables are for.
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 
 from alembic import command
@@ -58,8 +60,9 @@ def _version(connection: Connection) -> str | None:
     return MigrationContext.configure(connection).get_current_revision()
 
 
-def _known() -> list[str]:
-    """The versions this code knows, newest first."""
+@functools.cache
+def _known() -> Sequence[str]:
+    """The versions this code knows, newest first. Alembic reads all files of migrations for it."""
     return [script.revision for script in ScriptDirectory.from_config(_config()).walk_revisions()]
 
 

@@ -14,6 +14,7 @@ import pytest
 from htm_client import HTMClient
 
 from api.protocol import FILES_LEFT, MAX_HEAD_BYTES
+from tests.served.forked import ForkedServer
 from tests.served.server import Server
 
 HEAD = b"POST /v1/sessions/s/attend HTTP/1.1\r\nHost: localhost\r\n"
@@ -21,9 +22,9 @@ BODY = b"Content-Type: application/json\r\nContent-Length: 1000\r\n\r\n{"
 GET = b"GET /livez HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 
-@pytest.fixture
-def impatient(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path, program="tests.served.impatient")
+@pytest.fixture(scope="module")
+def impatient(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    server = ForkedServer(tmp_path_factory.mktemp("impatient"), program="tests.served.impatient")
     server.start()
     yield server
     server.close()
@@ -92,20 +93,18 @@ def test_who_is_quiet_between_requests_stays(impatient: Server) -> None:
 
 @pytest.mark.parametrize("before", [b"", GET], ids=["the first", "a later one"])
 @pytest.mark.parametrize("line", [b"X-Long: " + b"x" * (8 * MAX_HEAD_BYTES), b"X-1: 1\r\n" * MAX_HEAD_BYTES])
-def test_headers_of_any_size_are_refused(server: Server, before: bytes, line: bytes) -> None:
+def test_headers_of_any_size_are_refused(lasting_server: Server, before: bytes, line: bytes) -> None:
     """They were kept, all of them, for as long as they came."""
-    server.start()
-    with connected(server) as connection:
+    with connected(lasting_server) as connection:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             connection.sendall(before + b"GET /livez HTTP/1.1\r\n" + line)
         answer = read_all(connection)
     assert not answer or b'"headers_too_large"' in answer  # the end may overtake the answer: not all was read
-    check_alive(server)
+    check_alive(lasting_server)
 
 
-def test_what_is_no_http_is_refused_as_all_else(server: Server) -> None:
-    server.start()
-    with connected(server) as connection:
+def test_what_is_no_http_is_refused_as_all_else(lasting_server: Server) -> None:
+    with connected(lasting_server) as connection:
         connection.sendall(b"\x16\x03\x01 a greeting of TLS\r\n\r\n")
         head, content = read_all(connection).split(b"\r\n\r\n")
     assert head.startswith(b"HTTP/1.1 400 ") and json.loads(content)["code"] == "malformed_body"

@@ -11,13 +11,14 @@ import httpx
 import pytest
 
 from tests.api.test_settings import OF_SERVICES
+from tests.served.forked import ForkedServer
 from tests.served.server import Server
 
 
-def test_the_end_of_a_terminal_is_a_stop_like_others(server: Server) -> None:
+def test_the_end_of_a_terminal_is_a_stop_like_others(program: Server) -> None:
     """SIGHUP killed it, with what had begun."""
-    server.start()
-    assert server.end(signal.SIGHUP) == 0
+    program.start()
+    assert program.end(signal.SIGHUP) == 0
 
 
 def test_who_ignores_hangups_goes_on_to(tmp_path: Path) -> None:
@@ -44,7 +45,7 @@ def test_it_starts_beside_a_service_of_its_name(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("options", "is_kept"), [([], True), (["--keep-alive-seconds", "1"], False)])
 def test_idle_connections_are_kept(tmp_path: Path, options: list[str], is_kept: bool) -> None:
     """For 5 s, as long as clients keep theirs: whoever called every 5 s lost one call in sixty."""
-    server = Server(tmp_path, *options)
+    server = ForkedServer(tmp_path, *options, program="api.cli")
     try:
         server.start()
         connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=30)

@@ -14,23 +14,23 @@ from tests.served.server import Server
 TOKENS = np.arange(15, dtype=np.float32).reshape(5, 3)
 
 
-def test_a_frozen_server_on_sqlite_keeps_its_data(server: Server) -> None:
+def test_a_frozen_server_on_sqlite_keeps_its_data(program: Server) -> None:
     """It holds the lock as long as its process is there, so nobody takes over, and it goes on when it wakes."""
-    server.start()
-    assert server.process is not None
-    with HTMClient(server.url) as client:
+    program.start()
+    assert program.process is not None
+    with HTMClient(program.url) as client:
         client.create_session("a", dim=3)
         client.append("a", TOKENS)
-        os.kill(server.process.pid, signal.SIGSTOP)
+        os.kill(program.process.pid, signal.SIGSTOP)
         try:
-            command = [*server.command, "--port", "0"]
+            command = [*program.command, "--port", "0"]
             second = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         finally:
-            os.kill(server.process.pid, signal.SIGCONT)
+            os.kill(program.process.pid, signal.SIGCONT)
         assert second.returncode == 1
-        assert f"{server.data} is in use by another server, process {server.process.pid}" in second.stderr
+        assert f"{program.data} is in use by another server, process {program.process.pid}" in second.stderr
         assert client.append("a", TOKENS).length == 10
-    assert server.end(signal.SIGTERM) == 0
+    assert program.end(signal.SIGTERM) == 0
 
 
 def test_a_frozen_server_on_postgresql_is_overtaken_and_writes_nothing_when_it_wakes(
