@@ -20,6 +20,9 @@ LEASE_SECONDS = 10.0
 """How long an owner that says nothing is waited for, where no lock tells whether it is alive."""
 FORMS = "sqlite:///PATH, postgresql+psycopg://USER:PASSWORD@HOST:PORT/DATABASE or memory://"
 
+PARAMETER = re.compile(r"\?([A-Za-z_][\w-]*)=[^/]*$")
+"""Behind a path: it would be part of the file's name, and may be a password. A directory may have such a name."""
+
 
 def open_store(url: str, *, lease_s: float = LEASE_SECONDS) -> Store:
     """The store at `sqlite:///PATH`, `postgresql+psycopg://...` or `memory://`. Raises StoreUnavailable.
@@ -69,6 +72,8 @@ def _file(where: Path | str) -> Path:
 
 
 def _path(where: Path | str) -> Path:
+    if isinstance(where, str) and where.startswith("sqlite:") and (parameter := PARAMETER.search(where)):
+        raise StoreUnavailable(f"a store URL of SQLite takes no parameters, and this one has {parameter[1]!r}")
     try:
         return Path(str(where).removeprefix("sqlite:///")).expanduser()
     except RuntimeError as error:

@@ -103,11 +103,10 @@ class Chunk(Body):
 
     @classmethod
     def of(cls, info: records.ChunkInfo) -> Self:
-        """The view of a record."""
-        at, key = info.last_recalled_at, info.key
+        """The view of a record, without its key: as a text that is part of an answer's."""
+        at = info.last_recalled_at
         return cls(
             last_recalled_at=None if at is None else when(at),
-            key=None if key is None else key.tolist(),
             **{name: getattr(info, name) for name in cls.model_fields.keys() - {"last_recalled_at", "key"}},
         )
 

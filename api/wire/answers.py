@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import re
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any, Literal, TypeVar
@@ -108,11 +109,19 @@ class Pieces:
     orjson would copy each into a buffer that grows, and hold the interpreter's lock for a fifth of a second of 60 MB.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, max_bytes: int = sys.maxsize) -> None:
         self._texts: list[bytes] = []
+        self._num_bytes = 0
+        self._max_bytes = max_bytes
 
     def raw(self, text: bytes) -> orjson.Fragment:
-        """What stands for the text in content that is dumped."""
+        """What stands for the text in content that is dumped. Raises InvalidArgument once they are too many bytes."""
+        self._num_bytes += len(text)
+        if self._num_bytes > self._max_bytes:
+            raise InvalidArgument(
+                f"the answer has more than {self._num_bytes - 1} bytes, the limit of one answer is {self._max_bytes}: "
+                "ask for less"
+            )
         self._texts.append(text)
         return orjson.Fragment(b"\0%d\0" % (len(self._texts) - 1))  # no JSON has such a byte
 
@@ -165,7 +174,7 @@ async def respond_json(build: Callable[[Raw], Params], max_bytes: int) -> Respon
     """An answer of many items, put together in a thread. Raises InvalidArgument beyond `max_bytes`."""
 
     def whole() -> bytes:
-        pieces = Pieces()
+        pieces = Pieces(max_bytes)
         return b"".join(pieces.dump(build(pieces.raw)))
 
     body = await asyncio.to_thread(whole)

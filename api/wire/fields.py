@@ -48,10 +48,10 @@ class HotBody(NamedTuple):
         found = {}
         for name, value in self.params.items():
             reader = readers.get(name)
-            if reader is None:
+            if reader is None and (value is not None or name not in table.tensors):
                 known = ", ".join(sorted(readers))
                 raise InvalidArgument(f"unknown field {self.where}{clipped(name)}; known are {known}")
-            if value is not None:
+            if value is not None and reader is not None:
                 found[name] = reader(self.where + name, value)
         if self.tensors is not None:
             for name, reader in table.tensors.items():

@@ -12,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from api.wire import safetensors
+from api.wire.answers import Raw, respond_json
+from api.wire.hot_bodies import attend, read_body
 from api.wire.tensors import PIECE, bools, floats, to_base64, to_lists
 from htm_service.errors import HTMError, InvalidArgument, MalformedBody
 
@@ -132,3 +135,30 @@ def test_a_few_long_rows_and_many_empty_ones_allocate_nothing() -> None:
     rows: list[Any] = [[0.0] * 1_000_000, *([] for _ in range(1_000_000))]
     with pytest.raises(InvalidArgument, match=r"x\[1\] has 0 numbers"):
         floats("x", rows)
+
+
+def test_a_tensor_that_is_null_beside_a_binary_body_counts_as_absent() -> None:
+    """It was an unknown field there; in JSON it counts as absent, and a misspelt one is told everywhere."""
+    for params in ({"mask": None, "chunk_mask": None}, {"top_k": None, "queries": None}):
+        body = read_body(safetensors.build({"queries": np.ones((1, 3), np.float32)}, params), "safetensors", 1 << 16)
+        request, _ = attend(body, "r")
+        assert request.mask is None and request.chunk_mask is None and request.queries.shape == (1, 3)
+    for wrong in ({"maks": None}, {"mask": [True]}):
+        body = read_body(safetensors.build({"queries": np.ones((1, 3), np.float32)}, wrong), "safetensors", 1 << 16)
+        with pytest.raises(InvalidArgument, match="unknown field"):
+            attend(body, "r")
+
+
+async def test_an_answer_that_becomes_too_large_is_not_made_to_its_end() -> None:
+    """All keys of 1,000 chunks were put into text, some times an answer's limit, before it was refused."""
+    made = []
+
+    def build(raw: Raw) -> dict[str, object]:
+        for number in range(1_000):
+            made.append(number)
+            raw(b"x" * 100)
+        return {}
+
+    with pytest.raises(InvalidArgument, match="more than 1099 bytes, the limit of one answer is 1000"):
+        await respond_json(build, 1_000)
+    assert len(made) == 11

@@ -8,7 +8,7 @@ import sqlite3
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -448,3 +448,11 @@ def test_damage_is_not_hidden_by_sealing(path: Path) -> None:
         with contextlib.closing(sqlite3.connect(path)) as connection, connection:
             connection.execute("UPDATE summaries SET data = zeroblob(1)")
         assert list(store.read_summaries(row.sid)) == []  # computed again
+
+
+@pytest.mark.parametrize("how", [open_store, open_readonly])
+def test_parameters_of_a_url_are_refused(how: Callable[[str], Store], tmp_path: Path) -> None:
+    """They became part of the file's name, a password too."""
+    with pytest.raises(StoreUnavailable, match="takes no parameters, and this one has 'password'") as refused:
+        how(f"sqlite:///{tmp_path}/htm?password=secret")
+    assert "secret" not in str(refused.value) and list(tmp_path.iterdir()) == []
