@@ -277,6 +277,7 @@ class Engine:
     async def delete_sessions(self, namespace: str, prefix: str = "", labels: Mapping[str, str] | None = None) -> int:
         """Delete a namespace's sessions with this prefix and these labels, of which one must be given; how many."""
         self._check_open()
+        validation.check_namespace(namespace)
         validation.check_prefix(prefix)
         validation.check_labels(labels or {})
         if not prefix and not labels:

@@ -24,7 +24,7 @@ from htm_service.errors import (
     SessionDamaged,
     SessionNotFound,
 )
-from htm_service.records import AppendRequest, AttendRequest, CreateRequest, Quota, SessionInfo
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest, Quota, SessionInfo, SessionKey
 from htm_service.transfers import exports, imports
 from storage.base import STAGED, Store
 from storage.resolve import open_readonly, open_store
@@ -298,6 +298,11 @@ async def test_while_it_comes_nobody_sees_it(
         with pytest.raises(SessionNotFound):
             await engine.inspect(named("s"))
         assert len(engine.store.list_sessions(STAGED)) == 1
+        for call in (engine.list_sessions(STAGED), engine.delete_sessions(STAGED, "0"), engine.info(STAGED)):
+            with pytest.raises(InvalidArgument, match="the namespace is ''"):
+                await call
+        with pytest.raises(InvalidArgument):
+            await engine.delete(SessionKey(STAGED, engine.store.list_sessions(STAGED)[0].id))
         await engine.imports.discard_left()
         assert len(engine.store.list_sessions(STAGED)) == 1, "it is under way"
         importing.cancel() if how == "cancel" else go_on.set()
