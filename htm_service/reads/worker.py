@@ -78,6 +78,15 @@ class DeviceWorker:
         """Have what was appended put into the chunks before the next batch (any thread)."""
         self.queue.post(partial(self.cache.fill, resident))
 
+    def fill_all(self, residents: Sequence[Resident]) -> None:
+        """The same for several."""
+
+        def act() -> None:
+            for resident in residents:
+                self.cache.fill(resident)
+
+        self.queue.post(act)
+
     def free(self, resident: Resident, then: Callable[[], None]) -> None:
         """Have what a deleted session holds given back before the next batch, and `then` told (any thread)."""
 

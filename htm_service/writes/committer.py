@@ -3,7 +3,8 @@
     take (the queue) -> commit -> publish: readers may see it -> deliver (the queue)
 
 Groups are published in the order of their commits, so the tokens of a session become visible in the order of their
-positions; the device thread puts them into chunks when somebody wants them, or when a chunk is full.
+positions; the device thread puts them into chunks when somebody wants them, when a chunk is full, or when many
+sessions were appended to together.
 Does not know SQL, requests or attention.
 """
 
@@ -35,6 +36,11 @@ from storage.base import (
     StoreError,
     Write,
 )
+
+FILLED_AT_ONCE = 512
+"""Sessions that were appended to together and have that put into their chunks before anybody wants it: who steps many
+attends to them next, and meanwhile the device has nothing to do. It takes about 25 ms, as a batch does.
+"""
 
 
 class Change(NamedTuple):
@@ -123,9 +129,17 @@ class Committer:
             written = iter(self._store.write([change.write for change in changes], now=self._clock()))
         if len(changes) < len(tickets):
             self.queue.requeue([ticket for ticket in tickets if isinstance(ticket.item, Upkeep)])
-        return [
+        outcomes: list[Outcome[Written]] = [
             LATER if isinstance(ticket.item, Upkeep) else self._publish(ticket, next(written)) for ticket in tickets
         ]
+        together = [
+            change.resident
+            for ticket in tickets
+            if ticket.entry is not None and isinstance(change := ticket.item, Change) and change.resident is not None
+        ]
+        if together:
+            self._device.fill_all(together[:FILLED_AT_ONCE])
+        return outcomes
 
     def _publish(self, ticket: WorkTicket, outcome: Written | Refused) -> Outcome[Written]:
         """Let readers see what is on disk; a deletion is answered when the device has given everything back."""
