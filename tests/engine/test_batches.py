@@ -16,6 +16,7 @@ from htm_service.attention.model import RetrievalModel
 from htm_service.engine import Engine
 from htm_service.errors import HTMError
 from htm_service.memory.resident import Resident
+from htm_service.reads.runner import Attend
 from htm_service.records import AppendRequest, AppendResult, AttendRequest, AttendResult, StepRequest, StepResult
 from storage.base import StoreDamaged
 from storage.in_memory import MemoryStore
@@ -303,6 +304,26 @@ async def test_a_batch_whose_caller_goes_is_not_begun(make_engine: MakeEngine) -
     await engine.attend(named("s"), AttendRequest(queries=vectors(2, 1, DIM)))
     assert engine.worker.queue.num_skipped > 200
     assert engine.worker.queue.num_waiting == 0
+
+
+async def test_an_item_that_breaks_the_kernel_breaks_alone(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """R3, R4: what nobody expected of one item is in the log, and not in its error; the others are answered."""
+    for name in "abc":
+        await fill(engine, name, vectors(1, 9, DIM))
+    run = engine.worker.runner.run
+
+    def break_at(attends: Sequence[Attend]) -> list[AttendResult | Exception]:
+        if any(attend.resident.id == "b" for attend in attends):
+            raise RuntimeError("a secret of the server's")
+        return run(attends)
+
+    monkeypatch.setattr(engine.worker.runner, "run", break_at)
+    request = AttendRequest(queries=vectors(2, 1, DIM))
+    found = await engine.batch_attend([(named(name), request) for name in "abc"])
+    assert list(map(code_of, found)) == ["ok", "internal_error", "ok"]
+    assert "secret" not in str(found[1]) and "a secret of the server's" in caplog.text
 
 
 @pytest.mark.parametrize("seed", range(4))
