@@ -206,6 +206,19 @@ async def test_nothing_this_time(engine: Engine) -> None:
     assert code_of(wide[0]) == "ok", "there is nothing in it that could be wrong"
 
 
+async def test_appends_make_their_sessions_where_they_may(make_engine: MakeEngine) -> None:
+    """As single ones do; what is refused makes none."""
+    engine = await make_engine(create_on_append=True)
+    await fill(engine, "a", vectors(1, 3, DIM))
+    tokens = {"a": vectors(2, 2, DIM), "new": vectors(3, 2, DIM), "bad": np.full((1, DIM), np.inf, np.float32)}
+    found = await engine.batch_append([(named(name), AppendRequest(rows)) for name, rows in tokens.items()])
+    assert list(map(code_of, found)) == ["ok", "ok", "invalid_argument"]
+    assert {session.id: session.length for session in (await engine.list_sessions("default")).sessions} == {
+        "a": 5,
+        "new": 2,
+    }
+
+
 async def test_a_repeated_batch_answers_what_the_first_did(engine: Engine) -> None:
     """The key covers all items; one that failed is tried again, one whose body is another now is refused alone."""
     for name in "abc":
