@@ -28,6 +28,7 @@ from htm_client.options import (
     BatchAttendOptions,
     BatchPayloads,
     ExplainOptions,
+    ModelOptions,
     Payloads,
     RecallOptions,
     SearchAllOptions,
@@ -48,6 +49,7 @@ from htm_client.results import (
     Explained,
     Found,
     Memories,
+    Model,
     Recall,
     Recalled,
     Selected,
@@ -324,9 +326,28 @@ class AsyncHTMClient:
         """The last recalls of a session, newest first."""
         return await self._send(self._requests.recalls(session, limit))
 
-    async def models(self) -> list[dict[str, Any]]:
-        """The models that are served."""
+    # --- models ---
+
+    async def models(self) -> list[Model]:
+        """The models that can be named, and those that cannot be served, with the reason."""
         return await self._send(self._requests.models())
+
+    async def model(self, name: str) -> Model:
+        """One of them."""
+        return await self._send(self._requests.model(name))
+
+    async def put_model(self, name: str, source: Any, **options: Unpack[ModelOptions]) -> Model:
+        """Have a name stand for these weights from the next batch on; attends go on meanwhile.
+
+        `source` is an HTMAttention or HTMBlock (ours or htm-pytorch's), a state dict, or the path of a file.
+        """
+        return await self._send(self._requests.put_model(name, source, options))
+
+    async def delete_model(self, name: str, *, if_match: str | None = None) -> None:
+        """Delete a model that no session names."""
+        return await self._send(self._requests.delete_model(name, if_match))
+
+    # --- the server ---
 
     async def info(self) -> dict[str, Any]:
         """Version, device, limits and totals of the server."""

@@ -97,6 +97,15 @@ def session_path(session: str, *rest: str) -> str:
     return "/".join(["/v1/sessions", session, *rest])
 
 
+def model_path(name: str) -> str:
+    """The path of a model. Raises TypeError and InvalidArgument for what is no name."""
+    if not isinstance(name, str):
+        raise TypeError(f"a model's name is a string, not {name!r:.100}")
+    if not _SESSION_ID.fullmatch(name) or name in {".", ".."}:
+        raise InvalidArgument(f"{name!r:.200} is no model's name: those are 1 to 128 of A-Z a-z 0-9 . _ ~ -")
+    return f"/v1/models/{name}"
+
+
 def plain(method: str, path: str, body: Mapping[str, Any] | None = None, **query: Any) -> Call:
     """A call with a JSON body or none; None leaves a query parameter out."""
     content = None if body is None else dumps(body).encode()
@@ -291,6 +300,7 @@ def attended(answer: Answer, prefix: str = "") -> Attended:
         chunk_weight=answer.tensors.get(f"{prefix}chunks.weight"),
         recalled=None if rows is None else recalled(rows),
         length=params["length"],
+        model_hash=answer.headers.get("x-model-hash", ""),
         **measured(answer),
     )
 
@@ -319,7 +329,7 @@ def explained(answer: Answer) -> Explained:
         chunk_weight=tensors["chunks.weight"],
         output=tensors.get("output"),
         recalled=None if rows is None else [Recalled.of(token) for token in rows[0]],
-        **{name: params[name] for name in ("num_taken", "num_visible", "model", "top_k", "length")},
+        **{name: params[name] for name in ("num_taken", "num_visible", "model", "model_hash", "top_k", "length")},
     )
 
 

@@ -27,6 +27,7 @@ from htm_client.options import (
     BatchAttendOptions,
     BatchPayloads,
     ExplainOptions,
+    ModelOptions,
     Payloads,
     RecallOptions,
     SearchAllOptions,
@@ -47,6 +48,7 @@ from htm_client.results import (
     Explained,
     Found,
     Memories,
+    Model,
     Recall,
     Recalled,
     Selected,
@@ -319,9 +321,28 @@ class HTMClient:
         """The last recalls of a session, newest first."""
         return self._send(self._requests.recalls(session, limit))
 
-    def models(self) -> list[dict[str, Any]]:
-        """The models that are served."""
+    # --- models ---
+
+    def models(self) -> list[Model]:
+        """The models that can be named, and those that cannot be served, with the reason."""
         return self._send(self._requests.models())
+
+    def model(self, name: str) -> Model:
+        """One of them."""
+        return self._send(self._requests.model(name))
+
+    def put_model(self, name: str, source: Any, **options: Unpack[ModelOptions]) -> Model:
+        """Have a name stand for these weights from the next batch on; attends go on meanwhile.
+
+        `source` is an HTMAttention or HTMBlock (ours or htm-pytorch's), a state dict, or the path of a file.
+        """
+        return self._send(self._requests.put_model(name, source, options))
+
+    def delete_model(self, name: str, *, if_match: str | None = None) -> None:
+        """Delete a model that no session names."""
+        return self._send(self._requests.delete_model(name, if_match))
+
+    # --- the server ---
 
     def info(self) -> dict[str, Any]:
         """Version, device, limits and totals of the server."""

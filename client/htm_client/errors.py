@@ -12,7 +12,8 @@ HTMClientError
     │   └── Forbidden       403: the api_key does not allow it
     ├── NotFound            404, 410
     ├── SessionConflict     409 session_conflict (and the other conflicts)
-    │   └── LengthConflict  409 length_conflict; `length` is the session's
+    │   ├── LengthConflict  409 length_conflict; `length` is the session's
+    │   └── ModelConflict   412 model_conflict; `hash` is the model's
     └── ServerUnavailable   429, 5xx, after the retries
 """
 
@@ -86,6 +87,16 @@ class LengthConflict(SessionConflict):
         return int(self.extra["length"])
 
 
+class ModelConflict(SessionConflict):
+    """The model's hash was not `if_match`, or there is one of this name already."""
+
+    @property
+    def hash(self) -> str | None:
+        """The model's; None where there is none."""
+        found: str | None = self.extra["hash"]
+        return found
+
+
 class ServerUnavailable(RequestRefused):
     """The server cannot do it now."""
 
@@ -115,6 +126,8 @@ def from_answer(status: int, problem: Mapping[str, Any], request_id: str) -> Req
     kind: type[RequestRefused]
     if code == "length_conflict":
         kind = LengthConflict
+    elif code == "model_conflict":
+        kind = ModelConflict
     elif status == 409:
         kind = SessionConflict
     elif status in {404, 410}:

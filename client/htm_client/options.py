@@ -78,6 +78,20 @@ class ExplainOptions(AttendOptions, total=False):
     limit: int
 
 
+class ModelOptions(TypedDict, total=False):
+    """What a model does not know itself: a module tells all, a state dict no `heads`, `top_k` and `chunk_size`.
+
+    `if_match`: only while the model has this hash. `if_new`: only when there is none of this name.
+    """
+
+    heads: int
+    dim_head: int
+    top_k: int
+    chunk_size: int
+    if_match: str | None
+    if_new: bool
+
+
 class SelectOptions(TypedDict, total=False):
     """Beside the queries [Q, D] of a select: what they may see, how many chunks they take, and what to answer."""
 

@@ -13,8 +13,9 @@ from typing import Any, Generic, TypeVar
 from htm_client import calls, safetensors
 from htm_client.arrays import floats
 from htm_client.batches import Batch, Errors
-from htm_client.calls import Answer, Call, Codec, Sink, Source, attend_parts, plain, session_path
+from htm_client.calls import Answer, Call, Codec, Sink, Source, attend_parts, model_path, plain, session_path
 from htm_client.errors import InvalidArgument
+from htm_client.models import model_file
 from htm_client.options import (
     AppendConditions,
     AppendOptions,
@@ -24,6 +25,7 @@ from htm_client.options import (
     BatchAttendOptions,
     BatchPayloads,
     ExplainOptions,
+    ModelOptions,
     Payloads,
     RecallOptions,
     SearchAllOptions,
@@ -44,6 +46,7 @@ from htm_client.results import (
     Explained,
     Found,
     Memories,
+    Model,
     Recall,
     Recalled,
     Selected,
@@ -242,9 +245,27 @@ class Requests:
         call = plain("GET", session_path(session, "recalls"), limit=limit)
         return Request(call, lambda answer: [Recall.of(item) for item in answer.params["recalls"]])
 
-    def models(self) -> Request[list[dict[str, Any]]]:
-        """The models that are served."""
-        return Request(plain("GET", "/v1/models"), lambda answer: list(answer.params["models"]))
+    def models(self) -> Request[list[Model]]:
+        """The models that can be named."""
+        return Request(plain("GET", "/v1/models"), lambda answer: [Model.of(item) for item in answer.params["models"]])
+
+    def model(self, name: str) -> Request[Model]:
+        """One of them."""
+        return Request(plain("GET", model_path(name)), _model)
+
+    def put_model(self, name: str, source: Any, options: ModelOptions) -> Request[Model]:
+        """Weights, as a model file. With a condition it is not sent again: it would meet what it did itself."""
+        check("put_model", options, ModelOptions)
+        headers = {"Content-Type": safetensors.MEDIA_TYPE, "Accept": calls.JSON, **_condition(options)}
+        is_idempotent = not _condition(options)
+        content = model_file(source, options)
+        return Request(Call("PUT", model_path(name), content, headers, idempotent=is_idempotent), _model)
+
+    def delete_model(self, name: str, if_match: str | None) -> Request[None]:
+        """Delete one."""
+        call = plain("DELETE", model_path(name))
+        condition = {} if if_match is None else _condition({"if_match": if_match})
+        return Request(replace(call, headers={**call.headers, **condition}), lambda answer: None)
 
     def info(self) -> Request[dict[str, Any]]:
         """What the server is, may take and holds."""
@@ -282,6 +303,20 @@ def _labels(label: Mapping[str, str] | None) -> list[str] | None:
         if ":" in key:  # `key:value` ends the name at the first colon, and would find other sessions
             raise InvalidArgument(f"sessions cannot be found by the label {key!r}: its name has a colon")
     return [f"{key}:{value}" for key, value in (label or {}).items()] or None
+
+
+def _condition(options: ModelOptions) -> dict[str, str]:
+    """The headers of a condition. Raises InvalidArgument for a hash that is none."""
+    headers = {"If-None-Match": "*"} if options.get("if_new") else {}
+    if (hash_ := options.get("if_match")) is not None:
+        if not hash_.isalnum():
+            raise InvalidArgument(f"if_match is {hash_!r:.100}, it must be the hash of a model")
+        headers["If-Match"] = f'"{hash_}"'
+    return headers
+
+
+def _model(answer: Answer) -> Model:
+    return Model.of(answer.params)
 
 
 def _session(answer: Answer) -> SessionInfo:

@@ -101,6 +101,8 @@ class Attended:
     chunk_weight: Floats | None
     recalled: Sequence[Sequence[Recalled]] | None
     length: int
+    model_hash: str
+    """Of the weights that it was computed with."""
     timing_ms: Mapping[str, float]
     """Where the server's time went: `queue`, `compute`, `store`."""
     batch_size: int
@@ -120,6 +122,7 @@ class Explained:
     num_taken: int
     num_visible: int
     model: str
+    model_hash: str
     top_k: int
     output: Floats | None
     recalled: Sequence[Recalled] | None
@@ -243,3 +246,20 @@ class Recall(_FromJSON):
     num_queries: int
     chunks: Mapping[str, Any]
     recalled: Sequence[Sequence[Mapping[str, Any]]] | None
+    model_hash: str = ""
+    """Of the weights that it was computed with."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Model(_FromJSON):
+    """A model as served: `config` its settings; `bytes`, `created_at` of one that was put; `error` if it cannot be."""
+
+    name: str
+    source: str
+    hash: str | None
+    bytes: int | None
+    config: Mapping[str, Any] | None
+    created_at: str | None
+    num_sessions: int
+    """Of the caller's namespace, those that name it."""
+    error: str | None

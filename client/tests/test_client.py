@@ -114,7 +114,7 @@ def test_the_life_of_a_session(client: Any) -> None:
     client.delete_session(made.id)  # its id is random, and may begin with "a"
     assert [item.id for item in client.sessions(prefix="a")] == ["a"]
     assert list(client.sessions(label={"team": "x"})) == []
-    assert client.models()[0]["name"] == "retrieval" and client.info()["version"]
+    assert client.models()[0].name == "retrieval" and client.info()["version"]
     client.ready()
     client.delete_session("a")
     with pytest.raises(NotFound, match="session_not_found"):

@@ -178,7 +178,7 @@ def test_large_bodies_both_ways(run: Run, is_chunked: bool) -> None:
 
     with serving(serve) as server:
         large = np.ones((1 << 12, 1 << 10), np.float32)  # 16 MiB
-        call = [lambda client: client.models(), lambda client: client.append("s", large)]
+        call = [lambda client: client.info(), lambda client: client.append("s", large)]
         with pytest.raises(UnreadableAnswer):  # the append's answer is none of an append
             run(server.url, *call)
         assert server.num_connections == 1 and len(seen[1]) > large.nbytes
