@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from api import key_commands, transfer_commands
+from api import key_commands, model_commands, transfer_commands
 from api.settings import Settings, env_name, flag_name, hide_key, sentence
 from htm_service.errors import HTMError
 from htm_service.version import __version__
@@ -61,9 +61,11 @@ def build() -> typer.Typer:
     keys.command("list")(failing_clearly(key_commands.list_keys))
     keys.command("revoke")(failing_clearly(key_commands.revoke))
     app.add_typer(keys, name="keys")
-    models = typer.Typer(help="Model files.", no_args_is_help=True)
+    models = typer.Typer(help="Models of a running server, and their files.", no_args_is_help=True)
     models.command("convert")(convert)
-    models.command("list")(list_models)
+    models.command("put")(failing_clearly(model_commands.put))
+    models.command("list")(failing_clearly(model_commands.list_models))
+    models.command("remove")(failing_clearly(model_commands.remove))
     app.add_typer(models, name="models")
     return app
 
@@ -155,11 +157,14 @@ def convert(
     dim_head: Annotated[int | None, typer.Option(help="Width per head.", min=1)] = None,
     top_k: Annotated[int | None, typer.Option(help="Chunks to attend to.", min=1)] = None,
     chunk_size: Annotated[int | None, typer.Option(help="Tokens per chunk.", min=1)] = None,
+    layer: Annotated[
+        str | None, typer.Option(help="Of several layers of haiku parameters, the one of this path, or end of it.")
+    ] = None,
     no_position_encoding: Annotated[
         bool, typer.Option("--no-position-encoding", help="The model adds no positions to the tokens.")
     ] = False,
 ) -> None:
-    """Make a model file of other people's weights."""
+    """Make a model file of other people's weights; of several layers NAME-0, NAME-1, ..., unless --layer names one."""
     with clear_failure():
         if not src.is_file():
             raise OSError(f"{src} is not a file")
@@ -172,24 +177,9 @@ def convert(
             given["chunk_size"] = chunk_size
         if no_position_encoding:
             given["position_encoding"] = False
-        info = convert_file(src, dst, source=source.value, heads=heads, dim_head=dim_head, **given)
-        print(f"{dst}: model {info.name}, width {info.dim}, {info.heads} heads, hash {info.hash}")
-
-
-def list_models(
-    models_dir: Annotated[Path | None, typer.Option(help="Directory of model files; the server's if left out.")] = None,
-) -> None:
-    """List the models that a server with this directory offers."""
-    with clear_failure():
-        from htm_service.attention.registry import ModelRegistry
-
-        for info in ModelRegistry(models_dir or Settings().directory_of_models, "cpu").infos():
-            if info.error is not None:
-                print(f"{info.name}  cannot be served: {info.error}")
-                continue
-            width = "any width" if info.dim is None else f"width {info.dim}"
-            shape = f"{info.heads} heads, top_k {info.top_k}, chunks of {info.chunk_size}"
-            print(f"{info.name}  {width}, {shape}  {info.hash}")
+        made = convert_file(src, dst, source=source.value, heads=heads, dim_head=dim_head, layer=layer, **given)
+        for path, info in made.items():
+            print(f"{path}: model {info.name}, width {info.dim}, {info.heads} heads, hash {info.hash}")
 
 
 Where = Annotated[str, typer.Argument(help="A data directory, a database file, or the URL of a store.")]

@@ -28,14 +28,14 @@ EXCEPTIONS = {
 ROOMS = {
     "api": (
         ("cli", "__main__"),
-        ("transfer_commands",),
-        ("key_commands",),
+        ("key_commands", "model_commands", "transfer_commands"),
         ("serving",),
         ("app",),
         ("routes", "middleware", "protocol"),
         ("openapi",),
         ("schemas",),
         ("wire", "disconnect", "auth", "tracing"),
+        ("remote",),
         ("settings", "errors", "machine", "logs", "metrics"),
     ),
     "storage": (("resolve",), ("databases",), ("sql", "in_memory"), ("base", "migrations")),

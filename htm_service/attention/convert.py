@@ -4,19 +4,21 @@ Used by the command line and in training scripts, never by the server: this is t
 `.pt` file, and it does so with `weights_only=True`.
 Does not know: how a model is computed or served (`model.py`).
 
-Haiku names, as DeepMind's `HierarchicalMemoryAttention` makes them, P being any path (it may be empty):
+Haiku names, as DeepMind's `HierarchicalMemoryAttention` makes them, P being any path (it may be empty), D the width of
+queries and memories, F its `feature_size`, which is D in DeepMind's agents:
 
-    P/query/w                  [D, D]    summary query             no bias
-    P/key/w                    [D, D]    summary key               no bias
-    P/within_mem_attn/query    w [D, D]  b [D]
-    P/within_mem_attn/key      w [D, D]  b [D]
-    P/within_mem_attn/value    w [D, D]  b [D]
-    P/within_mem_attn/linear   w [D, D]  b [D]    output
+    P/query/w                  [D, F]    summary query             no bias
+    P/key/w                    [D, F]    summary key               no bias
+    P/within_mem_attn/query    w [D, F]  b [F]
+    P/within_mem_attn/key      w [D, F]  b [F]
+    P/within_mem_attn/value    w [D, F]  b [F]
+    P/within_mem_attn/linear   w [F, O]  b [O]    output
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +27,7 @@ import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from htm_service.attention.model import ProjectedModel
 from htm_service.attention.model_config import ModelConfig, check_tensors
@@ -113,25 +116,36 @@ def from_haiku(
     top_k: int,
     chunk_size: int = 32,
     position_encoding: bool = True,
+    layer: str | None = None,
 ) -> Converted:
     """The config and tensors of DeepMind's module; names at the head of this file, each `module/path/w`.
 
     `params` may be flat or Haiku's own two levels (module, then `w` and `b`), and may hold other modules,
-    which are left out. Weights are [in, out] there and are transposed. Raises InvalidArgument when there is
-    not exactly one such module, or an array is missing, unknown or of the wrong shape.
+    which are left out; of several layers `layer` says which, by its path P or the end of it. Weights are [in, out]
+    there and are transposed. Another `feature_size` F than the width D is served where the output has the width D
+    again: the summary's scale F^-1/2 is kept. Raises InvalidArgument when there is not exactly one such module, or an
+    array is missing, unknown or of the wrong shape.
     """
-    arrays = _haiku_arrays(params)
+    arrays = _haiku_arrays(params, layer)
     weights = {name: _to_tensor(name, array) for name, array in arrays.items()}
-    dim = _matrix(weights, "query/w")[1]
-    inner = _matrix(weights, f"{_IN_CHUNK}/query/w")[1]
+    feature_size, dim = _matrix(weights, "query/w")
+    inner, _ = _matrix(weights, f"{_IN_CHUNK}/query/w")  # [out, in] by now
+    dim_head = _dim_head(inner, heads, None)
+    if (width := _matrix(weights, f"{_IN_CHUNK}/linear/w")[0]) != dim:
+        raise InvalidArgument(
+            f"its output has width {width}, its memories have {dim}: a feature_size of {feature_size} (dim_head "
+            f"{dim_head}) is served only where the output has the width of the memories"
+        )
     config = ModelConfig(
         dim=dim,
         heads=heads,
-        dim_head=_dim_head(inner, heads, None),
+        dim_head=dim_head,
         top_k=top_k,
         chunk_size=chunk_size,
         position_encoding=position_encoding,
+        summary_scale=feature_size**-0.5,
     )
+    summary_queries, summary_keys = _square(weights["query/w"], weights["key/w"])
 
     def in_chunk(name: str, kind: str) -> Tensor:
         return weights[f"{_IN_CHUNK}/{name}/{kind}"]
@@ -139,8 +153,8 @@ def from_haiku(
     return _checked(
         config,
         {
-            "to_summary_queries.weight": weights["query/w"],
-            "to_summary_keys.weight": weights["key/w"],
+            "to_summary_queries.weight": summary_queries,
+            "to_summary_keys.weight": summary_keys,
             "attn.to_q.weight": in_chunk("query", "w"),
             "attn.to_q.bias": in_chunk("query", "b"),
             "attn.to_kv.weight": torch.cat((in_chunk("key", "w"), in_chunk("value", "w"))),
@@ -161,24 +175,39 @@ def convert_file(
     top_k: int = 2,
     chunk_size: int = 32,
     position_encoding: bool | None = None,
-) -> ModelInfo:
+    layer: str | None = None,
+) -> dict[Path, ModelInfo]:
     """Read `src` (`.pt`, `.pth`, `.safetensors` or `.npz`) and write the model file `dst` (`.safetensors`).
 
-    Returns what the server will say about it. Raises InvalidArgument, which names `src`, when it cannot be
-    read or does not hold such weights; and OSError when `dst` cannot be written.
+    Several layers of Haiku parameters become NAME-0, NAME-1, ... beside each other, in the order of their numbers,
+    unless `layer` names one. Returns what the server will say about each file. Raises InvalidArgument, which names
+    `src`, when it cannot be read or does not hold such weights; and OSError when `dst` cannot be written.
     """
     if dst.suffix != ".safetensors":
         raise InvalidArgument(f"{dst}: a model file's name must end in .safetensors")
     try:
+        if layer is not None and source != "haiku":
+            raise InvalidArgument(f"layer is {layer!r}; only haiku parameters have several")
         if source == "haiku":
             positions = True if position_encoding is None else position_encoding
-            config, tensors = from_haiku(
-                _read(src), heads=heads, top_k=top_k, chunk_size=chunk_size, position_encoding=positions
-            )
-            if dim_head is not None:
-                _dim_head(config.heads * (config.dim_head or 0), heads, dim_head)
+            params = _read(src)
+            layers: Sequence[str | None] = [layer] if layer is not None else haiku_layers(params) or [None]
+            found = [
+                from_haiku(
+                    params,
+                    heads=heads,
+                    top_k=top_k,
+                    chunk_size=chunk_size,
+                    position_encoding=positions,
+                    layer=one,
+                )
+                for one in layers
+            ]
+            for config, _ in found:
+                if dim_head is not None:
+                    _dim_head(config.heads * (config.dim_head or 0), heads, dim_head)
         elif source in ("htm-pytorch", "htm-pytorch-block"):
-            config, tensors = from_htm_pytorch(
+            converted = from_htm_pytorch(
                 _read(src),
                 heads=heads,
                 dim_head=dim_head,
@@ -187,12 +216,24 @@ def convert_file(
                 position_encoding=position_encoding,
                 block=source == "htm-pytorch-block",
             )
+            found = [converted]
         else:
             raise InvalidArgument(f"source is {source!r}; it must be htm-pytorch, htm-pytorch-block or haiku")
     except InvalidArgument as error:
         raise InvalidArgument(f"{src}: {error.detail}") from error
-    dst.write_bytes(model_bytes(config, tensors))
-    return ProjectedModel(config, tensors).info(dst.stem)
+    infos: dict[Path, ModelInfo] = {}
+    for number, (config, tensors) in enumerate(found):
+        path = dst if len(found) == 1 else dst.with_stem(f"{dst.stem}-{number}")
+        path.write_bytes(model_bytes(config, tensors))
+        infos[path] = ProjectedModel(config, tensors).info(path.stem)
+    return infos
+
+
+def haiku_layers(params: Mapping[str, Any]) -> list[str]:
+    """The paths of DeepMind's modules in Haiku parameters; Haiku numbers those of one name: `x`, `x_1`, ... `x_10`."""
+    mark = f"{_IN_CHUNK}/query/w"
+    found = [path.removesuffix(mark).rstrip("/") for path in _flat(params) if f"/{path}".endswith(f"/{mark}")]
+    return sorted(found, key=lambda path: re.sub(r"\d+", lambda digits: digits[0].zfill(9), path))
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -218,19 +259,29 @@ def _read(path: Path) -> Mapping[str, Any]:
     return loaded
 
 
-def _haiku_arrays(params: Mapping[str, Any]) -> dict[str, Any]:
-    """The arrays of the one attention module in `params`, by their names relative to it."""
+def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
+    """The arrays by their whole paths."""
     flat: dict[str, Any] = {}
     for path, value in params.items():
         if isinstance(value, Mapping):
             flat |= {f"{path}/{name}": array for name, array in value.items()}
         else:
             flat[path] = value
-    mark = f"{_IN_CHUNK}/query/w"
-    prefixes = sorted(path.removesuffix(mark) for path in flat if f"/{path}".endswith(f"/{mark}"))
-    if len(prefixes) != 1:
-        raise InvalidArgument(f"there are {len(prefixes)} arrays named */{mark}, there must be one; found {prefixes}")
-    prefix = prefixes[0]
+    return flat
+
+
+def _haiku_arrays(params: Mapping[str, Any], layer: str | None) -> dict[str, Any]:
+    """The arrays of the one attention module in `params` that is meant, by their names relative to it."""
+    flat, layers = _flat(params), haiku_layers(params)
+    meant = layers if layer is None else [path for path in layers if f"/{path}".endswith(f"/{layer}")]
+    if layer in layers:
+        meant = [layer]
+    if not layers:
+        raise InvalidArgument(f"there are 0 arrays named */{_IN_CHUNK}/query/w, there must be one for each layer")
+    if len(meant) != 1:
+        what = "say which" if layer is None else f"{len(meant)} of them are named {layer!r}"
+        raise InvalidArgument(f"there are {len(layers)} layers, {what}: {', '.join(map(repr, layers))}")
+    prefix = f"{meant[0]}/" if meant[0] else ""
     own = {path.removeprefix(prefix): array for path, array in flat.items() if path.startswith(prefix)}
     if not prefix:  # then every other module of the agent has it too
         own = {path: array for path, array in own.items() if path in _HAIKU_NAMES}
@@ -245,10 +296,23 @@ def _haiku_arrays(params: Mapping[str, Any]) -> dict[str, Any]:
 def _to_tensor(name: str, value: Any) -> Tensor:
     """A Haiku array as a tensor, matrices transposed to [out, in]."""
     array = np.asarray(value)
+    if array.dtype == np.dtype("V2"):  # NumPy has no bfloat16, and saves JAX's as two bytes of nobody knows what
+        array = (array.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
-        raise InvalidArgument(f"{name!r} has dtype {array.dtype}; it must be float16, float32 or float64")
+        raise InvalidArgument(f"{name!r} has dtype {array.dtype}; it must be float16, bfloat16, float32 or float64")
     native = np.array(array.T, dtype=array.dtype.newbyteorder("="), order="C")
     return torch.from_numpy(native)
+
+
+def _square(queries: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+    """Summary projections [F, D] as [D, D] ones that give the same logits: with rows of zeros, or multiplied out."""
+    feature_size, dim = queries.shape
+    if keys.shape != queries.shape or feature_size == dim:  # the former is said where shapes are checked
+        return queries, keys
+    if feature_size < dim:
+        rows = (0, 0, 0, dim - feature_size)
+        return functional.pad(queries, rows), functional.pad(keys, rows)
+    return (keys.double().T @ queries.double()).to(queries.dtype), torch.eye(dim, dtype=keys.dtype)
 
 
 def _matrix(tensors: Mapping[str, Tensor], name: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ from api.cli import build
 from api.settings import Settings, flag_name
 from htm_service.version import __version__
 from storage.resolve import open_store
+from tests.api.conftest import MODEL
 
 Start = Callable[..., "subprocess.Popen[str]"]
 
@@ -213,6 +214,29 @@ def test_models(tmp_path: Path) -> None:
 
 
 KEY = "the-admins-key-of-this-test"
+
+
+def test_models_are_put_listed_and_removed(keyed_server: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    where = ["--url", keyed_server]
+    file = tmp_path / "m.safetensors"
+    file.write_bytes(MODEL)
+    assert "there is no key" in run("models", "list", *where).stderr
+    monkeypatch.setenv("HTM_API_KEY", KEY)
+    assert run("models", "list", *where).stdout.startswith("retrieval  any width, 1 heads, top_k 8, chunks of 32  4e27")
+    made = run("models", "put", "navigator", str(file), "--if-new", *where)
+    assert made.exit_code == 0 and made.stdout.startswith("navigator  width 3, 1 heads, top_k 2, chunks of 2  ")
+    hash_ = made.stdout.split()[-4]
+    refused = run("models", "put", "navigator", str(file), "--if-new", *where)
+    assert refused.exit_code == 1 and f"the model has the hash {hash_}" in refused.stderr
+    assert run("models", "put", "navigator", str(file), "--if-match", hash_, *where).stdout == made.stdout
+    assert "must match" in run("models", "put", "a@b", str(file), *where).stderr
+    assert "not a safetensors file" in run("models", "put", "n", str(Path(__file__)), *where).stderr
+    assert "No such file" in run("models", "put", "n", str(tmp_path / "none"), *where).stderr
+    assert [line.split()[0] for line in run("models", "list", *where).stdout.splitlines()] == ["navigator", "retrieval"]
+    assert run("models", "list", "--namespace", "blue", *where).stdout.startswith("retrieval")
+    assert run("models", "remove", "navigator", "--if-match", "another", *where).exit_code == 1
+    assert run("models", "remove", "navigator", "--if-match", hash_, *where).exit_code == 0
+    assert "no model is named 'navigator'" in run("models", "remove", "navigator", *where).stderr
 
 
 @pytest.fixture

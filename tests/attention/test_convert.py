@@ -23,13 +23,15 @@ from tests.reference import htm_reference, relative_error
 HAIKU = "agent/~/hierarchical_memory_attention"
 
 
-def haiku_params(dim: int = 13, seed: int = 5) -> dict[str, np.ndarray]:
-    """Random parameters of DeepMind's module inside an agent, flat; weights are [in, out]."""
-    random = np.random.default_rng(seed)
-    params = {f"{HAIKU}/{name}/w": random.normal(size=(dim, dim)) for name in ("query", "key")}
-    for name in ("query", "key", "value", "linear"):
-        params[f"{HAIKU}/within_mem_attn/{name}/w"] = random.normal(size=(dim, dim)) / dim**0.5
-        params[f"{HAIKU}/within_mem_attn/{name}/b"] = random.normal(size=dim)
+def haiku_params(
+    dim: int = 13, seed: int = 5, *, feature_size: int | None = None, width: int | None = None, module: str = HAIKU
+) -> dict[str, np.ndarray]:
+    """Random parameters of DeepMind's module inside an agent, flat; weights are [in, out], its output has `width`."""
+    random, size, out = np.random.default_rng(seed), feature_size or dim, width or dim
+    params = {f"{module}/{name}/w": random.normal(size=(dim, size)) for name in ("query", "key")}
+    for name, shape in (("query", (dim, size)), ("key", (dim, size)), ("value", (dim, size)), ("linear", (size, out))):
+        params[f"{module}/within_mem_attn/{name}/w"] = random.normal(size=shape) / dim**0.5
+        params[f"{module}/within_mem_attn/{name}/b"] = random.normal(size=shape[1])
     params["agent/~/policy_head/w"] = random.normal(size=(dim, 3))
     return {name: array.astype(np.float32) for name, array in params.items()}
 
@@ -37,9 +39,9 @@ def haiku_params(dim: int = 13, seed: int = 5) -> dict[str, np.ndarray]:
 def haiku_forward(params: dict[str, np.ndarray], query: np.ndarray, chunks: np.ndarray, heads: int, k: int) -> Any:
     """DeepMind's computation for one query [D] and full `chunks` [M, C, D], position encoding on."""
     p = {name.removeprefix(f"{HAIKU}/"): array.astype(np.float64) for name, array in params.items()}
-    dim = len(query)
+    dim, size = p["query/w"].shape
     keys = chunks.mean(1)
-    logits = (keys @ p["key/w"]) @ (query @ p["query/w"]) / np.sqrt(dim)
+    logits = (keys @ p["key/w"]) @ (query @ p["query/w"]) / np.sqrt(size)
     best = np.argsort(-logits)[:k]
     weights = np.exp(logits[best]) / np.exp(logits[best]).sum()
     frequencies = 1e4 ** (-np.arange(0, dim, 2.0) / dim)
@@ -54,7 +56,7 @@ def haiku_forward(params: dict[str, np.ndarray], query: np.ndarray, chunks: np.n
         q = linear(query, "query").reshape(heads, -1)
         key = linear(chunk + table, "key").reshape(len(chunk), heads, -1)
         value = linear(chunk + table, "value").reshape(len(chunk), heads, -1)
-        scores = np.einsum("hd,Thd->hT", q, key) / np.sqrt(dim // heads)
+        scores = np.einsum("hd,Thd->hT", q, key) / np.sqrt(size // heads)
         attention = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)
         output += weight * linear(np.einsum("hT,Thd->hd", attention, value).reshape(-1), "linear")
     return output
@@ -132,6 +134,55 @@ class TestHaiku:
         expected = np.stack([haiku_forward(params, query, chunks, heads, 2) for query in queries])
         assert relative_error(actual, expected) <= 1e-5
 
+    @pytest.mark.parametrize(("dim", "feature_size"), [(12, 8), (8, 12), (13, 22)])
+    def test_a_feature_size_of_its_own(self, dim: int, feature_size: int) -> None:
+        """The inner width was taken from the wrong axis, the memories' width: at 12, 8 and 2 heads dim_head was 6."""
+        params = haiku_params(dim, feature_size=feature_size)
+        config, tensors = from_haiku(params, heads=2, top_k=2, chunk_size=5)
+        assert (config.dim, config.dim_head, config.summary_scale) == (dim, feature_size // 2, feature_size**-0.5)
+        random = np.random.default_rng(7)
+        queries, chunks = random.normal(size=(3, dim)), random.normal(size=(4, 5, dim))
+        actual = htm_reference(queries, chunks.reshape(20, dim), config, tensors).output
+        expected = np.stack([haiku_forward(params, query, chunks, 2, 2) for query in queries])
+        assert relative_error(actual, expected) <= 1e-5
+        message = rf"output has width {feature_size}, its memories have {dim}: .* \(dim_head {feature_size // 2}\)"
+        with pytest.raises(InvalidArgument, match=message):
+            from_haiku(haiku_params(dim, feature_size=feature_size, width=feature_size), heads=2, top_k=2)
+
+    def test_bfloat16_as_numpy_saves_it(self, tmp_path: Path) -> None:
+        """NumPy does not know the dtype that JAX's arrays have, and writes it as `|V2`: it was refused."""
+        params = haiku_params()
+        halves = {name: torch.from_numpy(array).bfloat16() for name, array in params.items()}
+        raw = {name: half.view(torch.int16).numpy().view("V2") for name, half in halves.items()}
+        np.savez(tmp_path / "in.npz", **raw)  # type: ignore[arg-type]
+        with np.load(tmp_path / "in.npz") as loaded:
+            assert {array.dtype.str for array in loaded.values()} == {"|V2"}
+            found = from_haiku(dict(loaded), heads=1, top_k=2)
+        expected = from_haiku({name: half.float().numpy() for name, half in halves.items()}, heads=1, top_k=2)
+        assert found[0] == expected[0] and all(torch.equal(found[1][name], its) for name, its in expected[1].items())
+
+    def test_layers(self, tmp_path: Path) -> None:
+        """Of several in one file none could be had. Haiku numbers them; the tenth comes after the second."""
+        names = [f"{HAIKU}{number}" for number in ("", "_1", "_2", "_10")]
+        layers = {name: haiku_params(seed=seed, module=name) for seed, name in enumerate(names)}
+        together = {key: array for params in layers.values() for key, array in params.items()}
+        one_by_one = [ProjectedModel(*from_haiku(params, heads=1, top_k=2)).hash for params in layers.values()]
+        np.savez(tmp_path / "in.npz", **together)  # type: ignore[arg-type]
+        made = convert_file(tmp_path / "in.npz", tmp_path / "agent.safetensors", "haiku", heads=1)
+        assert [path.name for path in made] == [f"agent-{number}.safetensors" for number in range(4)]
+        assert [info.hash for info in made.values()] == one_by_one == [load_model(path).hash for path in made]
+        dst = tmp_path / "one.safetensors"
+        for name, hash_ in zip(names, one_by_one, strict=True):
+            for layer in (name, name.removeprefix("agent/~/")):
+                made = convert_file(tmp_path / "in.npz", dst, "haiku", heads=1, layer=layer)
+                assert [(path, info.hash) for path, info in made.items()] == [(dst, hash_)]
+        with pytest.raises(InvalidArgument, match="there are 4 layers, say which"):
+            from_haiku(together, heads=1, top_k=2)
+        with pytest.raises(InvalidArgument, match="there are 4 layers, 0 of them are named 'attention'"):
+            from_haiku(together, heads=1, top_k=2, layer="attention")
+        with pytest.raises(InvalidArgument, match="only haiku parameters have several"):
+            convert_file(tmp_path / "in.npz", dst, "htm-pytorch", heads=1, layer="x")
+
     def test_names(self) -> None:
         """Two levels, no agent around it, float64 and big-endian arrays."""
         flat = haiku_params()
@@ -153,10 +204,11 @@ class TestHaiku:
             ({f"{HAIKU}/within_mem_attn/linear/b": None}, "lacks 'within_mem_attn/linear/b'"),
             ({f"{HAIKU}/layer_norm/scale": np.ones(13)}, "has 'layer_norm/scale', which is unknown"),
             ({f"{HAIKU}/within_mem_attn/query/w": None}, "there are 0 arrays named"),
-            ({"other/within_mem_attn/query/w": np.ones((13, 13))}, "there are 2 arrays named"),
+            ({"other/within_mem_attn/query/w": np.ones((13, 13))}, "there are 2 layers, say which: 'agent/~/"),
             ({f"{HAIKU}/key/w": np.ones((13, 13), np.int32)}, "dtype int32; it must be float16"),
-            ({f"{HAIKU}/key/w": np.ones((13, 13), np.longdouble)}, "it must be float16, float32 or float64"),
+            ({f"{HAIKU}/key/w": np.ones((13, 13), np.longdouble)}, "it must be float16, bfloat16, float32 or float64"),
             ({f"{HAIKU}/key/w": np.ones((7, 13))}, "'to_summary_keys.weight' has shape [13, 7]"),
+            ({f"{HAIKU}/within_mem_attn/linear/w": np.ones((13, 7))}, "its output has width 7, its memories have 13"),
         ],
     )
     def test_rejections(self, change: dict[str, Any], message: str) -> None:
@@ -175,7 +227,8 @@ class TestFiles:
         hashes = set()
         for src in sources:
             dst = tmp_path / f"{src.suffix[1:]}-model.safetensors"
-            info = convert_file(src, dst, "htm-pytorch-block", heads=3, dim_head=7, top_k=5, chunk_size=11)
+            made = convert_file(src, dst, "htm-pytorch-block", heads=3, dim_head=7, top_k=5, chunk_size=11)
+            info = made[dst]
             assert (info.name, info.top_k, info.chunk_size, info.block) == (dst.stem, 5, 11, True)
             assert load_model(dst).hash == info.hash
             hashes.add(info.hash)
@@ -185,7 +238,7 @@ class TestFiles:
         src, dst = tmp_path / "in.npz", tmp_path / "planner.safetensors"
         params = haiku_params()
         np.savez(src, **params)  # type: ignore[arg-type]
-        info = convert_file(src, dst, "haiku", heads=1, top_k=3, position_encoding=False)
+        info = convert_file(src, dst, "haiku", heads=1, top_k=3, position_encoding=False)[dst]
         config, tensors = from_haiku(params, heads=1, top_k=3, position_encoding=False)
         assert info.hash == load_model(dst).hash == ProjectedModel(config, tensors).hash
 

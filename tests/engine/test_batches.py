@@ -17,7 +17,15 @@ from htm_service.engine import Engine
 from htm_service.errors import HTMError
 from htm_service.memory.resident import Resident
 from htm_service.reads.runner import Attend
-from htm_service.records import AppendRequest, AppendResult, AttendRequest, AttendResult, StepRequest, StepResult
+from htm_service.records import (
+    AppendRequest,
+    AppendResult,
+    AttendRequest,
+    AttendResult,
+    SelectResult,
+    StepRequest,
+    StepResult,
+)
 from storage.base import StoreDamaged
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
@@ -336,7 +344,7 @@ async def test_an_item_that_breaks_the_kernel_breaks_alone(
         await fill(engine, name, vectors(1, 9, DIM))
     run = engine.worker.runner.run
 
-    def break_at(attends: Sequence[Attend]) -> list[AttendResult | Exception]:
+    def break_at(attends: Sequence[Attend]) -> list[AttendResult | SelectResult | Exception]:
         if any(attend.resident.id == "b" for attend in attends):
             raise RuntimeError("a secret of the server's")
         return run(attends)
