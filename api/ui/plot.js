@@ -11,13 +11,20 @@ function shape(tag, attributes) {
   return node;
 }
 
-/** One plot. `draw(lines, {bound})` with lines of [time, value]; of several the second is in another colour. */
+function marked(x, words) {
+  const line = shape("path", { class: "mark", d: `M${x.toFixed(1)} 0L${x.toFixed(1)} ${H}` }), name = shape("title", {});
+  name.textContent = words;
+  line.append(name);
+  return line;
+}
+
+/** One plot. `draw(lines, {bound, marks})` with lines of [time, value], of several the second in another colour; marks of [time, words]. */
 export function plot(title, write, { names = [], steps = false } = {}) {
   const svg = shape("svg", { class: "plot", viewBox: `0 0 ${W} ${H}`, preserveAspectRatio: "none", role: "img" });
   const now = el("b"), from = el("span"), most = el("span");
   const figure = el("figure", {}, el("figcaption", {}, el("span", {}, title), now), svg, el("div", { class: "ends" }, from, most));
 
-  function draw(lines, { bound = null, since = null } = {}) {
+  function draw(lines, { bound = null, since = null, marks = [] } = {}) {
     lines = lines.map((line) => line.filter(([, value]) => value !== null && value !== undefined));
     const points = lines.flat();
     if (!points.length) {
@@ -42,12 +49,13 @@ export function plot(title, write, { names = [], steps = false } = {}) {
     svg.replaceChildren(
       shape("path", { class: "area", d: `${mainPath}L${x(main.at(-1)[0]).toFixed(1)} ${H}L${x(main[0][0]).toFixed(1)} ${H}Z` }),
       ...drawn.map(([, d], place) => shape("path", { d, class: place ? "second" : "first" })),
-      ...(bound === null ? [] : [shape("path", { class: "bound", d: `M0 ${y(bound)}L${W} ${y(bound)}` })]));
+      ...(bound === null ? [] : [shape("path", { class: "bound", d: `M0 ${y(bound)}L${W} ${y(bound)}` })]),
+      ...marks.filter(([at]) => at >= first && at <= last).map(([at, words]) => marked(x(at), words)));
     now.textContent = lines.filter((line) => line.length).map((line, place) => `${names[place] ? `${names[place]} ` : ""}${write(line.at(-1)[1])}`).join(", ");
     const highest = write(Math.max(...points.map(([, value]) => value)));
     from.textContent = `since ${new Date(first).toLocaleTimeString()}`;
     most.textContent = `most ${highest}`;
-    svg.setAttribute("aria-label", `${title}: ${now.textContent} now, at most ${highest}`);
+    svg.setAttribute("aria-label", [`${title}: ${now.textContent} now, at most ${highest}`, ...marks.map(([, words]) => words)].join("; "));
   }
   draw([[]]);
   return { figure, draw };

@@ -12,6 +12,20 @@ import { payloadNode, titleOf, tryIt, why } from "./why.js";
 const KEPT = 200;
 const RENEW_MS = 700;
 
+/** The first letters of a hash, which tell weights apart. */
+const short = (hash) => hash.slice(0, 8);
+
+/** Of recalls, newest first, those by other weights than the recall before by a model of the same name. */
+function swapsOf(recalls) {
+  const last = new Map(), found = new Set();
+  for (const recall of [...recalls].reverse()) {
+    const before = last.get(recall.model);
+    if (before !== undefined && before !== recall.model_hash) found.add(recall);
+    last.set(recall.model, recall.model_hash);
+  }
+  return found;
+}
+
 export function sessionView(id) {
   let session = null, recalls = [], shown = null, weights = new Map(), renewing = null, isGone = false, isOpen = true;
   const growth = [];
@@ -70,19 +84,22 @@ export function sessionView(id) {
   }
   function drawPlots() {
     if (!session) return;
-    grown.draw([[[Date.parse(session.created_at), 0], ...growth, [Date.now(), session.length]].sort((a, b) => a[0] - b[0])]);
+    const swaps = [...swapsOf(recalls)], marks = swaps.map((recall) => [Date.parse(recall.at), `model ${recall.model} has the weights ${short(recall.model_hash)} from here on`]);
+    drawing.mark(swaps.map((recall) => recall.length));
+    grown.draw([[[Date.parse(session.created_at), 0], ...growth, [Date.now(), session.length]].sort((a, b) => a[0] - b[0])], { marks });
     if (!recalls.length) { often.draw([[]]); return; }
     const times = recalls.map((recall) => Date.parse(recall.at)), last = Date.now(), first = Math.min(...times), bins = 30, wide = Math.max(1000, (last - first) / bins);
     const counts = Array.from({ length: bins }, () => 0);
     for (const at of times) counts[Math.min(bins - 1, Math.floor((at - first) / wide))] += 1;
-    often.draw([counts.map((count, place) => [first + (place + 0.5) * wide, (count * 60000) / wide])]);
+    often.draw([counts.map((count, place) => [first + (place + 0.5) * wide, (count * 60000) / wide])], { marks });
   }
 
   async function loadRecalls() {
     try {
       ({ recalls } = await call(of(id, "/recalls"), { query: { limit: KEPT } }));
       for (const recall of recalls) remember(Date.parse(recall.at), recall.length);
-      list.replaceChildren(...recalls.map((recall) => item(recall)));
+      const swaps = swapsOf(recalls);
+      list.replaceChildren(...recalls.map((recall) => item(recall, false, swaps.has(recall))));
       counted_();
       drawPlots();
       if (recalls.length && !shown && recalls[0].chunks.index.length) choose(recalls[0], false);
@@ -94,13 +111,13 @@ export function sessionView(id) {
   }
   const sameRecall = (a, b) => a && b && a.at === b.at && a.request_id === b.request_id;
 
-  function item(recall, isNew = false) {
+  function item(recall, isNew, isSwap) {
     const shares = recall.chunks.weight[0] ?? [];
     return el("li", { class: isNew ? "fresh" : null }, el("button", { type: "button", "aria-pressed": String(sameRecall(recall, shown)), "data-at": recall.at, onclick: () => choose(recall) },
       el("span", { class: "ask" }, recall.note || el("span", { class: "dim" }, "no note")),
       el("span", { class: "shares", "aria-hidden": "true" }, shares.slice(0, 16).filter((weight) => weight > 0.004).map((weight) => el("i", { share: weight }))),
       el("span", { class: "meta" }, el("time", { datetime: recall.at, title: when(recall.at) }, clock(recall.at)), el("span", {}, counted(recall.chunks.index[0]?.filter((index) => index >= 0).length ?? 0, "chunk")),
-        recall.num_queries > 1 && el("span", {}, `${recall.num_queries} queries`), el("span", {}, `at length ${number(recall.length)}`))));
+        isSwap && el("span", { class: "chip", title: `weights ${recall.model_hash}` }, "other weights"), recall.num_queries > 1 && el("span", {}, `${recall.num_queries} queries`), el("span", {}, `at length ${number(recall.length)}`))));
   }
 
   let choosing = 0;
@@ -111,7 +128,7 @@ export function sessionView(id) {
     const others = recall.chunks.index.length > 1 && el("label", { class: "field" }, `Query of ${number(recall.num_queries)}`,
       el("select", { onchange: (event) => choose(recall, false, Number(event.target.value)) }, recall.chunks.index.map((_, at) => el("option", { value: at, selected: at === place }, String(at + 1)))));
     const head = [el("div", { class: "between" }, el("h2", {}, recall.note ? `“${recall.note}”` : titleOf(recall)), others),
-      el("p", { class: "meta" }, el("span", {}, when(recall.at)), el("span", {}, `model ${recall.model}`), el("span", {}, `top ${recall.top_k}`),
+      el("p", { class: "meta" }, el("span", {}, when(recall.at)), el("span", {}, `model ${recall.model}`), el("span", { class: "mono", title: recall.model_hash }, `weights ${short(recall.model_hash)}`), el("span", {}, `top ${recall.top_k}`),
         el("span", {}, `positions ${number(recall.start)} to ${number(recall.stop)} of ${number(recall.length)}`), recall.request_id && el("span", { class: "mono" }, recall.request_id))];
     try {
       const { recalls: kept } = await call(of(id, "/recalls"), { query: { limit: KEPT, include: "query" } });
@@ -185,7 +202,7 @@ export function sessionView(id) {
     recall({ detail }) {
       recalls = [detail, ...recalls].slice(0, KEPT);
       if (recalls.length === 1) list.replaceChildren();
-      list.prepend(item(detail, true));
+      list.prepend(item(detail, true, swapsOf(recalls).has(detail)));
       while (list.children.length > KEPT) list.lastChild.remove();
       counted_();
       remember(Date.parse(detail.at), detail.length);

@@ -9,7 +9,7 @@ const NARROWEST = 8;
 
 export function strip(id, onChunk) {
   let size = 1, total = 0, length = 0, firstChunk = 0;
-  let view = { first: 0, last: 0 }, data = null, taken = new Map(), near = new Set(), cursor = null, dragged = null, asked = 0, waiting = null;
+  let view = { first: 0, last: 0 }, data = null, taken = new Map(), near = new Set(), swaps = [], cursor = null, dragged = null, asked = 0, waiting = null;
   const canvas = el("canvas", { tabindex: "0", role: "application", "aria-roledescription": "strip of chunks", "aria-describedby": "strip-help" });
   const told = el("span", { "aria-live": "polite" });
   const from = el("span"), to = el("span");
@@ -20,7 +20,7 @@ export function strip(id, onChunk) {
     canvas, el("div", { class: "ends" }, from, told, to),
     el("div", { class: "legend" },
       el("span", {}, el("i", { class: "scale" }), "attention received, least to most"), el("span", {}, el("i", { class: "taken" }), "taken by the recall shown"),
-      el("span", {}, el("i", { class: "resident" }), "on the device"), el("span", {}, el("i", { class: "cold" }), "only stored"), el("span", {}, el("i", { class: "open" }), "open")),
+      el("span", {}, el("i", { class: "resident" }), "on the device"), el("span", {}, el("i", { class: "cold" }), "only stored"), el("span", {}, el("i", { class: "open" }), "open"), el("span", { id: "swaps", hidden: true }, el("i", { class: "swap" }), "other weights from here on")),
     el("p", { class: "unseen", id: "strip-help" }, "Arrow keys go from chunk to chunk, Enter shows a chunk's tokens, plus and minus zoom, Home and End go to the first and the last."));
 
   function whole() { view = { first: firstChunk, last: total }; load(); }
@@ -97,6 +97,8 @@ export function strip(id, onChunk) {
     context.fillStyle = context.strokeStyle = colour("hit");
     for (const chunk of near) if (chunk >= view.first && chunk < view.last) mark(chunk, 0.4, 0);
     for (const [chunk, weight] of taken) if (chunk >= view.first && chunk < view.last) mark(chunk, 1, weight);
+    context.fillStyle = colour("ink");
+    for (const at of swaps) if (at / size >= view.first && at / size <= view.last) context.fillRect(Math.min(width - 1, x(at / size)), TOP, 1, HEAT);
     if (cursor !== null && cursor >= view.first && cursor < view.last) {
       context.strokeStyle = colour("ink");
       context.lineWidth = 1.5;
@@ -181,6 +183,8 @@ export function strip(id, onChunk) {
       if (taken.size) say(`${counted(taken.size, "chunk")} lit up in the strip`);
       draw();
     },
+    /** The lengths that the session had when its model's weights were replaced. */
+    mark(lengths) { swaps = lengths; node.querySelector("#swaps").hidden = !lengths.length; draw(); },
     stop() { watcher.disconnect(); scheme.removeEventListener("change", draw); clearTimeout(waiting); },
   };
 }

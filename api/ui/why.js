@@ -120,8 +120,10 @@ export async function why(id, recall, place, onChunk) {
       const asked = { queries: recall.query, model: recall.model, top_k: recall.top_k, start: recall.start, stop: recall.stop, episodes: recall.episodes ?? undefined };
       view = await explanation(id, asked, onChunk, account && (await withPayloads(id, account)));
       const now = view.taken.map(([index]) => index).join(), then = stored.map(({ index }) => index).join();
+      const has = view.found.model_hash;
+      if (has !== recall.model_hash) notes.push(`The model has other weights since, ${has.slice(0, 8)} instead of ${recall.model_hash.slice(0, 8)}: the ranking below is theirs.`);
       if (recall.is_masked) notes.push("It was asked with masks, which are not kept: the ranking below is without them.");
-      else if (now !== then) notes.push("The session or the model has changed since: the ranking below is as it would be answered now.");
+      else if (now !== then && has === recall.model_hash) notes.push("The session has changed since: the ranking below is as it would be answered now.");
     } catch (error) {
       if (!(error instanceof Refused) || ![404, 422].includes(error.status)) throw error;
       notes.push(`It cannot be explained anew: ${error.message}.`);

@@ -11,9 +11,11 @@ from typing import Any
 
 import httpx
 import numpy as np
+import torch
 from htm_client import HTMClient
 from playwright.sync_api import Page, Route, expect
 
+from htm_service.attention.modules import HTMAttention
 from tests.served.server import Server
 from tests.ui.conftest import ADMIN_KEY
 
@@ -131,6 +133,42 @@ def test_a_recall_is_shown_as_it_comes_and_says_why(page: Page, client: HTMClien
     expect(row.locator("td").nth(2)).to_contain_text("%")
     expect(row).to_be_in_viewport()
     expect(page.locator("tr.taken").first).to_be_visible()
+
+
+def test_weights_that_were_replaced_are_seen(page: Page, client: HTMClient) -> None:
+    """Each recall says which weights it was computed with; where others came, list, plots and strip are marked."""
+    torch.manual_seed(1)
+    modules = [HTMAttention(DIM, heads=2, topk_mems=3, mem_chunk_size=4, dim_head=8) for _ in range(2)]
+    first, second = (client.put_model("learned", module).hash or "" for module in modules)
+    client.put_model("learned", modules[0])
+    fill(client, "agent", model="learned")
+    client.recall("agent", unit(0), note="before")
+    page.goto("/ui#/session/agent")
+    why = page.locator("#why")
+    expect(why).to_contain_text(f"weights {first[:8]}")
+    expect(why.get_by_title(first)).to_be_visible()
+    expect(page.locator("svg.plot path.mark")).to_have_count(0)
+    expect(page.locator("#swaps")).to_be_hidden()
+    expect(page.locator("#state")).to_have_text("live")
+    client.put_model("learned", modules[1])
+    client.recall("agent", unit(1), note="after")
+    newest, older = (page.locator(".recalls button").nth(place) for place in (0, 1))
+    expect(newest).to_contain_text("other weights")
+    expect(older).not_to_contain_text("other weights")
+    words = f"model learned has the weights {second[:8]} from here on"
+    expect(page.locator("svg.plot path.mark title").first).to_have_text(words)
+    expect(page.locator("svg.plot path.mark")).to_have_count(2)
+    expect(page.get_by_role("img", name=re.compile(f"Recalls per minute: .*; {words}"))).to_be_visible()
+    expect(page.locator("#swaps")).to_be_visible()
+    newest.click()
+    expect(why).to_contain_text(f"weights {second[:8]}")
+    expect(why).not_to_contain_text("other weights since")
+    older.click()
+    expect(why).to_contain_text(f"The model has other weights since, {second[:8]} instead of {first[:8]}")
+    page.reload()
+    expect(page.locator(".recalls button").first).to_contain_text("other weights")
+    client.delete_session("agent")
+    client.delete_model("learned")
 
 
 def test_the_chunks_of_the_recall_are_lit_in_the_strip(page: Page, client: HTMClient) -> None:
