@@ -1,4 +1,4 @@
-"""`make bench`: S1 to S12, S17, S21, S22, A1, and C1 and C2 of the client, each beside its bar."""
+"""`make bench`: S1 to S12, S17, S19, S21, S22, A1, and C1 and C2 of the client, each beside its bar."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from bench import client, costs, in_process, lockstep, over_http, starting
+from bench import client, costs, in_process, lockstep, over_http, starting, swaps
 from bench.figures import Figure, print_figures, say
 from bench.scene import DIM, make_scene, run
 
 OVER_HTTP = ("S1", "S2", "S3", "S8", "S9")
 CLIENT = ("C1", "C2")
 COSTS = ("S21", "A1")
-ALL = (*(f"S{number}" for number in range(1, 13)), "S17", "S21", "S22", "A1", *CLIENT)
+ALL = (*(f"S{number}" for number in range(1, 13)), "S17", "S19", "S21", "S22", "A1", *CLIENT)
 
 
 def main() -> None:
@@ -38,6 +38,9 @@ def main() -> None:
             figures += over_http.measure(stage, options.quick, sessions, wanted)
         if "S17" in wanted:
             figures.append(lockstep.measure(stage, options.quick))
+        if "S19" in wanted:
+            say("S19")
+            figures.append(swaps.measure(stage, options.quick))
         for id, cost in zip(COSTS, (costs.guarded, costs.accounts), strict=True):
             if id in wanted:
                 say(id)

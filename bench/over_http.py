@@ -122,14 +122,16 @@ def fill(
     stage: Scene,
     queries: torch.Tensor,
     api_key: str | None = None,
+    model: str = scene.MODEL,
 ) -> None:
+    """Sessions full of tokens for attends, empty ones for writers; an answer of the first is compared."""
     with HTMClient(f"http://127.0.0.1:{port}", timeout=120, api_key=api_key) as client:
         for number in range(sessions):
-            client.create_session(f"s{number}", dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL)
+            client.create_session(f"s{number}", dim=DIM, chunk_size=CHUNK_SIZE, model=model)
             for part in tokens.split(scene.PIECE):
                 client.append(f"s{number}", part)
         for number in range(CONNECTIONS):  # writers and steppers have sessions of their own
-            client.create_session(f"w{number}", dim=DIM, chunk_size=CHUNK_SIZE, model=scene.MODEL)
+            client.create_session(f"w{number}", dim=DIM, chunk_size=CHUNK_SIZE, model=model)
         answer = client.attend("s0", queries[:4]).output
         assert answer is not None
         scene.check(answer, stage.forward(queries[:4], tokens))

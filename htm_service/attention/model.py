@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from htm_service.attention.model_config import ModelConfig, check_tensors, content_hash
+from htm_service.attention.model_config import ModelConfig, check_tensors, content_hash, is_finite
 from htm_service.attention.positions import position_table
 from htm_service.errors import InvalidArgument
 from htm_service.kernels.base import Attended, Batch, Kernel, Projections, View
@@ -148,12 +148,13 @@ class ProjectedModel(Model):
             "output": out,
             "output_bias": out @ b_v + full["attn.to_out.bias"],
         }
+        single = {name: tensor.float() for name, tensor in folded.items()}
         for name, tensor in folded.items():
-            if not torch.isfinite(tensor.float()).all():
+            if not is_finite(single[name]):
                 largest = float(tensor.abs().max())
                 raise InvalidArgument(f"what the weights fold to overflows float32: {name} has {largest:g}")
         self._projections = Projections(
-            **{name: tensor.float().contiguous().to(self.device) for name, tensor in folded.items()}
+            **{name: tensor.contiguous().to(self.device) for name, tensor in single.items()}
         )
         if self.config.block:
             # In float64, in which no query's squares overflow: in float32 one of 1e20 would be normed to zero.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -128,9 +129,14 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
         if tensor.dtype not in _TENSOR_DTYPES:
             names = ", ".join(_dtype_name(dtype) for dtype in _TENSOR_DTYPES)
             raise InvalidArgument(f"tensor {name!r} has dtype {_dtype_name(tensor.dtype)}; it must be one of {names}")
-        num_bad = int((~torch.isfinite(tensor.float())).sum())
-        if num_bad:
+        if not is_finite(single := tensor.float()):
+            num_bad = int((~torch.isfinite(single)).sum())
             raise InvalidArgument(f"tensor {name!r} has {num_bad} values that are not finite in float32")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are, of at least one: by the least and the greatest, for which nothing is written."""
+    return all(math.isfinite(bound) for bound in torch.aminmax(tensor))
 
 
 def content_hash(config: ModelConfig, tensors: Mapping[str, Tensor]) -> str:

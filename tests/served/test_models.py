@@ -50,7 +50,9 @@ def test_broken_and_replaced_files(server: Server) -> None:
     for method, place, body in needs_it:
         status, answer = call(method, f"/v1/sessions/s{place}", body)
         assert status == 422 and "has width 4" in answer["detail"], answer
-    assert "its file was replaced" in call("POST", "/v1/sessions/s/attend", {"queries": NUMBERS})[1]["detail"]
+    assert (
+        "has width 4 now: it was replaced" in call("POST", "/v1/sessions/s/attend", {"queries": NUMBERS})[1]["detail"]
+    )
 
     path.write_bytes(whole[:-1])
     server.restart(signal.SIGTERM)
