@@ -54,7 +54,7 @@ serve: $(STAMP)  ## Serve on 127.0.0.1:8000 (ARGS="--data DIR")
 test: $(STAMP)  ## Run all tests with coverage (ARGS="-k arena")
 	$(BIN)/python -m pytest --cov $(ARGS)
 
-faults: $(STAMP)  ## Provoke R1 to R14 and R16 in full, up to half an hour; make test has a little of each (ARGS="-k r1_")
+faults: $(STAMP)  ## Provoke R1 to R14, R16 and R18 in full, up to half an hour; make test has a little of each (ARGS="-k r1_")
 	@$(BIN)/python -m pytest tests/faults --full -q $(ARGS)
 
 fuzz: $(STAMP)  ## R13 in full: requests made of openapi.json and bodies of the binary format, 10,000 in all
@@ -78,7 +78,7 @@ format: $(STAMP)  ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## S1 to S12, S17, S19, S21, S22, A1, C1 and C2, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
+bench: $(STAMP)  ## S1 to S12, S17 to S19, S21, S22, A1, C1 and C2, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
 	@$(BIN)/python -m bench $(ARGS)
 
 bench-breakdown: $(STAMP)  ## Where the time goes, and how it grows: the tables of docs/performance.md (ARGS=--quick)

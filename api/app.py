@@ -21,6 +21,7 @@ from api.metrics import Metrics
 from api.middleware import Front
 from api.routes import (
     batch,
+    branches,
     events,
     hot,
     hot_openapi,
@@ -119,6 +120,7 @@ def create_app(
     app.router.routes.extend(hot_routes)  # for what the short way leaves: other methods are answered 405
     app.include_router(sessions.router())
     app.include_router(transfers.router())
+    app.include_router(branches.router())
     app.include_router(inspection.router())
     app.include_router(events.router())
     app.include_router(models.router())

@@ -50,6 +50,8 @@ ROLES: Mapping[str, Role] = {
     "inspect_session": "read",
     "update_session": "write",
     "delete_session": "write",
+    "fork": "write",
+    "truncate": "write",
     "append": "write",
     "read_memories": "read",
     "attend": "read",

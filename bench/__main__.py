@@ -1,4 +1,4 @@
-"""`make bench`: S1 to S12, S17, S19, S21, S22, A1, and C1 and C2 of the client, each beside its bar."""
+"""`make bench`: S1 to S12, S17 to S19, S21, S22, A1, and C1 and C2 of the client, each beside its bar."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from bench import client, costs, in_process, lockstep, over_http, starting, swaps
+from bench import branches, client, costs, in_process, lockstep, over_http, starting, swaps
 from bench.figures import Figure, print_figures, say
 from bench.scene import DIM, make_scene, run
 
 OVER_HTTP = ("S1", "S2", "S3", "S8", "S9")
 CLIENT = ("C1", "C2")
 COSTS = ("S21", "A1")
-ALL = (*(f"S{number}" for number in range(1, 13)), "S17", "S19", "S21", "S22", "A1", *CLIENT)
+ALL = (*(f"S{number}" for number in range(1, 13)), "S17", "S18", "S19", "S21", "S22", "A1", *CLIENT)
 
 
 def main() -> None:
@@ -54,6 +54,7 @@ def main() -> None:
             ("S6", in_process.attends_batch),
             ("S7", in_process.appends),
             ("S11", in_process.latency),
+            ("S18", branches.forks),
         ):
             if id in wanted:
                 say(id)

@@ -72,6 +72,7 @@ from htm_service.records import (
     SessionPage,
     StepRequest,
     StepResult,
+    TruncateResult,
 )
 from htm_service.sessions import validation
 from htm_service.sessions.directory import Directory, compare
@@ -89,6 +90,7 @@ from htm_service.writes.compaction import Compaction
 from htm_service.writes.expiry import Expiry
 from htm_service.writes.keys import Keys
 from htm_service.writes.steps import Steps
+from htm_service.writes.truncation import Truncation
 from storage.base import SetQuota, Store
 
 COMPACTION_SHARE = 0.2
@@ -150,6 +152,7 @@ class Engine:
         self._searches = Searches(config, self._attends, self.payloads)
         self._appends = Appends(self.committer, cached, self.feed, clock)
         self._steps = Steps(self._attends, self._appends)
+        self._truncation = Truncation(self.directory, self.committer, cached, self.feed, clock)
         self._inspection = Inspection(store, self.worker, config.max_answer_bytes)
         self.expiry = Expiry(self.directory, store, self.committer, config.expiry_interval_s)
         self.compaction = Compaction(self.directory, self.worker, self.committer)
@@ -273,6 +276,26 @@ class Engine:
             await self.directory.delete(session)
             sid = session.sid
         await self.expiry.purge(sid)
+
+    async def fork(
+        self, name: SessionKey, new: SessionKey, length: int | None = None, labels: Mapping[str, str] | None = None
+    ) -> SessionInfo:
+        """A new session with the first `length` tokens of one, all when None, that are shared until either changes.
+
+        Raises SessionConflict when the new one is there, InvalidArgument for a length at which it cannot be cut.
+        """
+        session = await self._session(name)
+        validation.check_key(new)
+        validation.check_range("length", length or 0, 0, 2**53)
+        labels = None if labels is None else validation.check_labels(labels)
+        return (await self.directory.fork(session, new, length, labels)).info()
+
+    async def truncate(self, name: SessionKey, length: int, if_length: int | None = None) -> TruncateResult:
+        """Forget all tokens from position `length` on, at once and for good; positions are given again."""
+        session = await self._session(name)
+        validation.check_range("length", length, 0, 2**53)
+        validation.check_range("if_length", if_length or 0, 0, 2**53)
+        return await self._truncation.truncate(session, length, if_length)
 
     async def delete_sessions(self, namespace: str, prefix: str = "", labels: Mapping[str, str] | None = None) -> int:
         """Delete a namespace's sessions with this prefix and these labels, of which one must be given; how many."""

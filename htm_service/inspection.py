@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import asdict
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -45,6 +46,10 @@ from htm_service.version import __version__
 from htm_service.writes.committer import Committer
 from storage.base import Store, StoreError, TooManyBytes
 
+T = TypeVar("T")
+
+LOOK_AGAIN_S = 0.001
+"""After what was read while a truncation was under way."""
 CHUNK_NUMBER = re.compile(r"[0-9]{1,15}")
 """What a cursor of chunks holds."""
 
@@ -71,6 +76,13 @@ class Inspection:
         Raises InvalidArgument for a range outside the session, and for more than an answer may hold: a long session
         would not fit into memory twice, so it is read in parts.
         """
+        return await _between_truncations(
+            session, lambda: self._read(session, start, stop, embeddings=embeddings, payloads=payloads)
+        )
+
+    async def _read(
+        self, session: Session, start: int, stop: int | None, *, embeddings: bool, payloads: bool
+    ) -> Memories:
         length = session.length
         stop = length if stop is None else stop
         if not 0 <= start <= stop <= length:
@@ -95,6 +107,9 @@ class Inspection:
 
     async def chunk(self, session: Session, index: int, *, embeddings: bool, key: bool) -> ChunkDetail:
         """One chunk with its tokens' payloads. Raises ChunkNotFound."""
+        return await _between_truncations(session, lambda: self._chunk(session, index, embeddings=embeddings, key=key))
+
+    async def _chunk(self, session: Session, index: int, *, embeddings: bool, key: bool) -> ChunkDetail:
         infos, num_chunks = (
             await self._describe(session, index, 1, keys=key) if index >= 0 else ([], session.num_chunks)
         )
@@ -220,6 +235,21 @@ class Inspection:
             into[low - start : high - start] = tokens[low - block.start : high - block.start]
             num_copied += high - low
         return num_copied
+
+
+async def _between_truncations(session: Session, look: Callable[[], Awaitable[T]]) -> T:
+    """What a look at a session finds, in the store and on the device, while its positions mean the same tokens."""
+    while True:
+        num_truncated = session.resident.extent.num_truncated
+        try:
+            found = await look()
+        except HTMError:
+            if session.resident.num_begun == num_truncated:
+                raise
+        else:
+            if session.resident.num_begun == num_truncated:
+                return found
+        await asyncio.sleep(LOOK_AGAIN_S)
 
 
 def _noted(session: Session, error: HTMError) -> HTMError:

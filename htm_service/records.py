@@ -141,6 +141,13 @@ class AppendResult(NamedTuple):
     timing: Timing = Timing()
 
 
+class TruncateResult(NamedTuple):
+    """The session after a truncation."""
+
+    length: int
+    num_chunks: int
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttendRequest:
     """HTM attention queries; see docs/api.md for the meaning and the defaults of each field.
@@ -214,7 +221,8 @@ class Ranking:
 class AttendResult(NamedTuple):
     """`output` [Q, D]; `chunk_index` and `chunk_weight` [Q, K], -1 and 0 where fewer chunks are visible;
     `recalled` per query, in rank order, or None when not asked for; `length` the session had; `ranking` where an
-    explanation was asked for; `model_hash` and `top_k`, of the weights that it was computed with.
+    explanation was asked for; `model_hash` and `top_k`, of the weights that it was computed with; `num_truncated`, how
+    often the session had been truncated.
     """
 
     output: Floats
@@ -226,6 +234,7 @@ class AttendResult(NamedTuple):
     ranking: Ranking | None = None
     model_hash: str = ""
     top_k: int = 0
+    num_truncated: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,6 +274,8 @@ class SearchResult(NamedTuple):
     payloads: Mapping[int, bytes] | None = None
     embeddings: Floats | None = None
     timing: Timing = Timing()
+    num_truncated: int = 0
+    """How often the session had been truncated."""
 
 
 class SearchAllResult(NamedTuple):
@@ -306,6 +317,8 @@ class SelectResult(NamedTuple):
     taken: Taken | None
     length: int
     timing: Timing = Timing()
+    num_truncated: int = 0
+    """How often the session had been truncated."""
 
 
 class StepRequest(NamedTuple):
@@ -437,17 +450,19 @@ class Recall(NamedTuple):
         return flat.reshape(self.num_rows, len(flat) // self.num_rows)
 
 
-EventKind = Literal["recall", "append", "session"]
-Change = Literal["created", "updated", "deleted"]
+EventKind = Literal["recall", "append", "truncate", "session"]
+Change = Literal["created", "forked", "updated", "deleted"]
 
 
 class Event(NamedTuple):
-    """What happened to a session: a recall with its account, an append, or a change of the session itself."""
+    """What happened to a session: a recall with its account, an append, a truncation, or a change of the session
+    itself.
+    """
 
     kind: EventKind
     key: SessionKey
     at: float
-    what: Recall | AppendResult | Change
+    what: Recall | AppendResult | TruncateResult | Change
 
 
 ModelSource = Literal["built-in", "file", "store"]

@@ -58,11 +58,11 @@ async def events(
     session: Annotated[str | None, Query(description="Only of this session.")] = None,
     seconds: Annotated[float | None, Query(gt=0, le=86_400, description="End the stream after so long.")] = None,
 ) -> Response:
-    """Tell recalls, appends and changes of sessions as they happen: server-sent events.
+    """Tell recalls, appends, truncations and changes of sessions as they happen: server-sent events.
 
-    `recall` has what `/recalls` has of one, `append` what an append answers, `session` a `change` (`created`,
-    `updated`, `deleted`); each with `session` and `at`. A reader that does not keep up loses the oldest, and `dropped`
-    says how many.
+    `recall` has what `/recalls` has of one, `append` and `truncate` what these answer, `session` a `change` (`created`,
+    `forked`, `updated`, `deleted`); each with `session` and `at`. A reader that does not keep up loses the oldest, and
+    `dropped` says how many.
     """
     engine = engine_of(request)
     reader = engine.listen(caller_of(request).space, session)
@@ -115,6 +115,8 @@ def text_of(event: records.Event) -> bytes:
     what = event.what
     if isinstance(what, records.Recall):
         content = Recall.of(what).model_dump(mode="json")
+    elif isinstance(what, records.TruncateResult):
+        content = {"length": what.length, "num_chunks": what.num_chunks}
     elif isinstance(what, records.AppendResult):
         content = {"start": what.start, "length": what.length, "num_chunks": what.num_chunks}
     else:

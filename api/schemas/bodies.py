@@ -90,6 +90,21 @@ class SessionChange(Request):
         return records.SessionChange(labels=self.labels, ttl_s=self.ttl_s, clear_ttl=clear_ttl, model=self.model)
 
 
+class ForkBody(Request):
+    """A new session that begins with the first tokens of another one, whose settings it has."""
+
+    id: str | None = Field(None, description="Of the new session; the server makes one if left out.")
+    length: int | None = Field(None, description="How many tokens it begins with; all if left out.")
+    labels: Labels | None = Field(None, description="All labels of the new session; those of the other if left out.")
+
+
+class TruncateBody(Request):
+    """Until where a session is kept."""
+
+    length: int = Field(description="Its length from now on; 0 forgets all.")
+    if_length: int | None = Field(None, description="Truncate only when the session has this length.")
+
+
 class KeyBody(Request):
     """A key to be made."""
 

@@ -199,6 +199,13 @@ class Heat(Body):
         )
 
 
+class Truncated(Body):
+    """A session after a truncation."""
+
+    length: int
+    num_chunks: int
+
+
 class Deleted(Body):
     """How many sessions were deleted."""
 

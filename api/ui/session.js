@@ -41,7 +41,8 @@ export function sessionView(id) {
   let tried = null;
   const nodes = [
     el("section", { class: "card", "aria-labelledby": "title" }, el("div", { class: "between" }, el("div", {}, el("a", { href: "#/", class: "small" }, "All sessions"), title),
-      el("div", { class: "row" }, exportButton(id), el("button", { type: "button", class: "danger", onclick: remove }, "Delete…"))), labels, trouble, facts),
+      el("div", { class: "row" }, exportButton(id), el("button", { type: "button", class: "writes", onclick: branch }, "Fork…"), el("button", { type: "button", class: "danger", onclick: forget }, "Truncate…"),
+        el("button", { type: "button", class: "danger", onclick: remove }, "Delete…"))), labels, trouble, facts),
     el("section", { class: "card", "aria-label": "Chunks" }, drawing.node),
     el("div", { class: "columns" }, el("section", { class: "card follow", "aria-label": "Recalls" }, el("div", { class: "between" }, el("h2", {}, "Recalls"), counter), list), reason),
     tokens,
@@ -195,6 +196,32 @@ export function sessionView(id) {
     }
   }
 
+  const at = (length) => el("label", { class: "field" }, "Length", el("input", { name: "until", type: "number", required: true, min: 0, max: session.length, value: length }));
+
+  async function branch() {
+    if (!session) return;
+    const form = await ask(`Fork ${id}?`, [
+      el("p", {}, "A new session with its first tokens, which the two share: nothing is copied, and each goes on by itself."),
+      el("label", { class: "field" }, "New session", el("input", { name: "fork", placeholder: "named by the server", pattern: "[A-Za-z0-9._~\\-]{1,128}" })), at(session.length)], "Fork");
+    if (!form) return;
+    const body = { length: Number(form.elements.until.value), ...(form.elements.fork.value && { id: form.elements.fork.value }) };
+    try {
+      const { id: made } = await call(of(id, "/fork"), { method: "POST", body });
+      location.hash = `#/session/${encodeURIComponent(made)}`;
+    } catch (error) { trouble.replaceChildren(failure(error)); }
+  }
+
+  async function forget() {
+    if (!session) return;
+    const form = await ask(`Truncate ${id}?`, [el("p", {}, "All tokens from this position on, with payloads and recalls, go for good. 0 forgets all."), at(session.length)], "Truncate", { danger: true });
+    if (!form) return;
+    try {
+      await call(of(id, "/truncate"), { method: "POST", body: { length: Number(form.elements.until.value), if_length: session.length } });
+      await load();
+      await loadRecalls();
+    } catch (error) { trouble.replaceChildren(failure(error)); }
+  }
+
   function renew() {
     renewing ??= setTimeout(() => { renewing = null; load(); }, RENEW_MS);
   }
@@ -211,6 +238,13 @@ export function sessionView(id) {
       renew();
     },
     append({ detail }) { remember(Date.parse(detail.at), detail.length); renew(); },
+    truncate({ detail }) {
+      remember(Date.parse(detail.at), detail.length);
+      drawing.cut(detail.length);
+      say(`Truncated to ${counted(detail.length, "token")}`);
+      loadRecalls();
+      renew();
+    },
     session({ detail }) {
       if (detail.change === "deleted") { isGone = true; trouble.replaceChildren(failure(new Error("This session was deleted."))); } else { isGone = false; renew(); }
     },

@@ -170,13 +170,13 @@ export function sessionsView() {
       marked.clear();
     }, RENEW_MS);
   };
-  for (const name of ["recall", "append", "session", "again", "dropped"]) live.addEventListener(name, renew);
+  for (const name of ["recall", "append", "truncate", "session", "again", "dropped"]) live.addEventListener(name, renew);
   load();
   return {
     title: "Sessions", session: null, nodes: view,
     stop() {
       clearTimeout(renewing);
-      for (const name of ["recall", "append", "session", "again", "dropped"]) live.removeEventListener(name, renew);
+      for (const name of ["recall", "append", "truncate", "session", "again", "dropped"]) live.removeEventListener(name, renew);
     },
   };
 }

@@ -9,7 +9,7 @@ const NARROWEST = 8;
 
 export function strip(id, onChunk) {
   let size = 1, total = 0, length = 0, firstChunk = 0;
-  let view = { first: 0, last: 0 }, data = null, taken = new Map(), near = new Set(), swaps = [], cursor = null, dragged = null, asked = 0, waiting = null;
+  let view = { first: 0, last: 0 }, data = null, taken = new Map(), near = new Set(), swaps = [], cursor = null, dragged = null, asked = 0, waiting = null, cuts = [];
   const canvas = el("canvas", { tabindex: "0", role: "application", "aria-roledescription": "strip of chunks", "aria-describedby": "strip-help" });
   const told = el("span", { "aria-live": "polite" });
   const from = el("span"), to = el("span");
@@ -20,7 +20,7 @@ export function strip(id, onChunk) {
     canvas, el("div", { class: "ends" }, from, told, to),
     el("div", { class: "legend" },
       el("span", {}, el("i", { class: "scale" }), "attention received, least to most"), el("span", {}, el("i", { class: "taken" }), "taken by the recall shown"),
-      el("span", {}, el("i", { class: "resident" }), "on the device"), el("span", {}, el("i", { class: "cold" }), "only stored"), el("span", {}, el("i", { class: "open" }), "open"), el("span", { id: "swaps", hidden: true }, el("i", { class: "swap" }), "other weights from here on")),
+      el("span", {}, el("i", { class: "resident" }), "on the device"), el("span", {}, el("i", { class: "cold" }), "only stored"), el("span", {}, el("i", { class: "open" }), "open"), el("span", {}, el("i", { class: "cut" }), "truncated here"), el("span", { id: "swaps", hidden: true }, el("i", { class: "swap" }), "other weights from here on")),
     el("p", { class: "unseen", id: "strip-help" }, "Arrow keys go from chunk to chunk, Enter shows a chunk's tokens, plus and minus zoom, Home and End go to the first and the last."));
 
   function whole() { view = { first: firstChunk, last: total }; load(); }
@@ -93,6 +93,16 @@ export function strip(id, onChunk) {
       const wide = Math.max(3, x(total) - x(total - 1) - gap);
       context.fillStyle = colour("open");
       context.fillRect(Math.min(x(total - 1), width - 3), TOP + HEAT + 4, wide, STATE);
+    }
+    for (const at of cuts) { // where what had come after was forgotten
+      const left = Math.max(1, Math.min(width - 1, x(at / size)));
+      context.strokeStyle = colour("bad");
+      context.lineWidth = 2;
+      context.setLineDash([4, 3]);
+      context.beginPath();
+      context.moveTo(left, TOP); context.lineTo(left, TOP + HEAT + STATE + 4);
+      context.stroke();
+      context.setLineDash([]);
     }
     context.fillStyle = context.strokeStyle = colour("hit");
     for (const chunk of near) if (chunk >= view.first && chunk < view.last) mark(chunk, 0.4, 0);
@@ -177,6 +187,11 @@ export function strip(id, onChunk) {
 
   return {
     node, update, show, refresh: load,
+    /** Mark where the session was truncated, while this page looked on; marks behind it went with the tokens. */
+    cut(at) {
+      cuts = [...cuts.filter((one) => one < at), at];
+      draw();
+    },
     /** Light up what a recall took: chunks with weights, and those that nearly took part. */
     light(weights, others = []) {
       [taken, near] = [new Map(weights), new Set(others)];

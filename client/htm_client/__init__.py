@@ -40,6 +40,7 @@ from htm_client.results import (
     Selected,
     SessionInfo,
     Stepped,
+    Truncated,
 )
 
 __all__ = [
@@ -75,6 +76,7 @@ __all__ = [
     "SessionConflict",
     "SessionInfo",
     "Stepped",
+    "Truncated",
     "Unauthenticated",
     "UnreadableAnswer",
 ]

@@ -6,9 +6,10 @@ Does not know how calls are written or answers read: see `requests.py`.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
@@ -17,6 +18,7 @@ import httpx
 
 from htm_client.batches import Errors
 from htm_client.calls import Call
+from htm_client.errors import NotFound
 from htm_client.files import FileSink, FileSource, bar
 from htm_client.in_process import ADDRESS, AsyncApp
 from htm_client.options import (
@@ -55,6 +57,7 @@ from htm_client.results import (
     Selected,
     SessionInfo,
     Stepped,
+    Truncated,
 )
 from htm_client.retry import RETRIES, Outcome, Retry, finish
 from htm_client.transport.adapter import WHOSE, AsyncHttpxTransport
@@ -140,9 +143,29 @@ class AsyncHTMClient:
         """Change labels, ttl_s or model."""
         return await self._send(self._requests.update_session(session, changes))
 
-    async def delete_session(self, session: str) -> None:
-        """Delete a session and its tokens."""
-        return await self._send(self._requests.delete_session(session))
+    async def delete_session(self, session: str, *, missing_ok: bool = False) -> None:
+        """Delete a session and its tokens; with `missing_ok` it need not be there."""
+        with contextlib.suppress(*[NotFound] if missing_ok else []):
+            await self._send(self._requests.delete_session(session))
+
+    async def fork(
+        self,
+        session: str,
+        id: str | None = None,
+        length: int | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> SessionInfo:
+        """Begin a new session with the first `length` tokens of this one (all if left out), without copying them."""
+        return await self._send(self._requests.fork(session, id, length, labels))
+
+    async def truncate(self, session: str, length: int, if_length: int | None = None) -> Truncated:
+        """Forget the tokens from position `length` on, at once and for good; positions are given again."""
+        return await self._send(self._requests.truncate(session, length, if_length))
+
+    async def reset(self, sessions: str | Iterable[str]) -> None:
+        """Forget all tokens of these sessions: the next episode begins. Settings, models and ids stay."""
+        for session in [sessions] if isinstance(sessions, str) else sessions:
+            await self.truncate(session, 0)
 
     async def delete_sessions(self, *, label: Mapping[str, str] | None = None, prefix: str | None = None) -> int:
         """Delete all sessions that have these labels and this prefix, one of which must be given; how many."""

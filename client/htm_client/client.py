@@ -5,9 +5,10 @@ Does not know how calls are written or answers read: see `requests.py`.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Self, TypeVar, Unpack
@@ -16,6 +17,7 @@ import httpx
 
 from htm_client.batches import Errors
 from htm_client.calls import Call
+from htm_client.errors import NotFound
 from htm_client.files import FileSink, FileSource, bar
 from htm_client.in_process import ADDRESS, SyncApp
 from htm_client.options import (
@@ -54,6 +56,7 @@ from htm_client.results import (
     Selected,
     SessionInfo,
     Stepped,
+    Truncated,
 )
 from htm_client.retry import RETRIES, Outcome, Retry, finish
 from htm_client.transport.adapter import WHOSE, HttpxTransport
@@ -136,9 +139,29 @@ class HTMClient:
         """Change labels, ttl_s or model."""
         return self._send(self._requests.update_session(session, changes))
 
-    def delete_session(self, session: str) -> None:
-        """Delete a session and its tokens."""
-        return self._send(self._requests.delete_session(session))
+    def delete_session(self, session: str, *, missing_ok: bool = False) -> None:
+        """Delete a session and its tokens; with `missing_ok` it need not be there."""
+        with contextlib.suppress(*[NotFound] if missing_ok else []):
+            self._send(self._requests.delete_session(session))
+
+    def fork(
+        self,
+        session: str,
+        id: str | None = None,
+        length: int | None = None,
+        labels: Mapping[str, str] | None = None,
+    ) -> SessionInfo:
+        """Begin a new session with the first `length` tokens of this one (all if left out), without copying them."""
+        return self._send(self._requests.fork(session, id, length, labels))
+
+    def truncate(self, session: str, length: int, if_length: int | None = None) -> Truncated:
+        """Forget the tokens from position `length` on, at once and for good; positions are given again."""
+        return self._send(self._requests.truncate(session, length, if_length))
+
+    def reset(self, sessions: str | Iterable[str]) -> None:
+        """Forget all tokens of these sessions: the next episode begins. Settings, models and ids stay."""
+        for session in [sessions] if isinstance(sessions, str) else sessions:
+            self.truncate(session, 0)
 
     def delete_sessions(self, *, label: Mapping[str, str] | None = None, prefix: str | None = None) -> int:
         """Delete all sessions that have these labels and this prefix, one of which must be given; how many."""

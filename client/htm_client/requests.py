@@ -52,6 +52,7 @@ from htm_client.results import (
     Selected,
     SessionInfo,
     Stepped,
+    Truncated,
 )
 
 T = TypeVar("T")
@@ -108,6 +109,20 @@ class Requests:
     def delete_session(self, session: str) -> Request[None]:
         """Delete one."""
         return Request(plain("DELETE", session_path(session)), lambda answer: None)
+
+    def fork(
+        self, session: str, id: str | None, length: int | None, labels: Mapping[str, str] | None
+    ) -> Request[SessionInfo]:
+        """Begin another one with its first tokens. Sent twice, it would find its own session in the way."""
+        if id is not None:
+            session_path(id)  # says what is wrong with it
+        body = calls.given(id=id, length=length, labels=labels)
+        return Request(replace(plain("POST", session_path(session, "fork"), body), idempotent=False), _session)
+
+    def truncate(self, session: str, length: int, if_length: int | None) -> Request[Truncated]:
+        """Forget its last tokens. With a condition, that is not met by the second time it is sent."""
+        call = plain("POST", session_path(session, "truncate"), calls.given(length=length, if_length=if_length))
+        return Request(replace(call, idempotent=if_length is None), lambda answer: Truncated.of(answer.params))
 
     def delete_sessions(self, label: Mapping[str, str] | None, prefix: str | None) -> Request[int]:
         """Delete all of them. Raises InvalidArgument for a label name that the query cannot hold."""

@@ -71,6 +71,14 @@ class Appended(_FromJSON):
 
 
 @dataclass(frozen=True, slots=True)
+class Truncated(_FromJSON):
+    """A session's length and number of chunks after a truncation."""
+
+    length: int
+    num_chunks: int
+
+
+@dataclass(frozen=True, slots=True)
 class Memories:
     """Tokens `start` .. `stop`-1: `embeddings` [stop-start, D] and payloads, each when asked for."""
 

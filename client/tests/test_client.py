@@ -11,6 +11,7 @@ import safetensors.numpy
 from htm_client import (
     ConnectionFailed,
     Forbidden,
+    InvalidArgument,
     InvalidRequest,
     LengthConflict,
     NotFound,
@@ -49,6 +50,35 @@ def test_a_stop_for_each_query(client: Any) -> None:
         alone = client.attend("a", query, stop=position)
         np.testing.assert_allclose(whole.output[position], alone.output[0], rtol=1e-4, atol=1e-5)
     assert (whole.chunk_index[0] == -1).all() and whole.length == 11
+
+
+def test_branches(client: Any) -> None:
+    tokens = vectors(1, 11, DIM)
+    client.create_session("a", dim=DIM, chunk_size=3, labels={"team": "x"})
+    client.append("a", tokens)
+    forked = client.fork("a", "b", 7, labels={"try": "2"})
+    assert (forked.id, forked.length, forked.labels, forked.chunk_size) == ("b", 7, {"try": "2"}, 3)
+    whole = client.fork("a")
+    assert (whole.length, whole.labels) == (11, {"team": "x"})
+    truncated = client.truncate("a", 4, if_length=11)
+    assert (truncated.length, truncated.num_chunks) == (4, 2)
+    with pytest.raises(LengthConflict) as refused:
+        client.truncate("a", 2, if_length=11)
+    assert refused.value.length == 4
+    with pytest.raises(InvalidRequest, match="length is 5"):
+        client.truncate("a", 5)
+    with pytest.raises(SessionConflict, match="exists already"):
+        client.fork("a", "b")
+    with pytest.raises(InvalidArgument, match="is no session id"):
+        client.fork("a", "a/b")
+    np.testing.assert_allclose(client.read("b").embeddings, tokens[:7], rtol=1e-6)
+    client.reset(["a", "b"])
+    client.reset(whole.id)
+    assert [client.session(name).length for name in ("a", "b", whole.id)] == [0, 0, 0]
+    client.delete_session("b")
+    client.delete_session("b", missing_ok=True)
+    with pytest.raises(NotFound):
+        client.delete_session("b")
 
 
 def test_the_life_of_a_session(client: Any) -> None:

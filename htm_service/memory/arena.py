@@ -85,6 +85,8 @@ class Arena:
                 self._reserved.madvise(mmap.MADV_HUGEPAGE)
             flat = torch.frombuffer(self._reserved, dtype=dtype)
             self.contents = flat.view(num_slabs * self.slab_pages, chunk_size, dim)
+        self._num_more: dict[int, int] = {}
+        """Of pages that several sessions hold: how many but one."""
         self._slabs: list[torch.Tensor | None] = []
         self._free: list[_FreePages] = []
         """Those of each slab."""
@@ -128,8 +130,19 @@ class Arena:
             raise
         return pages
 
+    def share(self, pages: list[int]) -> None:
+        """Count pages as held once more: each is in use until it was given back as often."""
+        for page in pages:
+            self._num_more[page] = self._num_more.get(page, 0) + 1
+
+    def is_shared(self, page: int) -> bool:
+        """Whether several hold a page."""
+        return page in self._num_more
+
     def free(self, pages: list[int]) -> None:
         """Give pages back; a slab with no page in use is released."""
+        if self._num_more:
+            pages = [page for page in pages if not self._let_go(page)]
         touched = set()
         for page in reversed(pages):
             self._free[page // self.slab_pages].give(page)
@@ -140,6 +153,13 @@ class Arena:
                 self._free[index] = _FreePages(0, 0)
                 self._forget(index)
                 self._budget.give(self.slab_bytes)
+
+    def _let_go(self, page: int) -> bool:
+        """Whether a page that was given back is still held."""
+        num_more = self._num_more.pop(page, 0)
+        if num_more > 1:
+            self._num_more[page] = num_more - 1
+        return num_more > 0
 
     def page(self, page: int) -> torch.Tensor:
         """One page [C, D], a view."""

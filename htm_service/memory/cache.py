@@ -22,6 +22,7 @@ from htm_service.memory.resident import EpisodeRun, Extent, NewTokens, Resident,
 from htm_service.memory.sketches.code import LEAST_DIM, sketch
 from htm_service.records import Ints
 from htm_service.session_settings import Shape
+from storage.base import Block
 
 SKETCHED_BYTES = 8 << 20
 """Contents of the chunks that are sketched between two batches."""
@@ -77,7 +78,8 @@ class Cache:
             self._hold(resident)
             self.reclaim.resident.move_to_end(resident)
             # Not whether something waits: what waited too long was thrown away, and then the session goes cold here.
-            if resident.held.length < resident.extent.length:
+            extent = resident.extent
+            if resident.held.length < extent.length or resident.num_seen < extent.num_truncated:
                 self._fill(resident)
         return resident.state == "resident"
 
@@ -95,6 +97,7 @@ class Cache:
         """A cold session is loading from now on. Raises OutOfMemory, changing nothing."""
         resident.chunks = self._new_chunks(resident)
         resident.episodes = []
+        resident.num_seen = resident.extent.num_truncated
         resident.state = "loading"
         self.reclaim.loading.add(resident)
         self.num_loads += 1
@@ -102,10 +105,14 @@ class Cache:
     def end_load(self, resident: Resident, error: HTMError | None) -> HTMError | None:
         """The loading session is complete, or cannot be; answers what went wrong.
 
-        Nothing did where it was deleted, though it could not be read to its end: who waited will be told that.
+        Nothing did where it was deleted, though it could not be read to its end: who waited will be told that. Nor
+        where it was truncated while it was read: it is cold again, and who waited will have it loaded anew.
         """
         if resident.is_deleted:
             error = None
+        elif not resident.holds(resident.num_seen):
+            self.offload(resident)
+            return None
         elif error is None:
             try:
                 self._complete(resident)
@@ -250,19 +257,63 @@ class Cache:
     def _take_pending(self, resident: Resident) -> bool:
         """Put what waits behind the tokens there are, and trim; whether nothing lacks now. Raises OutOfMemory."""
         extent, chunks = resident.extent, resident.held  # before: what it counts was added to `pending` before it
-        blocks, length = [], chunks.length
-        for block in resident.take_pending():
-            if block.start > length:
+        blocks: list[Block] = []
+        length = chunks.length
+        for published in resident.take_pending():
+            if published.extent.num_truncated < resident.num_seen:
+                continue  # it was read with a load that began later
+            extent = max(extent, published.extent, key=_by_time)
+            if (block := published.block) is not None:
+                if block.start > length:
+                    return False
+                if block.start == length:  # else it was read with the load
+                    blocks.append(block)
+                    length += block.num_tokens
+                continue
+            if published.child is None:
+                stop = published.extent.length
+                blocks = [block.within(0, stop) for block in blocks if block.start < stop]
+            self._add_all(resident, blocks)
+            blocks = []
+            if published.child is not None:
+                self._share(resident, published.child, published.child_extent)
+            elif not self._truncate(resident, published.extent):
                 return False
-            if block.start == length:  # else it was read with the load
-                blocks.append(block)
-                length += block.num_tokens
-        for new in joined(blocks, resident.settings):
-            self.add(resident, new)
+            length = chunks.length
+        self._add_all(resident, blocks)
         first_position = _first_position(resident, extent)
         if first_position > chunks.first_position:
             self._trim(resident, first_position)
-        return chunks.length >= extent.length
+        return resident.num_seen == extent.num_truncated and chunks.length >= extent.length
+
+    def _add_all(self, resident: Resident, blocks: Sequence[Block]) -> None:
+        for new in joined(blocks, resident.settings):
+            self.add(resident, new)
+
+    def _truncate(self, resident: Resident, extent: Extent) -> bool:
+        """Forget what came after; whether that could be done with what is here. Raises OutOfMemory."""
+        if extent.num_truncated == resident.num_seen:
+            return True  # it was loaded so
+        runs = resident.episodes
+        while runs and runs[-1].start >= extent.length:
+            runs.pop()
+        resident.num_seen = extent.num_truncated
+        return resident.held.truncate(extent.length)
+
+    def _share(self, parent: Resident, child: Resident, extent: Extent) -> None:
+        """Let a child begin resident with what its parent has here, unless something became of it meanwhile."""
+        is_new = child.state == "cold" and not child.is_deleted and not child.num_begun
+        if not is_new or parent.held.first_position > extent.first_position:
+            return
+        try:
+            child.chunks = parent.held.fork(extent.length)
+        except OutOfMemory:
+            return  # it begins cold
+        if child.chunks is not None:
+            child.chunks.trim(child.first_chunk)
+            child.episodes = [run for run in parent.episodes if run.start < extent.length]
+            self.reclaim.resident[child] = None
+            child.state = "resident"
 
     def _trim(self, resident: Resident, first_position: int) -> None:
         """Forget the tokens before a chunk's begin."""
@@ -286,6 +337,11 @@ class Cache:
 def _first_position(resident: Resident, extent: Extent) -> int:
     """Where the session begins; its chunks may be ahead of `extent` by a group or two."""
     return max(extent.first_position, resident.settings.first_position(resident.held.length))
+
+
+def _by_time(extent: Extent) -> tuple[int, int]:
+    """Greater for what a session was later."""
+    return extent.num_truncated, extent.length
 
 
 def _after_trims(chunks: Chunks, new: NewTokens) -> NewTokens:

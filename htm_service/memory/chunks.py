@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from htm_service.errors import OutOfMemory
 from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.device import sent
 from htm_service.memory.sketches.table import SketchTable
@@ -194,6 +195,73 @@ class Chunks:
         self.first_chunk += num_chunks
         self._num_trimmed += num_chunks
         self._look()
+
+    def truncate(self, length: int) -> bool:
+        """Forget the tokens from position `length` on; False, and nothing is changed, where the chunk that is cut has
+        no page. Raises OutOfMemory, changing nothing, where another session holds that page.
+        """
+        if length < self.first_position:
+            self.restart(length // self.chunk_size)
+        if length >= self.length:
+            return True
+        chunk, num_left = divmod(length, self.chunk_size)
+        num_kept = chunk - self.first_chunk + (num_left > 0)
+        if num_left and not self._open_again(chunk, num_left):
+            return False
+        gone = [page for page in self._pages[num_kept:] if page != NO_PAGE]
+        self.num_missing -= len(self._pages) - num_kept - len(gone)
+        self.arena.free(gone)
+        del self._pages[num_kept:]
+        if self.sketches is not None:
+            self.sketches.cut(chunk)
+        self.used_at[num_kept:] = 0
+        self.length = length
+        self._look()
+        return True
+
+    def _open_again(self, chunk: int, num_left: int) -> bool:
+        """Make a chunk the open one, of so many of its tokens; whether it has a page."""
+        page = self._page_of(chunk)
+        if page == NO_PAGE:
+            return False
+        if self.arena.is_shared(page):
+            (mine,) = self.arena.allocate(1)
+            self.arena.page(mine).copy_(self.arena.page(page))
+            self._set_pages([chunk], [mine])
+            self.arena.free([page])
+        self._open_sum = sum_slots(self.page(chunk)[None, :num_left])[0]
+        mean_of(self._open_sum, num_left, out=self._keys[self._row(chunk)])
+        return True
+
+    def fork(self, length: int) -> Chunks | None:
+        """The first `length` tokens as another session's, or None where the chunk that is cut has no page.
+
+        Pages of sealed chunks are shared, keys copied. Raises OutOfMemory, changing nothing.
+        """
+        chunk, num_left = divmod(length, self.chunk_size)
+        if num_left and self._page_of(chunk) == NO_PAGE:
+            return None
+        child = Chunks(self.arena, self._budget, self.first_chunk)
+        num_sealed = chunk - self.first_chunk
+        try:
+            child.reserve(num_sealed + (num_left > 0))
+            child.append_keys(self.keys[:num_sealed])
+            child.adopt(self._pages[:num_sealed])
+            child.used_at[:] = self.used_at[:num_sealed]
+            if num_left:
+                child.append(self.page(chunk)[:num_left])
+        except OutOfMemory:
+            child.free()
+            raise
+        return child
+
+    def adopt(self, pages: Sequence[int]) -> None:
+        """Hold these pages, which others hold too, for the chunks that have none; NO_PAGE among them stays so."""
+        here = [(self.first_chunk + place, page) for place, page in enumerate(pages) if page != NO_PAGE]
+        if here:
+            self.arena.share([page for _, page in here])
+            self._set_pages([chunk for chunk, _ in here], [page for _, page in here])
+            self.num_missing -= len(here)
 
     def restart(self, first_chunk: int) -> None:
         """Forget everything: the next chunk is `first_chunk`."""

@@ -49,10 +49,13 @@ class Fetch:
     tickets: list[Ticket[Any, Any]]
     contents: Contents = field(default_factory=dict)
     errors: dict[Resident, HTMError] = field(default_factory=dict)
+    num_seen: dict[Resident, int] = field(default_factory=dict)
+    """As of how many truncations of each."""
 
     def add(self, resident: Resident, chunks: Sequence[int], ticket: Ticket[Any, Any]) -> None:
         """Fetch these chunks too, for this ticket."""
         wanted = self.chunks.setdefault(resident, [])
+        self.num_seen[resident] = resident.num_seen
         wanted.extend(sorted(set(chunks).difference(wanted)))
         self.tickets.append(ticket)
 

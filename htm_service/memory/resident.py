@@ -6,12 +6,15 @@
     resident   all keys, some contents     goes in when a reader wants     cold, when it is offloaded, lacks what was
                (none yet: no token came)   it, or a chunk is full or begun appended, or was deleted
 
-The device thread owns all of it but three things. The store's thread alone writes `extent` and `is_deleted`, once a
+The device thread owns all of it but four things. The store's thread alone writes `extent` and `is_deleted`, once a
 write is on disk, and adds to `pending`; the device thread takes from there. That closes the races: what the store's
 thread does not add because a session is cold was on disk before, so a load that begins later reads it; what it adds
 while one is offloaded or loaded is in the store too, so the device thread may throw it away, or know it by its
 position when it was read already. Whoever finds that something lacks takes the session off the device: it is
 loaded again.
+A truncation gives positions again, so a position alone does not tell a token. Truncations are numbered: the store's
+thread counts one in `num_begun` before it is on disk, and in `extent` once it is; the device thread counts in
+`num_seen` those that its chunks are as of. What was read from the store holds if none was begun since `num_seen`.
 Does not know the loop's half (`sessions/session.py`), stores, batches or attention.
 """
 
@@ -31,7 +34,7 @@ from htm_service.dtypes import from_bytes, itemsize
 from htm_service.memory.chunks import Chunks
 from htm_service.records import Residency
 from htm_service.session_settings import SessionSettings
-from storage.base import Block, SessionKey
+from storage.base import Block, SessionKey, SessionRow
 
 MAX_PENDING_BYTES = 64 << 20
 """Of one session that wait for the device thread; with more its chunks are read from the store again."""
@@ -42,6 +45,8 @@ class Extent(NamedTuple):
 
     first_position: int
     length: int
+    num_truncated: int = 0
+    """How often it was truncated since it came into memory."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +83,16 @@ def joined(blocks: Sequence[Block], settings: SessionSettings) -> list[NewTokens
     ]
 
 
+class Published(NamedTuple):
+    """What became of a session, and its extent since: tokens came, a child was forked off it, or it was truncated."""
+
+    extent: Extent
+    block: Block | None = None
+    child: Resident | None = None
+    child_extent: Extent = Extent(0, 0)
+    """What the child begins with."""
+
+
 @dataclass(slots=True, eq=False)
 class Resident:
     """See the head of this module. `sid` is the store's number for it; of `settings`, what cannot be changed."""
@@ -87,8 +102,10 @@ class Resident:
     settings: SessionSettings
     extent: Extent
     is_deleted: bool = False
-    pending: deque[Block] = field(default_factory=deque)
-    """Durable tokens that are not in `chunks` yet, as they are at rest."""
+    pending: deque[Published] = field(default_factory=deque)
+    """What is durable and not in `chunks` yet: tokens as they are at rest, and what happened between them."""
+    num_begun: int = 0
+    num_seen: int = 0
     state: Residency = "cold"
     chunks: Chunks | None = None
     episodes: list[EpisodeRun] = field(default_factory=list)
@@ -130,18 +147,33 @@ class Resident:
         are the first: what waits of a session that never came to the device would be in nobody's budget.
         """
         before, length = self.extent, new.start + new.num_tokens
-        if self.state != "cold":
-            if self.state == "resident" and self._num_pending_bytes() > MAX_PENDING_BYTES:
-                self.pending.clear()
-            self.pending.append(new)
-        self.extent = Extent(first_position, length)
+        if self.state == "resident" and self._num_pending_bytes() > MAX_PENDING_BYTES:
+            self.pending.clear()
+        self._publish(Published(Extent(first_position, length, before.num_truncated), new))
         size = self.settings.chunk_size
         is_first = not before.length
         return is_first or first_position > before.first_position or length // size > before.length // size
 
-    def take_pending(self) -> list[Block]:
+    def publish_truncation(self, first_position: int, length: int) -> None:
+        """Let readers see that the tokens after a length are gone; it was counted as begun (the store's thread)."""
+        self._publish(Published(Extent(first_position, length, self.extent.num_truncated + 1)))
+
+    def publish_fork(self, child: Resident) -> None:
+        """Have a child, of which nobody knows yet, share what there is on the device (the store's thread)."""
+        self._publish(Published(self.extent, child=child, child_extent=child.extent))
+
+    def _publish(self, new: Published) -> None:
+        if self.state != "cold":
+            self.pending.append(new)
+        self.extent = new.extent
+
+    def holds(self, num_seen: int) -> bool:
+        """Whether what was read of the store as of so many truncations is so on the device, and will be."""
+        return self.num_seen == num_seen == self.num_begun
+
+    def take_pending(self) -> list[Published]:
         """What waits now, taken out (the device thread)."""
-        blocks: list[Block] = []
+        blocks: list[Published] = []
         with contextlib.suppress(IndexError):  # the store's thread threw the rest away meanwhile
             for _ in range(len(self.pending)):
                 blocks.append(self.pending.popleft())
@@ -150,3 +182,10 @@ class Resident:
     def _num_pending_bytes(self) -> int:
         chunks = self.chunks
         return (self.extent.length - (chunks.length if chunks is not None else 0)) * self.token_bytes
+
+
+class Forked(NamedTuple):
+    """What a fork made, and its half on the device."""
+
+    row: SessionRow
+    resident: Resident

@@ -15,9 +15,10 @@ from typing import Any, NamedTuple
 from htm_service.attention.catalog import Catalog
 from htm_service.config import EngineConfig
 from htm_service.errors import HTMError, InvalidArgument, LengthConflict, SessionDamaged
+from htm_service.memory.resident import Extent
 from htm_service.reads.cost import merge, split
 from htm_service.reads.runner import Attend
-from htm_service.reads.visibility import Trimmed
+from htm_service.reads.visibility import Trimmed, Truncated
 from htm_service.reads.weights import Outgrown, Weights
 from htm_service.reads.worker import DeviceWorker
 from htm_service.records import (
@@ -82,8 +83,7 @@ class Attends:
     async def attend(self, session: Session, request: AttendRequest) -> AttendResult:
         """Answer a checked request over the session as it is now, or as it was at `stop`."""
         name = name_of(session, request)
-        result = await self._answer(session, name, request)
-        answer = await self._with_payloads(session, result) if request.payloads else result
+        result, answer = await self._answered(session, name, request)
         self._account(session, request, result, name)
         return answer
 
@@ -136,7 +136,8 @@ class Attends:
         session.num_attends += 1
         session.num_queries += len(request.queries)
         now = self._clock()
-        is_kept, is_read = session.recalls.is_kept, self._feed.is_read
+        is_kept = session.recalls.is_kept and result.num_truncated == session.resident.extent.num_truncated
+        is_read = self._feed.is_read
         if is_kept or is_read:
             recall = account(request, result, name, now)
             if is_kept:
@@ -147,11 +148,21 @@ class Attends:
     async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:
         """How the one query of a checked request ranks the chunks it sees, `limit` of them. It is no recall."""
         name = name_of(session, request)
-        result = await self._answer(session, name, request, num_ranked=limit)
-        if request.payloads:
-            result = await self._with_payloads(session, result)
+        _, result = await self._answered(session, name, request, num_ranked=limit)
         assert result.ranking is not None
         return Explanation(result, result.ranking, name)
+
+    async def _answered(
+        self, session: Session, name: str, request: AttendRequest, num_ranked: int = 0
+    ) -> tuple[AttendResult, AttendResult]:
+        """The result, and the same with payloads where they are asked for."""
+        while True:
+            result = await self._answer(session, name, request, num_ranked)
+            if not request.payloads:
+                return result, result
+            answer = await self._with_payloads(session, result)
+            if session.resident.num_begun == result.num_truncated:  # else they may be of tokens that came later
+                return result, answer
 
     async def _answer(self, session: Session, name: str, request: AttendRequest, num_ranked: int = 0) -> AttendResult:
         asked = Attend(session.resident, await self.weights_of(session, name, request), request, num_ranked)
@@ -192,7 +203,7 @@ class Attends:
         together: list[tuple[int, Attend, int]] = []
         alone: list[int] = []
         for place, (session, asked) in enumerate(wanted):
-            attend = _admitted(asked, session.length)
+            attend = _admitted(asked, session.resident.extent)
             cost, at_once, _ = self._cost(session, attend)
             if len(attend.request.queries) <= at_once:
                 together.append((place, attend, cost * len(attend.request.queries)))
@@ -204,7 +215,7 @@ class Attends:
             found = await entry.within(deadline, timeout_s)
             for (place, _, _), outcome in zip(together, found, strict=True):
                 is_gone = isinstance(outcome, Trimmed) and wanted[place][1].request.stop is None
-                if is_gone or isinstance(outcome, Outgrown):  # it is admitted anew
+                if is_gone or isinstance(outcome, Outgrown | Truncated):  # it is admitted anew
                     alone.append(place)
                 else:
                     outcomes[place] = outcome
@@ -224,10 +235,10 @@ class Attends:
         """
         request = asked.request
         deadline, timeout_s = limit or self.deadline_of(request)  # one for all that is tried
-        length, was_torn = session.length, False
+        extent, was_torn = session.resident.extent, False
         while True:
             self._check_answers([asked])
-            attend = _admitted(asked, length)
+            attend, length = _admitted(asked, extent), extent.length
             cost, at_once, room = self._cost(session, attend)
             try:
                 if len(request.queries) <= (room if was_torn else at_once):
@@ -248,7 +259,12 @@ class Attends:
                         f"the masks are of {length} tokens, all of which were trimmed before the attend began",
                         length=session.length,
                     ) from None
-                length = session.length
+                extent = session.resident.extent
+            except Truncated as error:
+                if request.is_masked and request.stop is None:
+                    raise LengthConflict(f"the masks are of {length} tokens: {error}", length=session.length) from None
+                await asyncio.sleep(0)  # the loop is told a moment after the device
+                extent = session.resident.extent
 
     def deadline_of(self, request: AttendRequest) -> tuple[float, float]:
         """When a request that comes now must be answered, on the loop's clock, and in how many seconds that is."""
@@ -287,7 +303,7 @@ class Attends:
             return result
         most = self._config.max_answer_bytes
         try:
-            texts = await self._payloads.of(session, _positions(result))
+            texts = await self._payloads.of(session, _positions(result), result.num_truncated)
         except SessionDamaged as error:
             session.damage = error.detail
             raise
@@ -296,13 +312,17 @@ class Attends:
     async def _add_payloads(self, rows: Sequence[_Row], outcomes: dict[int, AttendResult | Exception]) -> None:
         """The same for many results, in place, which hold no more together than one may."""
         found = [(row, result) for row in rows if isinstance(result := outcomes[row.place], AttendResult)]
-        reads = (self._payloads.of(row.session, _positions(result)) for row, result in found)
+        reads = (self._payloads.of(row.session, _positions(result), result.num_truncated) for row, result in found)
         left = self._config.max_answer_bytes
         for (row, result), texts in zip(found, await asyncio.gather(*reads, return_exceptions=True), strict=True):
             try:
-                if isinstance(texts, BaseException):
+                if row.session.resident.num_begun != result.num_truncated:  # they may be of tokens that came later
+                    _, filled = await self._answered(row.session, row.name, row.asked.request)
+                elif isinstance(texts, BaseException):
                     raise texts
-                outcomes[row.place] = filled = self._filled(result, texts, left)
+                else:
+                    filled = self._filled(result, texts, left)
+                outcomes[row.place] = filled
                 left -= recalled_bytes(filled.recalled)
             except HTMError as error:
                 outcomes[row.place] = error
@@ -331,11 +351,11 @@ def name_of(session: Session, request: AttendRequest) -> str:
     return session.settings.model if request.model is None else request.model
 
 
-def _admitted(asked: Attend, length: int) -> Attend:
-    """An attend on its way: its masks are as long as the session is now, `length`, however long it waits."""
-    attend = replace(asked)
+def _admitted(asked: Attend, extent: Extent) -> Attend:
+    """An attend on its way: its masks are as long as the session is now, however long it waits."""
+    attend = replace(asked, num_truncated=extent.num_truncated)
     if asked.request.is_masked and asked.request.stop is None:
-        attend.see_as_of(length)
+        attend.see_as_of(extent.length)
     return attend
 
 

@@ -44,6 +44,11 @@ class Find(Attend):
     wanted: Collection[int] = ()
     """Positions that are to be among these."""
 
+    def begin_anew(self, num_truncated: int) -> None:
+        """See `Attend.begin_anew`."""
+        self.num_truncated = num_truncated
+        self.known_scores, self.known_tokens, self.wanted = {}, {}, ()
+
     def products_per_query(self, num_tokens: int) -> int:
         """Those of the keys, of the tokens scored, and of the sketches, or of all tokens."""
         dim, size = self.resident.settings.dim, self.resident.settings.chunk_size

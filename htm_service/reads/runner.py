@@ -74,6 +74,8 @@ class Attend:
     """Chunks that an explanation of its one query lists; 0: it is none."""
     length: int | None = None
     """How long the session was when the attend was admitted, where it must be answered as of then."""
+    num_truncated: int = 0
+    """How often the session was truncated before."""
     visibility: Visibility | None = None
     """What it sees, once that is planned."""
     known_keys: Mapping[SeenTo, Tensor] = field(default_factory=dict)
@@ -88,6 +90,10 @@ class Attend:
             self.length = length
         if self.request.stop is None:
             self.request = replace(self.request, stop=self.length)
+
+    def begin_anew(self, num_truncated: int) -> None:
+        """Forget what is known of the tokens: the session was truncated so often since it began."""
+        self.num_truncated, self.known_keys = num_truncated, {}
 
     def part(self, request: AttendRequest, length: int) -> Self:
         """One with some of its queries, which sees this length."""

@@ -16,7 +16,7 @@ from htm_service.config import EngineConfig
 from htm_service.errors import InvalidArgument, SessionDamaged
 from htm_service.reads.attends import Attends, name_of
 from htm_service.reads.finder import Find
-from htm_service.records import AttendRequest, SearchAllResult, SearchRequest, SearchResult
+from htm_service.records import AttendRequest, SearchAllResult, SearchRequest, SearchResult, Timing
 from htm_service.sessions.payloads import Payloads
 from htm_service.sessions.session import Session
 
@@ -38,24 +38,32 @@ class Searches:
 
     async def search(self, session: Session, request: SearchRequest) -> SearchResult:
         """The tokens that score best against each query of a checked request."""
-        result = await self._find(session, request)
-        return await self._with_payloads(session, result) if request.payloads else result
+        while True:
+            result = await self._find(session, request)
+            if not request.payloads:
+                return result
+            answer = await self._with_payloads(session, result)
+            if session.resident.num_begun == result.num_truncated:  # else they may be of tokens that came later
+                return answer
 
     async def search_all(self, sessions: Sequence[Session], request: SearchRequest) -> SearchAllResult:
         """The same over all these sessions together; equal scores in their order."""
-        results: list[SearchResult] = []
-        for first in range(0, len(sessions), AT_ONCE):
-            some = sessions[first : first + AT_ONCE]
-            results += await asyncio.gather(*(self._find(session, request) for session in some))
-        best = _best(results, len(request.queries), request.num_wanted)
-        if request.payloads:  # of the best alone
-            kept = [_only(result, place, best) for place, result in enumerate(results)]
-            filled = await asyncio.gather(
-                *(self._with_payloads(session, only) for session, only in zip(sessions, kept, strict=True))
-            )
-            results = [result._replace(payloads=only.payloads) for result, only in zip(results, filled, strict=True)]
-        timings = [result.timing for result in results]
-        timing = max(timings, key=lambda timing: timing.compute_s) if timings else SearchAllResult([], [], []).timing
+        while True:
+            results: list[SearchResult] = []
+            for first in range(0, len(sessions), AT_ONCE):
+                some = sessions[first : first + AT_ONCE]
+                results += await asyncio.gather(*(self._find(session, request) for session in some))
+            best = _best(results, len(request.queries), request.num_wanted)
+            if request.payloads:  # of the best alone
+                kept = [_only(result, place, best) for place, result in enumerate(results)]
+                filled = await asyncio.gather(*map(self._with_payloads, sessions, kept))
+                results = [
+                    result._replace(payloads=only.payloads) for result, only in zip(results, filled, strict=True)
+                ]
+            seen = zip(sessions, results, strict=True)
+            if not request.payloads or all(of.resident.num_begun == result.num_truncated for of, result in seen):
+                break
+        timing = max((result.timing for result in results), key=lambda timing: timing.compute_s, default=Timing())
         return SearchAllResult([session.id for session in sessions], results, best, timing)
 
     async def _find(self, session: Session, request: SearchRequest) -> SearchResult:
@@ -97,7 +105,7 @@ class Searches:
 
     async def _with_payloads(self, session: Session, result: SearchResult) -> SearchResult:
         positions = np.unique(result.position[result.position >= 0]).tolist()
-        texts = await self._payloads.of(session, positions)
+        texts = await self._payloads.of(session, positions, result.num_truncated)
         listed = np.unique(result.position, return_counts=True)
         num_bytes = sum(
             len(texts[position]) * count

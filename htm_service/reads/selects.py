@@ -16,7 +16,7 @@ from htm_service.config import MAX_TOP_K
 from htm_service.errors import LengthConflict, SessionDamaged
 from htm_service.reads.attends import Attends
 from htm_service.reads.runner import Select
-from htm_service.reads.visibility import Trimmed
+from htm_service.reads.visibility import Trimmed, Truncated
 from htm_service.reads.weights import Weights
 from htm_service.reads.worker import DeviceWorker
 from htm_service.records import AttendRequest, SelectResult
@@ -74,6 +74,7 @@ class Selects:
             request=replace(request, queries=queries, stop=stop, chunk_mask=chunk_mask),
             weights=Weights.fixed(self._key_space, MAX_TOP_K),
             length=result.length,
+            num_truncated=result.num_truncated,
         )
         future = self._worker.submit(select, chunk_mask.size * session.settings.dim)
         try:
@@ -81,7 +82,7 @@ class Selects:
             assert isinstance(brought, SelectResult) and brought.taken is not None
             result = result._replace(taken=brought.taken, timing=result.timing.plus(brought.timing))
             is_whole = len(brought.taken.index) == len(chunks)
-        except Trimmed:
+        except (Trimmed, Truncated):
             is_whole = False
         if not is_whole:
             raise LengthConflict(

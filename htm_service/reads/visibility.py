@@ -29,6 +29,10 @@ class Trimmed(InvalidArgument):
     """Of what an attend was to see, as of then, all was trimmed."""
 
 
+class Truncated(InvalidArgument):
+    """The tokens that an attend was to see, as of then, are not those that are there now."""
+
+
 @dataclass(frozen=True, slots=True)
 class Visibility:
     """Tokens `start` .. `stop`-1 are visible, less those that `token_mask` [n] bool (host) hides."""

@@ -28,7 +28,7 @@ from htm_service.memory.loader import Fetch, Loader
 from htm_service.memory.resident import Resident
 from htm_service.reads.finder import Find, Finder
 from htm_service.reads.runner import Attend, Missing, Runner
-from htm_service.reads.visibility import Trimmed, ends_of, keys_of, plan_visibility
+from htm_service.reads.visibility import Trimmed, Truncated, ends_of, keys_of, plan_visibility
 from htm_service.records import AttendResult, Ints, SearchResult, SelectResult, Timing
 from htm_service.threads.batcher import LATER, Batcher, Entry, Outcome, Ticket
 
@@ -221,6 +221,8 @@ class DeviceWorker:
             return
         attend, resident, fetch, missing = job, job.resident, job.fetch, job.missing
         attend.fetch = attend.missing = None
+        if not resident.holds(fetch.num_seen[resident]):
+            return  # truncated since: what lacks now is looked for again
         if resident in fetch.errors:
             raise fetch.errors[resident]
         stored = fetch.contents.get(resident, {})
@@ -253,7 +255,7 @@ class DeviceWorker:
                 self.cache.touch(attend.resident, _chunks_of(result))
                 length = result.length if attend.length is None else attend.length
                 timing = Timing(ticket.queue_s, compute_s, 0.0, batch_size)
-                result = result._replace(length=length, timing=timing)
+                result = result._replace(length=length, timing=timing, num_truncated=attend.num_truncated)
                 if isinstance(result, AttendResult):
                     result = result._replace(model_hash=attend.model.hash, top_k=attend.top_k)
             outcomes[ticket] = result
@@ -265,8 +267,12 @@ def _chunks_of(result: AttendResult | SelectResult | SearchResult) -> Ints:
 
 
 def _see(attend: Attend) -> None:
-    """Plan what an attend sees of the session as it is now. Raises InvalidArgument, Trimmed."""
+    """Plan what an attend sees of the session as it is now. Raises InvalidArgument, Trimmed, Truncated."""
     chunks, settings = attend.chunks, attend.resident.settings
+    if attend.num_truncated != attend.resident.num_seen:
+        if attend.length is not None:
+            raise Truncated(f"the session was truncated since its length was {attend.length}")
+        attend.begin_anew(attend.resident.num_seen)
     if attend.length is not None and attend.length == attend.request.stop == chunks.first_position > 0:
         raise Trimmed(f"the session's tokens before {attend.length}, its length until then, were trimmed")
     attend.visibility = plan_visibility(

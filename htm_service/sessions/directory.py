@@ -17,6 +17,7 @@ from weakref import WeakValueDictionary
 
 from htm_service.cursors import decode_cursor, encode_cursor
 from htm_service.errors import (
+    InvalidArgument,
     QuotaExceeded,
     SessionConflict,
     SessionDamaged,
@@ -26,7 +27,7 @@ from htm_service.errors import (
     Unhealthy,
     clipped,
 )
-from htm_service.memory.resident import Extent, Resident
+from htm_service.memory.resident import Extent, Forked, Resident
 from htm_service.records import Change, Event, SessionChange, SessionInfo, SessionPage
 from htm_service.session_settings import SessionSettings, wrong_with
 from htm_service.sessions import validation
@@ -39,6 +40,7 @@ from storage.base import (
     FIRST_KEY,
     CreateSession,
     DeleteSession,
+    Fork,
     NoSuchSession,
     Publish,
     SessionExists,
@@ -48,6 +50,7 @@ from storage.base import (
     StoreError,
     UpdateSession,
     Write,
+    WrongLength,
 )
 
 EXPIRED_REMEMBERED = 10_000
@@ -123,26 +126,20 @@ class Directory:
 
     async def create(self, key: SessionKey, settings: SessionSettings) -> tuple[Session, bool]:
         """The new session, or the one that is there (False). Its settings are the caller's to compare."""
-        now = self._clock()
         while True:
-            try:
-                return await self.get(key), False
-            except SessionExpired:  # where it could not be deleted, say why: its id is not free before
-                if (expired := self._sessions.get(key)) is not None:
-                    await self._expire(expired)
-            except SessionNotFound:
-                pass
-            async with self._lock(key):
+            if (found := await self._in_the_way(key)) is not None:
+                return found, False
+            async with self.lock(key):
                 try:
-                    return await self._make(CreateSession(_row(key, settings, now))), True
+                    return await self._make(CreateSession(self._row(key, settings))), True
                 except SessionExists:  # by a create that was faster: look again
                     continue
 
     async def publish(self, key: SessionKey, sid: int, settings: SessionSettings) -> Session:
         """The session that was staged as `sid`, by its own name from now on. Raises SessionConflict, QuotaExceeded."""
-        async with self._lock(key):
+        async with self.lock(key):
             try:
-                return await self._make(Publish(sid, _row(key, settings, self._clock())))
+                return await self._make(Publish(sid, self._row(key, settings)))
             except SessionExists:
                 raise taken(key) from None
 
@@ -166,9 +163,61 @@ class Directory:
         self._tell(session.key, "created")
         return session
 
+    async def fork(
+        self, session: Session, key: SessionKey, length: int | None, labels: Mapping[str, str] | None
+    ) -> Session:
+        """A new session with the first tokens of one, all when `length` is None, and its settings, labels maybe others.
+
+        Raises SessionConflict, InvalidArgument, SessionNotFound, QuotaExceeded.
+        """
+        settings = session.settings if labels is None else replace(session.settings, labels=labels)
+        while True:
+            if await self._in_the_way(key) is not None:
+                raise SessionConflict(f"session {key.id!r} exists already, a fork is a new one")
+            write = Fork(session.sid, self._row(key, settings), settings.chunk_size, length)
+            async with self.lock(key):
+                try:
+                    forked = await self._write(write, session.resident)
+                except base.QuotaExceeded as error:
+                    raise QuotaExceeded(str(error)) from None
+                except NoSuchSession:
+                    raise SessionNotFound(f"there is no session {session.id!r}") from None
+                except WrongLength as error:
+                    raise wrong_cut(session, length or 0, error) from None
+                except SessionExists:
+                    continue
+                assert isinstance(forked, Forked)
+                self._expired.pop(key, None)
+                child = self._add(forked.row, forked.resident)
+                self._tell(key, "forked")
+                return child
+
+    async def _in_the_way(self, key: SessionKey) -> Session | None:
+        """The session of this name, which is to be made. Raises where one that expired cannot be deleted."""
+        try:
+            return await self.get(key)
+        except SessionExpired:  # where it could not be deleted, say why: its id is not free before
+            if (expired := self._sessions.get(key)) is not None:
+                await self._expire(expired)
+        except SessionNotFound:
+            pass
+        return None
+
+    def _row(self, key: SessionKey, settings: SessionSettings) -> SessionRow:
+        """What the store is given of a new session."""
+        now = self._clock()
+        return SessionRow(
+            key.id,
+            settings.stored(),
+            now,
+            max_tokens=settings.max_tokens,
+            updated_at=now,
+            namespace=key.namespace,
+        )
+
     async def update(self, session: Session, change: SessionChange) -> None:
         """Change labels, ttl_s or model, durably."""
-        async with self._lock(session.key):
+        async with self.lock(session.key):
             settings = session.settings
             if change.labels is not None:
                 settings = replace(settings, labels=change.labels)
@@ -185,7 +234,7 @@ class Directory:
 
     async def delete(self, session: Session) -> None:
         """Delete durably."""
-        async with self._lock(session.key):
+        async with self.lock(session.key):
             await self._delete(session)
 
     async def _delete(self, session: Session) -> None:
@@ -207,7 +256,7 @@ class Directory:
         """Delete the sessions of a namespace with this prefix and these labels, page by page; the `sid`s of each."""
 
         async def delete(row: SessionRow) -> bool:
-            async with self._lock(row.key):
+            async with self.lock(row.key):
                 session = self._sessions.get(row.key) or self._of(row)
                 if session is None or session.sid != row.sid:  # deleted meanwhile, and maybe made anew
                     return False
@@ -227,7 +276,7 @@ class Directory:
 
     async def delete_unreadable(self, key: SessionKey) -> int:
         """Delete durably a session whose settings cannot be read, so that it never came in here; its `sid`."""
-        async with self._lock(key):
+        async with self.lock(key):
             row = await self._look_up(key)
             if row is None or wrong_with(row.settings) is None:  # deleted meanwhile, and maybe made anew
                 raise SessionNotFound(f"there is no session {key.id!r}")
@@ -325,7 +374,7 @@ class Directory:
             return None
 
     async def _find(self, key: SessionKey) -> Session | None:
-        async with self._lock(key):
+        async with self.lock(key):
             if key in self._sessions:
                 return self._sessions[key]
             row = await self._look_up(key)
@@ -345,7 +394,7 @@ class Directory:
 
     async def _expire(self, session: Session) -> None:
         """Delete a session that is past its ttl_s, unless it was used or changed while this waited for its lock."""
-        async with self._lock(session.key):
+        async with self.lock(session.key):
             session = self._sessions.get(session.key, session)
             if session.resident.is_deleted or not session.is_expired(self._clock()):
                 return
@@ -360,17 +409,18 @@ class Directory:
         if self._feed.is_read:
             self._feed.tell(Event("session", key, self._clock(), change))
 
-    def _lock(self, key: SessionKey) -> asyncio.Lock:
+    def lock(self, key: SessionKey) -> asyncio.Lock:
+        """Held by whoever makes, changes or deletes a session, or cuts it: one at a time."""
         return self._locks.setdefault(key, asyncio.Lock())
 
-    def _add(self, row: SessionRow) -> Session:
-        session = self._sessions[row.key] = self._new(row)
+    def _add(self, row: SessionRow, resident: Resident | None = None) -> Session:
+        session = self._sessions[row.key] = self._new(row, resident)
         return session
 
-    def _new(self, row: SessionRow) -> Session:
+    def _new(self, row: SessionRow, resident: Resident | None = None) -> Session:
         settings = SessionSettings.of_row(row)
         return Session(
-            Resident(row.key, row.sid, settings, Extent(row.first_position, row.length)),
+            resident or Resident(row.key, row.sid, settings, Extent(row.first_position, row.length)),
             settings,
             created_at=row.created_at,
             updated_at=row.updated_at,
@@ -386,10 +436,12 @@ def taken(key: SessionKey) -> SessionConflict:
     return SessionConflict(f"there is a session {key.id!r} already; delete it first, or name this one otherwise")
 
 
-def _row(key: SessionKey, settings: SessionSettings, now: float) -> SessionRow:
-    """A new session's."""
-    return SessionRow(
-        key.id, settings.stored(), now, max_tokens=settings.max_tokens, updated_at=now, namespace=key.namespace
+def wrong_cut(session: Session, length: int, error: WrongLength) -> InvalidArgument:
+    """Why a session cannot be cut at a length, which the store refused."""
+    if length > error.length:
+        return InvalidArgument(f"length is {length}, the length of session {session.id!r} is {error.length}")
+    return InvalidArgument(
+        f"length is {length}, the tokens of session {session.id!r} before {session.first_position} were trimmed"
     )
 
 

@@ -1,7 +1,8 @@
 """Payloads in host memory: those that were appended or read last, so that most answers need not ask the store.
 
-What is here is a copy: the store has it. Of a session tokens go in the order in which they came, and first those of the
-session that was asked for longest ago. That a token has no payload is known here too.
+What is here is a copy: the store has it. A truncation gives positions again, so what is kept of a session is as of so
+many truncations, and is found only by who saw it so. Of a session tokens go in the order in which they came, and first
+those of the session that was asked for longest ago. That a token has no payload is known here too.
 One thread: the event loop. Does not know stores or requests.
 """
 
@@ -17,8 +18,11 @@ ENTRY_BYTES = 150
 
 @dataclass(slots=True)
 class _Held:
-    """Of one session: payloads by position, None where a token has none, in the order in which they came."""
+    """Of one session as of so many truncations: payloads by position, None where a token has none, in the order in
+    which they came.
+    """
 
+    num_truncated: int
     payloads: dict[int, bytes | None] = field(default_factory=dict)
     num_bytes: int = 0
 
@@ -32,21 +36,21 @@ class PayloadCache:
         self.num_hits = 0
         self.num_misses = 0
         self.num_forgotten = 0
-        """How often something was dropped because it is not so any more: what was read before must not come in."""
+        """How often something was dropped because it is gone: what was read before must not come in."""
         self._held: OrderedDict[int, _Held] = OrderedDict()
 
     def append(self, sid: int, start: int, payloads: Sequence[bytes | None]) -> None:
-        """Keep what was appended from position `start` on."""
-        self._add(sid, enumerate(payloads, start))
+        """Keep what was appended from position `start` on to a session that was never truncated."""
+        self._add(sid, 0, enumerate(payloads, start))
 
-    def add(self, sid: int, positions: Iterable[int], payloads: Mapping[int, bytes]) -> None:
+    def add(self, sid: int, num_truncated: int, positions: Iterable[int], payloads: Mapping[int, bytes]) -> None:
         """Keep what was read of these positions; those that are not among the payloads have none."""
-        self._add(sid, ((position, payloads.get(position)) for position in positions))
+        self._add(sid, num_truncated, ((position, payloads.get(position)) for position in positions))
 
-    def find(self, sid: int, positions: Sequence[int]) -> tuple[dict[int, bytes], list[int]]:
+    def find(self, sid: int, num_truncated: int, positions: Sequence[int]) -> tuple[dict[int, bytes], list[int]]:
         """The payloads that are here, and the positions of which nothing is known."""
         held = self._held.get(sid)
-        if held is None:
+        if held is None or held.num_truncated != num_truncated:
             self.num_misses += len(positions)
             return {}, list(positions)
         self._held.move_to_end(sid)
@@ -65,23 +69,21 @@ class PayloadCache:
         self.num_hits += len(positions) - len(missing)
         return found, missing
 
-    def forget(self, sid: int, start: int = 0) -> None:
-        """Drop what is kept of a session from position `start` on."""
+    def forget(self, sid: int) -> None:
+        """Drop what is kept of a session: some of it, or all, is gone."""
         self.num_forgotten += 1
-        held = self._held.get(sid)
-        if held is None:
-            return
-        if start == 0:
+        held = self._held.pop(sid, None)
+        if held is not None:
             self.num_bytes -= held.num_bytes
-            del self._held[sid]
-            return
-        for position in [position for position in held.payloads if position >= start]:
-            self._drop(held, position)
 
-    def _add(self, sid: int, payloads: Iterable[tuple[int, bytes | None]]) -> None:
+    def _add(self, sid: int, num_truncated: int, payloads: Iterable[tuple[int, bytes | None]]) -> None:
         if not self.max_bytes:
             return
-        held = self._held.setdefault(sid, _Held())
+        held = self._held.get(sid)
+        if held is None or held.num_truncated != num_truncated:
+            if held is not None:
+                self.forget(sid)
+            held = self._held[sid] = _Held(num_truncated)
         self._held.move_to_end(sid)
         for position, body in payloads:
             if position in held.payloads:

@@ -38,13 +38,14 @@ class Payloads:
         self._store = store
         self._max_bytes = max_bytes
 
-    async def of(self, session: Session, positions: Sequence[int], max_bytes: int | None = None) -> Texts:
-        """Those of tokens that were there; of those trimmed meanwhile maybe none.
+    async def of(self, session: Session, positions: Sequence[int], num_truncated: int) -> Texts:
+        """Those of tokens that were there when the session had been truncated so often; of those trimmed meanwhile
+        maybe none, and where it was truncated since, of others.
 
         Raises SessionNotFound, SessionDamaged, and InvalidArgument when they have more bytes than an answer may hold.
         """
-        most = self._max_bytes if max_bytes is None else max_bytes
-        found, missing = self.cache.find(session.sid, positions)
+        most = self._max_bytes
+        found, missing = self.cache.find(session.sid, num_truncated, positions)
         num_bytes = sum(map(len, found.values()))
         if missing and num_bytes <= most:
             before = self.cache.num_forgotten
@@ -53,8 +54,8 @@ class Payloads:
             except TooManyBytes:
                 num_bytes = most + 1
             else:
-                if self.cache.num_forgotten == before:
-                    self.cache.add(session.sid, missing, texts)
+                if self.cache.num_forgotten == before and session.resident.num_begun == num_truncated:
+                    self.cache.add(session.sid, num_truncated, missing, texts)
                 return {**found, **texts}
         if num_bytes > most:
             raise InvalidArgument(

@@ -115,6 +115,27 @@ class RecallLog:
         self._mass = self._mass[num_chunks:].copy()
         self._last_at = self._last_at[num_chunks:].copy()
 
+    def truncate(self, length: int, chunk_size: int) -> None:
+        """Forget what was recalled of the tokens from position `length` on: the accounts of attends that saw some, and
+        the counters of chunks that have none left.
+        """
+        self._count()
+        kept = [(recall, query) for recall, query in self._with_queries() if recall.stop <= length]
+        self._ring.clear()
+        self._ring.extend(recall for recall, _ in kept)
+        if self._queries is not None:
+            self._queries.clear()
+            self._queries.extend(query for _, query in kept if query is not None)
+        self._first_chunk = min(self._first_chunk, length // chunk_size)
+        gone = slice(-(-length // chunk_size) - self._first_chunk, None)
+        for counters in (self._num_recalls, self._mass, self._last_at):
+            counters[gone] = 0
+
+    def _with_queries(self) -> list[tuple[Recall, bytes | None]]:
+        """The accounts, oldest first, the last of them with their queries."""
+        queries = list(self._queries or ())
+        return list(zip(self._ring, [*[None] * (len(self._ring) - len(queries)), *queries], strict=True))
+
     def _count(self) -> None:
         """Bring the counters up to date."""
         if not self._num_uncounted:

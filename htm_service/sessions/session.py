@@ -81,7 +81,7 @@ class Session:
     def info(self) -> SessionInfo:
         """The session under inspection."""
         resident, chunks = self.resident, self.resident.chunks
-        first_position, length = resident.extent
+        first_position, length, _ = resident.extent
         return SessionInfo(
             id=self.id,
             **asdict(self.settings),

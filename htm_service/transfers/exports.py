@@ -51,7 +51,7 @@ class Export:
         self._store = store
         self._directory = directory
         self._session = session
-        self._first, self._stop = session.resident.extent
+        self._first, self._stop, _ = session.resident.extent
         self._token_bytes = session.resident.token_bytes
         self._episodes = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115 - closed by `close`
         self._offsets = tempfile.SpooledTemporaryFile(SPOOL_BYTES)  # noqa: SIM115

@@ -105,7 +105,7 @@ class Appends:
         if not written.replayed:
             if written.first_position:
                 session.recalls.trim(session.first_chunk)
-            if write.payloads is not None:
+            if write.payloads is not None and not session.resident.num_begun:
                 self._payloads.append(session.sid, written.start, write.payloads)
             session.num_appends += 1
             session.updated_at = self._clock()

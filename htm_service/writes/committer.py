@@ -11,14 +11,14 @@ Does not know SQL, requests or attention.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
 
 from prometheus_client import Histogram
 
-from htm_service.memory.resident import Resident
+from htm_service.memory.resident import Extent, Forked, Resident
 from htm_service.reads.worker import DeviceWorker
 from htm_service.store_errors import write_failure
 from htm_service.threads.batcher import LATER, Batcher, Outcome, Ticket
@@ -27,6 +27,7 @@ from storage.base import (
     Appended,
     Block,
     DeleteSession,
+    Fork,
     KeyRow,
     ModelRow,
     Quota,
@@ -34,6 +35,7 @@ from storage.base import (
     SessionRow,
     Store,
     StoreError,
+    Truncate,
     Write,
 )
 
@@ -63,7 +65,7 @@ class Upkeep:
 
 
 Work = Change | Upkeep
-Written = SessionRow | Appended | KeyRow | Quota | ModelRow | bool
+Written = SessionRow | Forked | Appended | KeyRow | Quota | ModelRow | bool
 WorkTicket = Ticket[Work, Written]
 
 
@@ -81,6 +83,7 @@ class Committer:
         self.queue = queue
         self.num_appended_tokens = 0
         self.num_trimmed_tokens = 0
+        self.num_truncated_tokens = 0
         self._store = store
         self._device = device
         self._clock = clock
@@ -125,8 +128,14 @@ class Committer:
         changes = [ticket.item for ticket in tickets if isinstance(ticket.item, Change)]
         if not changes:
             return [_outcome_of(ticket.item) for ticket in tickets if isinstance(ticket.item, Upkeep)]
-        with self._commit_seconds.time():
-            written = iter(self._store.write([change.write for change in changes], now=self._clock()))
+        truncated = [change.resident for change in changes if isinstance(change.write, Truncate)]
+        _begin(truncated, 1)
+        try:
+            with self._commit_seconds.time():
+                written = iter(self._store.write([change.write for change in changes], now=self._clock()))
+        except BaseException:
+            _begin(truncated, -1)
+            raise
         if len(changes) < len(tickets):
             self.queue.requeue([ticket for ticket in tickets if isinstance(ticket.item, Upkeep)])
         outcomes: list[Outcome[Written]] = [
@@ -146,6 +155,8 @@ class Committer:
         assert isinstance(ticket.item, Change)
         write, resident = ticket.item
         if resident is None or isinstance(outcome, Refused):
+            if isinstance(write, Truncate):
+                _begin([resident], -1)
             return outcome
         if isinstance(outcome, Appended) and isinstance(write, Append) and not outcome.replayed:
             new = Block(outcome.start, write.num_tokens, write.data, write.episode)
@@ -153,6 +164,17 @@ class Committer:
             self.num_trimmed_tokens += outcome.first_position - resident.extent.first_position
             if resident.publish(new, outcome.first_position):
                 self._device.fill(resident)
+        elif isinstance(write, Fork) and isinstance(outcome, SessionRow):
+            child = Resident(
+                outcome.key, outcome.sid, resident.settings, Extent(outcome.first_position, outcome.length)
+            )
+            resident.publish_fork(child)
+            self._device.fill(resident)
+            return Forked(outcome, child)
+        elif isinstance(write, Truncate) and isinstance(outcome, SessionRow):
+            self.num_truncated_tokens += resident.extent.length - outcome.length
+            resident.publish_truncation(outcome.first_position, outcome.length)
+            self._device.fill(resident)
         elif isinstance(write, DeleteSession):
             resident.is_deleted = True
             self._device.free(resident, partial(self.queue.finish, [(ticket, outcome)]))
@@ -163,6 +185,13 @@ class Committer:
 def _failure(error: Exception) -> Exception:
     """What a write of many failed with, as `Committer.write` raises it."""
     return error if isinstance(error, Refused) or not isinstance(error, StoreError) else write_failure(error)
+
+
+def _begin(truncated: Iterable[Resident | None], num: int) -> None:
+    """Count truncations as begun, or as not begun after all: whoever reads the store meanwhile may read either."""
+    for resident in truncated:
+        if resident is not None:
+            resident.num_begun += num
 
 
 def _outcome_of(upkeep: Upkeep) -> bool | Exception:

@@ -66,7 +66,11 @@ class Compaction:
         return num_compacted
 
     async def _compact(self, session: Session, num_chunks: int) -> bool:
-        """The next chunks of a session; whether there is a next time for it."""
+        """The next chunks of a session; whether there is a next time for it. No truncation comes between."""
+        async with self._directory.lock(session.key):
+            return await self._compact_locked(session, num_chunks)
+
+    async def _compact_locked(self, session: Session, num_chunks: int) -> bool:
         first = _first_without(session)
 
         def copy_keys(chunks: Chunks) -> bytes | None:

@@ -40,14 +40,18 @@ class Expiry:
         async for _ in self._directory.expire():
             await asyncio.sleep(PAUSE_S)
         for piece in (self._store.purge, self._store.give_back):
-            is_more = True
-            while is_more:
-                is_more = await self._committer.upkeep(piece)
-                await asyncio.sleep(PAUSE_S)
+            await self._all_of(piece)
 
     async def erase(self) -> None:
-        """Have the store's files hold nothing that was deleted or trimmed; what readers need is erased later."""
+        """Have the store's files hold nothing that was deleted, trimmed or truncated; what readers need goes later."""
+        await self._all_of(self._store.purge)
         await self._committer.upkeep(self._store.erase)
+
+    async def _all_of(self, piece: Callable[[], bool]) -> None:
+        is_more = True
+        while is_more:
+            is_more = await self._committer.upkeep(piece)
+            await asyncio.sleep(PAUSE_S)
 
     async def purge(self, sid: int) -> None:
         """Purge one deleted session: somebody waits for it."""

@@ -64,6 +64,8 @@ CALLS: Mapping[str, Call] = {
     "inspect_session": Call("GET", "/v1/sessions/s"),
     "update_session": Call("PATCH", "/v1/sessions/s", 200, {"labels": {"agent": "7"}}),
     "delete_session": Call("DELETE", "/v1/sessions/s", 204),
+    "fork": Call("POST", "/v1/sessions/s/fork", 201, {"length": 1, "labels": {"agent": "8"}}),
+    "truncate": Call("POST", "/v1/sessions/s/truncate", 200, {"length": 1}),
     "append": Call("POST", "/v1/sessions/s/memories", 200, APPEND),
     "read_memories": Call("GET", "/v1/sessions/s/memories"),
     "attend": Call("POST", "/v1/sessions/s/attend", 200, ATTEND),

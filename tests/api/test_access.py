@@ -33,6 +33,8 @@ NEEDS: Mapping[str, str] = {
     "inspect_session": "read",
     "update_session": "write",
     "delete_session": "write",
+    "fork": "write",
+    "truncate": "write",
     "append": "write",
     "read_memories": "read",
     "attend": "read",

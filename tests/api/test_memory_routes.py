@@ -51,6 +51,31 @@ async def test_a_session_that_trims_keeps_its_numbers(client: httpx.AsyncClient)
         assert answer.status_code in (404, 422) and "trim" in answer.json()["detail"]
 
 
+async def test_a_fork_and_a_truncation(client: httpx.AsyncClient) -> None:
+    made = await client.post("/v1/sessions/s/fork", json={"id": "f", "length": 3, "labels": {"try": "2"}})
+    assert made.status_code == 201 and made.headers["location"] == "/v1/sessions/f"
+    assert (made.json()["length"], made.json()["labels"], made.json()["chunk_size"]) == (3, {"try": "2"}, 2)
+    named_by_server = await client.post("/v1/sessions/s/fork", json={})
+    assert named_by_server.headers["location"] == f"/v1/sessions/{named_by_server.json()['id']}"
+    cut = await client.post("/v1/sessions/s/truncate", json={"length": 1, "if_length": 5})
+    assert (cut.status_code, cut.json()) == (200, {"length": 1, "num_chunks": 1})
+    assert len((await client.get("/v1/sessions/f/memories")).json()["embeddings"]) == 3
+    for path, body, status, code in (
+        ("s/fork", {"id": "f"}, 409, "session_conflict"),
+        ("s/fork", {"length": 2}, 422, "invalid_argument"),
+        ("s/fork", {"length": -1}, 422, "invalid_argument"),
+        ("s/fork", {"id": ".."}, 422, "invalid_argument"),
+        ("s/truncate", {}, 422, "invalid_argument"),
+        ("s/truncate", {"length": 2}, 422, "invalid_argument"),
+        ("s/truncate", {"length": 0, "if_length": 5}, 409, "length_conflict"),
+        ("none/fork", {}, 404, "session_not_found"),
+        ("none/truncate", {"length": 0}, 404, "session_not_found"),
+    ):
+        refused = await client.post(f"/v1/sessions/{path}", json=body)
+        assert (refused.status_code, refused.json()["code"]) == (status, code), (path, body)
+    assert (await client.get("/v1/sessions/s")).json()["length"] == 1
+
+
 async def test_attend_answers_the_same_in_every_format(client: httpx.AsyncClient) -> None:
     queries = np.array([[1, 0, 0], [0, 0.6, 0.8]], np.float32)
     asked = {"top_k": 2, "return": ["output", "chunks", "tokens"]}

@@ -84,7 +84,10 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
         name: {"content": b"{}", "headers": {"content-type": "text/plain"}}
         for name in (*WITH_BODY, "import_session", "put_model")
     },
-    "session_not_found": at("nobody", "put_session"),
+    "session_not_found": {
+        **at("nobody", "put_session"),
+        "search_all": {"json": {"queries": [1, 0, 0], "sessions": ["s", "nobody"]}},
+    },
     "invalid_argument": {
         **at("a%20b"),
         "create_session": {"json": {"dim": 0}},
@@ -112,7 +115,11 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "key_exists": {"create_key": {"json": {"name": "bob", "role": "read"}}},
     "model_in_use": {name: {"path": "/v1/models/retrieval"} for name in ("put_model", "delete_model")},
     "model_conflict": {name: {"headers": {"If-Match": '"another"'}} for name in ("put_model", "delete_model")},
-    "session_conflict": {"put_session": {"json": {"dim": 4}}, "import_session": {"path": "/v1/sessions/s/import"}},
+    "session_conflict": {
+        "put_session": {"json": {"dim": 4}},
+        "import_session": {"path": "/v1/sessions/s/import"},
+        "fork": {"json": {"id": "s"}},
+    },
     "length_conflict": {
         "append": {"json": {"embeddings": [1, 0, 0], "if_length": 99}},
         "step": {"json": {"attend": {"queries": [1, 0, 0]}, "append": {"embeddings": [1, 0, 0], "if_length": 99}}},

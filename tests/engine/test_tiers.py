@@ -193,7 +193,7 @@ async def test_what_was_thrown_away_is_missed_at_once(make_engine: MakeEngine, m
     one = session_of(engine, "s").resident
     seen: list[tuple[bool, int]] = []
 
-    class Cleared(deque[Block]):
+    class Cleared(deque[resident.Published]):
         def clear(self) -> None:
             super().clear()
             if threading.current_thread().name != "htm-store":

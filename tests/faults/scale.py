@@ -49,6 +49,10 @@ class Scale:
     """R13: bodies of the binary format."""
     bodies_with_keys: int
     """R13: of the same, by each of these callers."""
+    branch_examples: int
+    """R18: orders of forks, truncations and all else, on each of SQLite and memory."""
+    branch_examples_on_postgresql: int
+    """R18: the same, on PostgreSQL."""
 
 
 FAST = Scale(
@@ -72,6 +76,8 @@ FAST = Scale(
     requests_with_keys=60,
     bodies=300,
     bodies_with_keys=60,
+    branch_examples=8,
+    branch_examples_on_postgresql=4,
 )
 
 FULL = Scale(
@@ -95,4 +101,6 @@ FULL = Scale(
     requests_with_keys=1_000,
     bodies=6_000,
     bodies_with_keys=1_500,
+    branch_examples=1_000,
+    branch_examples_on_postgresql=1_000,
 )

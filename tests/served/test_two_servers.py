@@ -58,6 +58,11 @@ def test_a_frozen_server_on_postgresql_is_overtaken_and_writes_nothing_when_it_w
                         ServerUnavailable, match=r"unhealthy .503.: another server owns this data since"
                     ):
                         call()
+                for write in (lambda: old.fork("a", "late"), lambda: old.truncate("a", 0)):
+                    with pytest.raises(ServerUnavailable, match=r"unhealthy .503."):
+                        write()
+                assert new.fork("a", "branch", 5).length == 5
+                assert new.truncate("branch", 2).length == 2
                 assert new.attend("a", TOKENS).length == 10
                 memories = new.read("a")
                 assert memories.length == 10

@@ -237,6 +237,26 @@ def test_a_query_can_be_tried_and_does_not_count(page: Page, client: HTMClient) 
     assert client.session("agent").num_attends == 0 and client.recalls("agent") == []
 
 
+def test_forking_and_truncating_are_asked_back(page: Page, client: HTMClient) -> None:
+    client.create_session("s", dim=DIM, chunk_size=4)
+    client.append("s", np.ones((10, DIM), np.float32))
+    page.goto("/ui#/session/s")
+    page.get_by_role("button", name="Truncate…").click()
+    page.get_by_role("button", name="Cancel").click()
+    assert client.session("s").length == 10
+    page.get_by_role("button", name="Truncate…").click()
+    page.locator("dialog").get_by_label("Length").fill("6")
+    page.locator("dialog").get_by_role("button", name="Truncate").click()
+    expect(page.locator("#said")).to_have_text("Truncated to 6 tokens")
+    assert client.session("s").length == 6
+    page.get_by_role("button", name="Fork…").click()
+    page.locator("dialog").get_by_label("New session").fill("t")
+    page.locator("dialog").get_by_label("Length").fill("5")
+    page.locator("dialog").get_by_role("button", name="Fork").click()
+    expect(page.get_by_role("heading", name="t", exact=True)).to_be_visible()
+    assert (client.session("t").length, client.session("s").length) == (5, 6)
+
+
 def test_deleting_is_asked_back(page: Page, client: HTMClient) -> None:
     for name, user in (("a1", "ana"), ("a2", "ana"), ("b1", "ben")):
         client.create_session(name, dim=DIM, labels={"user": user})
@@ -282,7 +302,8 @@ def test_a_server_that_asks_for_a_key_gets_one(troubled_page: Page, guarded: Ser
         assert not [url for url in asked if made in url], "a key has no place in an address"
         page.get_by_role("link", name="a", exact=True).click()
         expect(page.get_by_role("heading", name="a", exact=True)).to_be_visible()
-        expect(page.get_by_role("button", name="Delete…")).to_be_hidden()
+        for name in ("Delete…", "Truncate…", "Fork…"):
+            expect(page.get_by_role("button", name=name)).to_be_hidden()
         admin.delete("/v1/keys/bob").raise_for_status()
         expect(page.get_by_text("The server does not take this key.")).to_be_visible(timeout=10_000)
         field.fill(ADMIN_KEY)
