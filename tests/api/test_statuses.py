@@ -123,6 +123,7 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
     "length_conflict": {
         "append": {"json": {"embeddings": [1, 0, 0], "if_length": 99}},
         "step": {"json": {"attend": {"queries": [1, 0, 0]}, "append": {"embeddings": [1, 0, 0], "if_length": 99}}},
+        "truncate": {"json": {"length": 1, "if_length": 99}},
     },
 }
 
