@@ -367,7 +367,7 @@ async def test_branches_truncations_and_searches_in_any_order(
             await engine.append(named(name), AppendRequest(embeddings=new, payloads=texts))
             held[name] = np.concatenate([tokens, new]), [*payloads, *texts]
         elif what == "truncate":
-            length = int(draw.choice([0, len(tokens), draw.integers(0, len(tokens) + 1)]))
+            length = int(draw.choice([0, len(tokens), int(draw.integers(0, len(tokens) + 1))]))
             await engine.truncate(named(name), length)
             held[name] = tokens[:length], payloads[:length]
         elif what == "fork" and len(held) < 6:
