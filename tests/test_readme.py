@@ -118,6 +118,18 @@ def test_files_that_pages_name_exist(page: str) -> None:
     assert not missing
 
 
+@pytest.mark.parametrize("page", [*PAGES, "CHANGELOG.md"])
+def test_nothing_of_a_page_stands_twice(page: str) -> None:
+    """Merges of pages that two branches wrote on left lines twice, and headings without an empty line before them."""
+    text = (ROOT / page).read_text()
+    without_code = re.sub(r"^```.*?^```$", "", text, flags=re.MULTILINE | re.DOTALL)
+    assert not re.findall(r"^.*[^\n]\n#+ .*$", without_code, re.MULTILINE), "a heading right below a text"
+    sections = re.split(r"^## ", without_code, flags=re.MULTILINE) if page == "CHANGELOG.md" else [without_code]
+    for section in sections:
+        lines = [line for line in section.splitlines() if re.match(r"#+ |[-\w`].{40}", line)]
+        assert [line for line in lines if lines.count(line) > 1] == []
+
+
 def test_every_page_is_linked() -> None:
     pages = {path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").rglob("*.md")}
     assert pages <= set(re.findall(r"\]\(([^)#]+)", README)), "the README links every page of docs/"
