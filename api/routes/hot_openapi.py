@@ -18,9 +18,10 @@ _ATTENDED = {
     ],
     "length": 40,
 }
+_MODEL_HASH = "4e2718460261b5363c6a20fefd8139b085ef9264af400e952147f2288220c0a5"
 _EXPLAINED = {
     "model": "retrieval",
-    "model_hash": "4e2718460261b5363c6a20fefd8139b085ef9264af400e952147f2288220c0a5",
+    "model_hash": _MODEL_HASH,
     "top_k": 2,
     "num_taken": 2,
     "num_visible": 9,
@@ -56,6 +57,7 @@ _BATCH_ATTENDED = {
     "output": [[[0.62, 0.78]], [[0.0, 0.0]]],
     "chunks": {"index": [[[1, 0]], [[0, 0]]], "weight": [[[0.75, 0.25]], [[0.0, 0.0]]]},
     "length": [40, 0],
+    "model_hash": [_MODEL_HASH, ""],
 }
 _SESSIONS = {"sessions": ["agent-7", "agent-8"]}
 _BATCH_CODES = (*BODY_CODES, "invalid_argument", "overloaded", "unhealthy", "draining", "internal_error")

@@ -469,6 +469,7 @@ class AttendsAnswer(Body):
     chunks: BatchChunks | None = None
     recalled: list[list[list[RecalledToken]]] | None = None
     length: list[int]
+    model_hash: list[str] = Field(description="`[S]`: of the weights that each was computed with.")
 
 
 class BatchAttendAnswer(BatchAnswer, AttendsAnswer):

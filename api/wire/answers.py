@@ -399,7 +399,10 @@ def _attends_parts(
         none = queries[:, :0]
         tensors["chunks.index"] = stacked(outcomes, lambda result: result.chunk_index, none.astype(np.int64), -1)
         tensors["chunks.weight"] = stacked(outcomes, lambda result: result.chunk_weight, none)
-    params: Params = {"length": listed(outcomes, lambda result: result.length)}
+    params: Params = {
+        "length": listed(outcomes, lambda result: result.length),
+        "model_hash": listed(outcomes, lambda result: result.model_hash, ""),
+    }
     if request.tokens or request.payloads:
         params["recalled"] = listed(outcomes, lambda result: _recalled(result.recalled, request.payloads, raw), [])
     return tensors, params

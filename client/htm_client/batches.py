@@ -132,5 +132,6 @@ def _attended(answer: Answer, prefix: str) -> BatchAttended:
         chunk_weight=answer.tensors.get(f"{prefix}chunks.weight"),
         recalled=None if rows is None else [calls.recalled(of_session) for of_session in rows],
         length=np.array(params["length"], np.int64),
+        model_hash=params.get("model_hash", [""] * len(params["length"])),
         **calls.measured(answer),
     )

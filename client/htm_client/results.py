@@ -188,7 +188,7 @@ class BatchAppended:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BatchAttended:
     """Of attends to S sessions: `output` [S, Q, D], `chunk_index` and `chunk_weight` [S, Q, K], `recalled` per session
-    and query, each when asked for; `length` [S]. 0, or nothing, where an item failed.
+    and query, each when asked for; `length` [S]; `model_hash` [S]. 0, or empty, where an item failed.
     """
 
     output: Floats | None
@@ -196,6 +196,8 @@ class BatchAttended:
     chunk_weight: Floats | None
     recalled: Sequence[Sequence[Sequence[Recalled]]] | None
     length: Ints
+    model_hash: Sequence[str]
+    """Of the weights that each was computed with."""
     timing_ms: Mapping[str, float]
     batch_size: int
     request_id: str

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from htm_client import BatchFailed, HTMClient, InvalidArgument, LengthConflict, NotFound
 
+from htm_service.attention.modules import HTMAttention
 from tests.both_clients import Both
 
 DIM = 7
@@ -63,6 +64,17 @@ def test_each_item_is_what_a_single_call_answers(client: Any) -> None:
 
 
 RETURNS = ["output", "chunks", "tokens"]
+
+
+def test_each_item_says_which_weights_it_was_computed_with(client: Any) -> None:
+    model = client.put_model("m", HTMAttention(DIM, heads=2, topk_mems=2, mem_chunk_size=3))
+    retrieval, names, queries = client.model("retrieval"), ["a", "nobody", "b"], vectors(7, 3, DIM)
+    asked: Any = {"model": ["m", None, "retrieval"]}
+    for attended in (
+        client.batch_attend(names, queries, errors="return", **asked),
+        client.batch_step(names, queries, queries, attend=asked, errors="return").attended,
+    ):
+        assert attended.model_hash == [model.hash, "", retrieval.hash] and model.hash != retrieval.hash
 
 
 def test_items_that_fail_are_raised_or_returned(client: Any) -> None:

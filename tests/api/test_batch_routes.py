@@ -30,10 +30,10 @@ async def three(client: httpx.AsyncClient) -> httpx.AsyncClient:
 
 async def test_attends_are_those_of_single_calls_in_every_format(three: httpx.AsyncClient) -> None:
     names = ["s", "u", "nobody"]
-    singles = []
-    for name, queries in zip(names, QUERIES, strict=True):
+    answers = []
+    for name, queries in zip(names[:2], QUERIES, strict=False):
         body = {"queries": queries.tolist(), **ASKED}
-        singles.append((await three.post(f"/v1/sessions/{name}/attend", json=body)).json())
+        answers.append(await three.post(f"/v1/sessions/{name}/attend", json=body))
     body = {"sessions": names, **ASKED}
     lists = (await three.post("/v1/batch/attend", json={**body, "queries": QUERIES.tolist()})).json()
     sent = {**body, "queries": to_base64(QUERIES)}
@@ -48,8 +48,10 @@ async def test_attends_are_those_of_single_calls_in_every_format(three: httpx.As
         == [{"item": 2, "status": 404, "code": "session_not_found", "detail": "there is no session 'nobody'"}]
     )
     assert lists["length"] == [5, 6, 0] and lists["recalled"][2] == []
-    for item in (0, 1):
-        one = singles[item]
+    hashes = [answer.headers["x-model-hash"] for answer in answers]
+    assert lists["model_hash"] == in_base64["model_hash"] == params["model_hash"] == [*hashes, ""]
+    for item, answer in enumerate(answers):
+        one = answer.json()
         np.testing.assert_allclose(lists["output"][item], one["output"], atol=1e-6)
         assert lists["chunks"]["index"][item] == one["chunks"]["index"]
         np.testing.assert_allclose(lists["chunks"]["weight"][item], one["chunks"]["weight"], atol=1e-6)
