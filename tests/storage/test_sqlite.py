@@ -44,10 +44,6 @@ class TestSqliteStore(StoreContract, BranchContract):
         yield sqlite_store
 
 
-class TestSqliteStoreWithoutJournal(TestSqliteStore):
-    """Every write is what a large one is."""
-
-
 @contextlib.contextmanager
 def on_connect(statement: str) -> Iterator[None]:
     """Run a statement on every connection that is made from here on."""
