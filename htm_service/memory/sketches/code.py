@@ -22,7 +22,7 @@ from torch.nn import functional
 WORD_BITS = 64
 LEAST_DIM = 128
 """Of narrower tokens no sketches are made: their estimates are worse, and reading all tokens is cheap."""
-ERROR = math.sqrt(1 - 2 / math.pi)
+ERROR = (1 - 2 / math.pi) ** 0.5
 """The standard deviation of an estimate's error for a factor of 1 and a query of length 1: signs agree with a random
 vector by sqrt(2 / pi) of its length, on average."""
 NUM_ROUNDS = 2
