@@ -13,7 +13,7 @@ GPU_PYTHON ?= $(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON))
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help setup browser promtool demo serve test faults fuzz report check format bench bench-breakdown bench-gpu gpu-check bench-peers bench-plots image clean
+.PHONY: help setup browser promtool ballet demo serve test faults fuzz report check format bench bench-breakdown bench-gpu gpu-check bench-peers bench-plots image clean
 
 help:  ## Show the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s%s\n", $$1, $$2 }' Makefile
@@ -27,7 +27,7 @@ $(STAMP): pyproject.toml constraints.txt client/pyproject.toml
 	@echo "Setting up .venv: some minutes, mostly for torch"
 	@$(PYTHON) -m venv --without-pip $(VENV)
 	@$(PIP) torch
-	@$(PIP) -e ".[dev,demo,postgresql,otel]" -e ./client
+	@$(PIP) -e ".[dev,demo,ballet,postgresql,otel]" -e ./client
 	@touch $@
 
 # Without root, or without Debian's packages, a Chromium that is there already is used. axe-core is a file, nothing runs it here.
@@ -44,6 +44,9 @@ promtool: $(STAMP)  ## What the tests of deploy/ need: promtool, from Debian's p
 		&& { [ "$$(id -u)" != 0 ] || apt-get update -qq; } && cd $(VENV) \
 		&& apt-get download -qq prometheus 2>/dev/null && dpkg-deb -x prometheus_*.deb promtool && rm prometheus_*.deb; } \
 		|| echo "promtool is not there and cannot be fetched: its tests of deploy/ are left out" >&2
+
+ballet: $(STAMP)  ## Let an agent learn the Ballet task through a server, and measure it: up to half an hour (ARGS=--short)
+	@$(BIN)/python -m examples.ballet $(ARGS)
 
 demo: $(STAMP)  ## Start a server, let agents fill it with Python's documentation, ask it questions (ARGS="--keep")
 	@$(BIN)/python -m examples.demo $(ARGS)

@@ -85,7 +85,7 @@ def test_pins_are_within_what_the_project_allows() -> None:
         assert requirement.specifier.contains(pins[name].version)
 
 
-@pytest.mark.parametrize("name", ["dev", "demo", "postgresql"])
+@pytest.mark.parametrize("name", ["dev", "demo", "ballet", "postgresql"])
 def test_make_installs_the_extra(name: str) -> None:
     extras = re.search(r'-e "\.\[(.+?)\]" -e \./client', (ROOT / "Makefile").read_text())
     assert extras is not None
