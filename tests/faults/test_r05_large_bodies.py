@@ -29,7 +29,7 @@ async def test_r5_a_large_append_holds_up_nobody(start_server: StartServer, tall
         for number in range(scale.large_appends):
             name = f"s{number}"
             await client.create_session(name, dim=DIM)
-            probe = start_probe(server.port)
+            probe = start_probe(server.port, server.pid)
             assert (await client.append(name, tokens)).length == LENGTH
             gaps = await asyncio.to_thread(end_probe, probe)
             assert len(gaps) > 5
@@ -55,7 +55,7 @@ async def test_r5_a_large_answer_holds_up_nobody(start_server: StartServer, tall
         with pytest.raises(InvalidRequest, match="the limit of one answer is 67108864"):
             await client.attend("s", [[1, 0]] * 40, returns=["payloads"])
         for _ in range(scale.large_appends):
-            probe = start_probe(server.port)
+            probe = start_probe(server.port, server.pid)
             answer = await client.attend("s", [[1, 0], [0, 1]], returns=["payloads"], max_recalled=5)
             gaps = await asyncio.to_thread(end_probe, probe)
             assert len(gaps) > 5

@@ -83,12 +83,21 @@ def test_who_reads_nothing_is_ended(impatient: Server) -> None:
     check_alive(impatient)
 
 
-def test_who_is_quiet_between_requests_stays(impatient: Server) -> None:
-    with connected(impatient) as connection:
-        for _ in range(2):
+def is_kept(server: Server, quiet_s: float) -> bool:
+    """Whether a connection over which nothing is asked for so long is answered before and after."""
+    with connected(server) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for seconds in (quiet_s, 0.0):
             connection.sendall(GET)
-            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200")
-            time.sleep(2)
+            if not connection.recv(1 << 16).startswith(b"HTTP/1.1 200"):
+                return False
+            time.sleep(seconds)
+        return True
+    return False
+
+
+def test_who_is_quiet_between_requests_stays(impatient: Server) -> None:
+    """A busy machine may need more than its second for a head, but hardly three times one after the other."""
+    assert any(is_kept(impatient, 2) for _ in range(3))
 
 
 @pytest.mark.parametrize("before", [b"", GET], ids=["the first", "a later one"])
