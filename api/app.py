@@ -170,6 +170,8 @@ def engine_config(settings: Settings) -> EngineConfig:
         max_batch_products=settings.max_batch_products,
         max_answer_bytes=settings.max_answer_bytes,
         default_timeout_s=settings.default_timeout_ms / 1e3,
+        oversample=settings.oversample,
+        payload_cache_bytes=settings.payload_cache_bytes,
         recalls_per_session=settings.recalls_per_session,
         create_on_append=settings.create_on_append,
         stuck_s=settings.stuck_seconds,

@@ -20,6 +20,9 @@ COUNTED = {
     "skipped": ("htm_skipped", "Work whose caller had gone before it began."),
     "appended_tokens": ("htm_appended_tokens", "Tokens that were appended."),
     "attended_queries": ("htm_attended_queries", "Queries that were answered with attention."),
+    "searched_queries": ("htm_searched_queries", "Queries whose best tokens were found by a search."),
+    "payload_cache_hits": ("htm_payload_cache_hits", "Tokens of answers whose payloads were in host memory."),
+    "payload_cache_misses": ("htm_payload_cache_misses", "Tokens of answers whose payloads were not."),
     "fetched_pages": ("htm_pages_fetched", "Pages that were read from the store for an attend."),
     "offloaded_pages": ("htm_pages_offloaded", "Pages that were taken off the device."),
     "trimmed_tokens": ("htm_tokens_trimmed", "Tokens that sessions let go to stay within max_tokens."),
@@ -27,8 +30,14 @@ COUNTED = {
     "expired_sessions": ("htm_sessions_expired", "Sessions that were deleted after their ttl_s."),
 }
 """The engine's totals since its start, and what they are called here."""
-TIERS = {"device": "device_bytes", "device_keys": "device_key_bytes", "disk": "disk_bytes"}
-QUEUES = ("device", "store")
+TIERS = {
+    "device": "device_bytes",
+    "device_keys": "device_key_bytes",
+    "device_sketches": "device_sketch_bytes",
+    "payload_cache": "payload_cache_bytes",
+    "disk": "disk_bytes",
+}
+QUEUES = ("device", "store", "payloads")
 
 
 class Measured:

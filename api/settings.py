@@ -156,6 +156,18 @@ class Settings(BaseSettings):
         ge=1,
         description="Multiply-adds of one batch on the device (about 20 ms of a core); more is done in parts.",
     )
+    oversample: int = Field(
+        default=4,
+        ge=1,
+        le=100,
+        description="Tokens that a search scores for each one wanted, by their sketches, before others that may win.",
+    )
+    payload_cache_bytes: Bytes = Field(
+        default=256 << 20,
+        ge=0,
+        validation_alias=f"{PREFIX}PAYLOAD_CACHE",
+        description="Host memory for payloads, those that came or were read last; 0 keeps none.",
+    )
     recalls_per_session: int = Field(
         default=64, ge=0, le=10_000, description="Recalls kept per session for inspection."
     )

@@ -1,4 +1,4 @@
-"""Three notes remembered and one recalled; needs a server on port 8000. The README shows it, a test runs it."""
+"""Three notes remembered and one found; needs a server on port 8000. The README shows it, a test runs it."""
 
 from htm_client import HTMClient
 
@@ -13,5 +13,5 @@ def embed(text: str) -> list[int]:  # stands for your embedding model
 with HTMClient("http://127.0.0.1:8000") as client:
     client.create_session("me", dim=len(words))
     client.append("me", [embed(note) for note in notes], payloads=[{"text": note} for note in notes])
-    print(client.recall("me", embed("where is my key"), n=1)[0].payload)  # {'text': 'the key is under the mat'}
+    print(client.search("me", embed("where is my key"), n=1)[0].payload)  # {'text': 'the key is under the mat'}
     print(client.attend("me", embed("where is my key")).output)  # the attended vector, [1, D]

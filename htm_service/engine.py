@@ -39,7 +39,7 @@ from htm_service.memory.loader import Loader
 from htm_service.metrics import Metrics
 from htm_service.reads.attends import Attends
 from htm_service.reads.runner import Runner
-from htm_service.reads.searches import Searches
+from htm_service.reads.search.searches import Searches
 from htm_service.reads.selects import Selects
 from htm_service.reads.worker import DeviceWorker, Job
 from htm_service.records import (
@@ -457,7 +457,13 @@ class Engine:
         if namespace is not None:
             validation.check_namespace(namespace)
         attends = self._attends
-        counted = {"attends": attends.num_attends, "attended_queries": attends.num_queries}
+        counted = {
+            "attends": attends.num_attends,
+            "attended_queries": attends.num_queries,
+            "searches": self._searches.num_searches,
+            "searched_queries": self._searches.num_queries,
+            **self.payloads.totals(),
+        }
         totals = {**counted, **self.directory.totals(), "model_swaps": self.catalog.num_swaps}
         return await engine_info(
             self.config,

@@ -86,7 +86,8 @@ SEARCH = Table(
         "exact": fields.boolean,
         "oversample": fields.integer,
         "min_score": fields.number,
-        **{name: ATTEND.params[name] for name in ("model", "start", "stop", "episodes", "timeout_ms")},
+        "stop": fields.integer,
+        **{name: ATTEND.params[name] for name in ("model", "start", "episodes", "timeout_ms")},
     },
     tensors={"queries": floats, "mask": bools},
 )

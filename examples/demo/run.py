@@ -18,7 +18,7 @@ from htm_client import AsyncHTMClient, HTMClientError
 from rich.console import Console
 
 from examples.demo import report
-from examples.demo.agents import LIBRARY, Agent, Answers, ask, make_agents
+from examples.demo.agents import LIBRARY, Agent, Answers, ask, make_agents, search
 from examples.demo.corpus import Passage, read_corpus
 from examples.demo.embedder import Embedder, Floats, SentenceEmbedder, TfidfEmbedder
 from examples.demo.quality import Quality, measure
@@ -117,11 +117,23 @@ async def _with_server(
             )
         seconds = time.perf_counter() - began
         report.show_examples(console, QUESTIONS, answers[0])
-        quality = _quality(queries, passages, embeddings, answers)
+        console.print(
+            "\n[bold]5. Each looks the same questions up by search[/]: all passages, not those of a few chunks"
+        )
+        began = time.perf_counter()
+        with report.progress(console, "searches", sum(map(len, asked))) as advance:
+            found = await asyncio.gather(
+                *(search(client, mine, advance) for client, mine in zip(clients, asked, strict=True))
+            )
+        searched = report.Searched(
+            sum(map(len, found)) / (time.perf_counter() - began),
+            _quality(queries, passages, embeddings, found),
+        )
+        quality = _quality(queries, passages, embeddings, [answer.positions for answer in answers])
         shares = _quality_in_shares(agents, homes, queries, answers)
         info = await clients[0].info()
-        report.show_summary(console, info, loaded, quality, shares, report.Load.of(answers, seconds))
-    return not loaded.losses and quality.is_good
+        report.show_summary(console, info, loaded, quality, shares, report.Load.of(answers, seconds), searched)
+    return not loaded.losses and quality.is_good and searched.is_good
 
 
 def _home(agents: Sequence[Agent], question: Question) -> Agent:
@@ -129,9 +141,11 @@ def _home(agents: Sequence[Agent], question: Question) -> Agent:
     return max(agents[1:], key=lambda agent: sum(passage.package in question.modules for passage in agent.passages))
 
 
-def _quality(queries: Floats, passages: Sequence[Passage], embeddings: Floats, answers: Sequence[Answers]) -> Quality:
-    """Of what was recalled in the library, over the answers of all agents."""
-    rows = [row for answer in answers for row in answer.positions[: len(QUESTIONS)]]
+def _quality(
+    queries: Floats, passages: Sequence[Passage], embeddings: Floats, answers: Sequence[Sequence[Sequence[int]]]
+) -> Quality:
+    """Of the positions that all agents were answered for each question in the library."""
+    rows = [row for answer in answers for row in answer[: len(QUESTIONS)]]
     return measure(QUESTIONS * len(answers), np.tile(queries, (len(answers), 1)), passages, embeddings, rows)
 
 

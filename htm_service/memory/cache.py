@@ -55,8 +55,14 @@ class Cache:
 
     @property
     def key_bytes(self) -> int:
-        """Bytes of the summary keys of these, room to grow included. Asked by any thread."""
+        """Bytes of the summary keys of these and the sketches, room to grow included. Asked by any thread."""
         return sum(chunks.device_key_bytes for one in list(self.reclaim.resident) if (chunks := one.chunks) is not None)
+
+    @property
+    def sketch_bytes(self) -> int:
+        """Bytes of the sketches among these. Asked by any thread."""
+        held = [one.chunks for one in list(self.reclaim.resident)]
+        return sum(table.device_bytes for chunks in held if chunks is not None and (table := chunks.sketches))
 
     def max_fetch(self, resident: Resident) -> int:
         """Pages that may be fetched together: half of what there is, the rest being open chunks and keys."""

@@ -26,8 +26,8 @@ from htm_service.memory.cache import Cache
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch, Loader
 from htm_service.memory.resident import Resident
-from htm_service.reads.finder import Find, Finder
 from htm_service.reads.runner import Attend, Missing, Runner
+from htm_service.reads.search.finder import Find, Finder
 from htm_service.reads.visibility import Trimmed, Truncated, ends_of, keys_of, plan_visibility
 from htm_service.records import AttendResult, Ints, SearchResult, SelectResult, Timing
 from htm_service.threads.batcher import LATER, Batcher, Entry, Outcome, Ticket

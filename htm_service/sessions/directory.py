@@ -281,6 +281,7 @@ class Directory:
             if row is None or wrong_with(row.settings) is None:  # deleted meanwhile, and maybe made anew
                 raise SessionNotFound(f"there is no session {key.id!r}")
             await self._write(DeleteSession(row.sid), None)
+            self._payloads.forget(row.sid)
             self._tell(key, "deleted")
             return row.sid
 

@@ -2,18 +2,22 @@
 
 What is here is a copy: the store has it. A truncation gives positions again, so what is kept of a session is as of so
 many truncations, and is found only by who saw it so. Of a session tokens go in the order in which they came, and first
-those of the session that was asked for longest ago. That a token has no payload is known here too.
+those of the session that was asked for longest ago; those of deleted sessions and trimmed tokens go at once. That a
+token has no payload is known here too.
 One thread: the event loop. Does not know stores or requests.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 ENTRY_BYTES = 150
 """What a token's entry takes besides its payload: a number, an object's head, a place in a table."""
+DROPPED_SHARE = 64
+"""Where room is needed, one of so many of a session's entries goes at once."""
 
 
 @dataclass(slots=True)
@@ -25,6 +29,8 @@ class _Held:
     num_truncated: int
     payloads: dict[int, bytes | None] = field(default_factory=dict)
     num_bytes: int = 0
+    first_position: int = 0
+    """Before it nothing is kept: these tokens were trimmed."""
 
 
 class PayloadCache:
@@ -76,6 +82,19 @@ class PayloadCache:
         if held is not None:
             self.num_bytes -= held.num_bytes
 
+    def trim(self, sid: int, first_position: int) -> None:
+        """Drop what is kept of the tokens before this position; what is read of them from now on stays out."""
+        held = self._held.get(sid)
+        if held is None or first_position <= held.first_position:
+            return
+        gone: Iterable[int] = range(held.first_position, first_position)
+        if first_position - held.first_position > len(held.payloads):
+            gone = [position for position in held.payloads if position < first_position]
+        for position in gone:
+            if position in held.payloads:
+                self._drop(held, position)
+        held.first_position = first_position
+
     def _add(self, sid: int, num_truncated: int, payloads: Iterable[tuple[int, bytes | None]]) -> None:
         if not self.max_bytes:
             return
@@ -86,13 +105,17 @@ class PayloadCache:
             held = self._held[sid] = _Held(num_truncated)
         self._held.move_to_end(sid)
         for position, body in payloads:
+            if position < held.first_position:
+                continue
             if position in held.payloads:
                 self._drop(held, position)
             held.payloads[position] = body
             self._count(held, _size_of(body))
         while self.num_bytes > self.max_bytes:
             sid, oldest = next(iter(self._held.items()))
-            self._drop(oldest, next(iter(oldest.payloads)))
+            # Several at once: a dict's first entry is looked for past all that were before it.
+            for position in list(itertools.islice(oldest.payloads, len(oldest.payloads) // DROPPED_SHARE + 1)):
+                self._drop(oldest, position)
             if not oldest.payloads:
                 del self._held[sid]
 

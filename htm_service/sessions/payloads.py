@@ -64,6 +64,15 @@ class Payloads:
             )
         return found
 
+    def totals(self) -> dict[str, int]:
+        """What the cache holds, and of how many tokens it knew, or did not, since the start."""
+        return {
+            "payload_cache_bytes": self.cache.num_bytes,
+            "payload_cache_hits": self.cache.num_hits,
+            "payload_cache_misses": self.cache.num_misses,
+            "waiting_payloads": self.queue.num_waiting,
+        }
+
     def run(self, tickets: Sequence[Ticket[Wanted, Texts]]) -> list[Outcome[Texts]]:
         """Read what is wanted (the thread)."""
         return [self._read(ticket.item) for ticket in tickets]

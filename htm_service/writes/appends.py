@@ -105,7 +105,9 @@ class Appends:
         if not written.replayed:
             if written.first_position:
                 session.recalls.trim(session.first_chunk)
-            if write.payloads is not None and not session.resident.num_begun:
+                self._payloads.trim(session.sid, written.first_position)
+            is_known = not (session.resident.is_deleted or session.resident.num_begun)  # else they may not be there now
+            if write.payloads is not None and is_known:
                 self._payloads.append(session.sid, written.start, write.payloads)
             session.num_appends += 1
             session.updated_at = self._clock()

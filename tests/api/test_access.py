@@ -45,6 +45,8 @@ NEEDS: Mapping[str, str] = {
     "session_heat": "read",
     "explain": "read",
     "select": "read",
+    "search": "read",
+    "search_all": "read",
     "events": "read",
     "delete_sessions": "write",
     "export_session": "read",
@@ -130,7 +132,7 @@ def expected(name: str, caller: str) -> tuple[int, str]:
             return 201, ""  # the name is free there
         if name == "delete_model":
             return 404, "model_not_found"
-        if name in ON_SESSION:
+        if name in ON_SESSION or name == "search_all":
             return 404, "session_not_found"
         if name == "revoke_key":
             return 404, "key_not_found"

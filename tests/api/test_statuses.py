@@ -106,6 +106,8 @@ WRONG: dict[str, dict[str, dict[str, Any]]] = {
         "import_session": {"content": session_file(model="nothing")},
         "attend": {"json": {"queries": [1, 0, 0], "model": "nothing"}},
         "explain": {"json": {"queries": [1, 0, 0], "model": "nothing"}},
+        "search": {"json": {"queries": [1, 0, 0], "model": "nothing"}},
+        "search_all": {"json": {"queries": [1, 0, 0], "sessions": ["s"], "model": "nothing"}},
         "step": {"json": {"attend": {"queries": [1, 0, 0], "model": "nothing"}, "append": {"embeddings": [1, 0, 0]}}},
     },
     "unauthenticated": {name: {"headers": {"Authorization": "Bearer htm_nobodys"}} for name in BY_CALLER},

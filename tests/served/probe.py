@@ -29,8 +29,8 @@ while not select.select([sys.stdin], [], [], 0.01)[0]:
     took, had_no_core = time.perf_counter() - began, waited() - waited_before
     print(max(took - had_no_core, 0), took)
 """
-"""Asks /livez over one connection every 10 ms until stdin is closed, and prints how many seconds each answer took, without
-and with what is not counted."""
+"""Asks /livez over one connection every 10 ms until stdin is closed, and prints how many seconds each answer took,
+without and with what is not counted."""
 
 
 def start_probe(port: int, server: int) -> subprocess.Popen[str]:

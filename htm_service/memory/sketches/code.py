@@ -15,6 +15,7 @@ import hashlib
 import math
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -61,10 +62,21 @@ class Rotation:
 
     def rotate(self, vectors: Tensor) -> Tensor:
         """Vectors [N, D] float32, on the rotation's device, as P times them [N, W x 64]."""
+        if vectors.device.type == "cpu":  # by NumPy: torch wakes threads for a few rows, and waits for them
+            return torch.from_numpy(self._rotated(vectors.numpy()))
         rotated = functional.pad(vectors, (0, self.padded_dim - self.dim))
         for signs in self._signs:
             grid = (rotated * signs).view(len(vectors), self._columns, -1)
             rotated = (self._left @ grid @ self._right).flatten(1)
+        return rotated
+
+    def _rotated(self, vectors: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+        left, right = self._left.numpy(), self._right.numpy()
+        rotated = np.zeros((len(vectors), self.padded_dim), np.float32)
+        rotated[:, : self.dim] = vectors
+        for signs in self._signs.numpy():
+            grid = (rotated * signs).reshape(len(vectors), self._columns, -1)
+            rotated = (left @ grid @ right).reshape(len(vectors), -1)
         return rotated
 
 

@@ -15,7 +15,7 @@ import numpy as np
 from htm_service.config import EngineConfig
 from htm_service.errors import InvalidArgument, SessionDamaged
 from htm_service.reads.attends import Attends, name_of
-from htm_service.reads.finder import Find
+from htm_service.reads.search.finder import Find
 from htm_service.records import AttendRequest, SearchAllResult, SearchRequest, SearchResult, Timing
 from htm_service.sessions.payloads import Payloads
 from htm_service.sessions.session import Session
@@ -33,17 +33,19 @@ class Searches:
         self._config = config
         self._payloads = payloads
         self._attends = attends
+        self.num_searches = 0
+        """Answered since the start, through however many sessions."""
         self.num_queries = 0
-        """Answered since the start, one for each session that was searched."""
+        """Of these searches."""
 
     async def search(self, session: Session, request: SearchRequest) -> SearchResult:
         """The tokens that score best against each query of a checked request."""
         while True:
             result = await self._find(session, request)
-            if not request.payloads:
-                return result
-            answer = await self._with_payloads(session, result)
-            if session.resident.num_begun == result.num_truncated:  # else they may be of tokens that came later
+            answer = await self._with_payloads(session, result) if request.payloads else result
+            # Else they may be of tokens that came later.
+            if not request.payloads or session.resident.num_begun == result.num_truncated:
+                self._count(request)
                 return answer
 
     async def search_all(self, sessions: Sequence[Session], request: SearchRequest) -> SearchAllResult:
@@ -63,8 +65,13 @@ class Searches:
             seen = zip(sessions, results, strict=True)
             if not request.payloads or all(of.resident.num_begun == result.num_truncated for of, result in seen):
                 break
+        self._count(request)
         timing = max((result.timing for result in results), key=lambda timing: timing.compute_s, default=Timing())
         return SearchAllResult([session.id for session in sessions], results, best, timing)
+
+    def _count(self, request: SearchRequest) -> None:
+        self.num_searches += 1
+        self.num_queries += len(request.queries)
 
     async def _find(self, session: Session, request: SearchRequest) -> SearchResult:
         num_found = min(request.num_wanted, max(1, session.length - session.first_position))
@@ -100,7 +107,6 @@ class Searches:
             session.damage = error.detail
             raise
         assert isinstance(result, SearchResult)
-        self.num_queries += len(request.queries)
         return _above(result, request.min_score)
 
     async def _with_payloads(self, session: Session, result: SearchResult) -> SearchResult:
