@@ -160,7 +160,7 @@ class Settings(BaseSettings):
         default=4,
         ge=1,
         le=100,
-        description="Tokens that a search scores for each one wanted, by their sketches, before others that may win.",
+        description="Tokens that a search scores at least for each one wanted, where it looks through sketches.",
     )
     payload_cache_bytes: Bytes = Field(
         default=256 << 20,

@@ -1,4 +1,4 @@
-"""`make bench`: S1 to S12, S17 to S19, S21, S22, A1, and C1 and C2 of the client, each beside its bar."""
+"""`make bench`: S1 to S12, S14, S15, S17 to S22, A1, and C1 and C2 of the client, each beside its bar."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 
 import torch
 
-from bench import branches, client, costs, in_process, lockstep, over_http, starting, swaps
+from bench import branches, client, costs, in_process, lockstep, over_http, searches, starting, swaps
 from bench.figures import Figure, print_figures, say
 from bench.scene import DIM, make_scene, run
 
 OVER_HTTP = ("S1", "S2", "S3", "S8", "S9")
 CLIENT = ("C1", "C2")
 COSTS = ("S21", "A1")
-ALL = (*(f"S{number}" for number in range(1, 13)), "S17", "S18", "S19", "S21", "S22", "A1", *CLIENT)
+ALL = (*(f"S{number}" for number in (*range(1, 13), 14, 15, *range(17, 23))), "A1", *CLIENT)
 
 
 def main() -> None:
@@ -36,6 +36,8 @@ def main() -> None:
         if set(OVER_HTTP).intersection(wanted):
             say("over HTTP")
             figures += over_http.measure(stage, options.quick, sessions, wanted)
+        if set(searches.IDS).intersection(wanted):
+            figures += [one for one in searches.measure(stage, options.quick) if one.id in wanted]
         if "S17" in wanted:
             figures.append(lockstep.measure(stage, options.quick))
         if "S19" in wanted:

@@ -32,6 +32,12 @@ class Figure:
         """Whether the bar is reached."""
         return self.figure <= self.bar if self.at_most else self.figure >= self.bar
 
+    def line(self) -> str:
+        """What it is, beside its bar."""
+        sign = "<=" if self.at_most else ">="
+        verdict = "met" if self.is_met else "MISSED"
+        return f"{self.id:4} {self.what:58} {_short(self.figure):>9} {sign}{_short(self.bar):>7}  {verdict}"
+
 
 def machine() -> dict[str, Any]:
     """What the figures were measured on."""
@@ -47,9 +53,7 @@ def print_figures(figures: Sequence[Figure], **conditions: Any) -> None:
     """A table, then one JSON line."""
     print(f"{'':4} {'what':58} {'figure':>9} {'bar':>9}  verdict")
     for figure in figures:
-        sign = "<=" if figure.at_most else ">="
-        verdict = "met" if figure.is_met else "MISSED"
-        print(f"{figure.id:4} {figure.what:58} {_short(figure.figure):>9} {sign}{_short(figure.bar):>7}  {verdict}")
+        print(figure.line())
         measured = ", ".join(f"{name} {_short(value)}" for name, value in figure.measured.items())
         if measured:
             print(f"{'':5}{measured}")

@@ -13,7 +13,7 @@ from pathlib import Path
 from bench.figures import machine, say
 from bench.machine import raw_log_rate
 from bench.peers import chroma, htm, postgres
-from bench.peers.figures import Row, table
+from bench.peers.figures import Row, table, verdicts
 from bench.peers.memories import make_memories
 
 SYSTEMS = ("htm", "chroma", "postgres")
@@ -54,6 +54,9 @@ def main() -> None:
     print(f"{len(memories.texts):,} x {DIM}, {len(memories.queries)} queries; a raw log with a sync for each record:")
     print(f"{log_per_s:,.0f} records/s\n")
     print(table(rows))
+    figures = verdicts(rows)
+    for figure in figures:
+        print(figure.line())
     for system, reason in not_measured.items():
         print(f"{system} is not measured: {reason}")
     conditions = {
@@ -64,7 +67,9 @@ def main() -> None:
         "log_per_s": log_per_s,
         "not_measured": not_measured,
     }
-    print(json.dumps({**machine(), **conditions, "rows": [asdict(row) for row in rows]}))
+    print(
+        json.dumps({**machine(), **conditions, "figures": list(map(asdict, figures)), "rows": list(map(asdict, rows))})
+    )
 
 
 if __name__ == "__main__":

@@ -7,7 +7,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from bench.figures import Figure
+
 CLIENTS = (1, 32)
+SYSTEM = "htm-service"
+RIVAL = "HNSW"
+"""In the name of the row that ours is compared with."""
 ROUNDS = 2
 """How often everything is measured. The better run counts, for all systems alike: machines are noisy."""
 
@@ -63,6 +68,28 @@ def table(rows: Sequence[Row]) -> str:
         cells += [_short(row.searches.get(1, {}).get("p50_ms")), f"{row.recall:.3f}"]
         lines.append(cells)
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def verdicts(rows: Sequence[Row]) -> list[Figure]:
+    """S13, S14 and S16, as far as what they compare was measured: the first of our rows beside the rival's."""
+    ours = next((row for row in rows if row.system.startswith(SYSTEM)), None)
+    rival = next((row for row in rows if row.system.endswith(RIVAL)), None)
+    figures = []
+    if ours is not None:
+        shuffled = next(row for row in rows if row.system == f"{ours.system}, shuffled")
+        worst = min(ours.recall, shuffled.recall)
+        figures.append(Figure("S14", "share of the best 8 that a search finds, in any order", worst, 0.995))
+    if ours is not None and rival is not None:
+        for id, what, of, bars in (
+            ("S13", "searches", "searches", (0.6, 1.0)),
+            ("S16", "durable appends", "appends", (0.8, 1.6)),
+        ):
+            for clients, bar in zip(CLIENTS, bars, strict=True):
+                mine, theirs = (getattr(row, of)[clients]["per_s"] for row in (ours, rival))
+                measured = {"ours_per_s": mine, "hnsw_per_s": theirs}
+                what_ = f"{what}, {_clients(clients)}, beside pgvector with {RIVAL}"
+                figures.append(Figure(id, what_, mine / theirs, bar, measured=measured))
+    return sorted(figures, key=lambda figure: figure.id)
 
 
 def num_flushes(stats: Path = Path("/proc/diskstats")) -> int | None:

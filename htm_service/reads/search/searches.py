@@ -110,14 +110,18 @@ class Searches:
         return _above(result, request.min_score)
 
     async def _with_payloads(self, session: Session, result: SearchResult) -> SearchResult:
-        positions = np.unique(result.position[result.position >= 0]).tolist()
-        texts = await self._payloads.of(session, positions, result.num_truncated)
-        listed = np.unique(result.position, return_counts=True)
-        num_bytes = sum(
-            len(texts[position]) * count
-            for position, count in zip(*(part.tolist() for part in listed), strict=True)
-            if position in texts
-        )
+        found = result.position[result.position >= 0]
+        counts = np.ones(len(found), np.int64)
+        if len(result.position) > 1:  # one query finds nothing twice
+            found, counts = np.unique(found, return_counts=True)
+        positions = found.tolist()
+        try:
+            texts = await self._payloads.of(session, positions, result.num_truncated)
+        except SessionDamaged as error:
+            session.damage = error.detail
+            raise
+        listed = zip(positions, counts.tolist(), strict=True)
+        num_bytes = sum(len(texts[position]) * count for position, count in listed if position in texts)
         if num_bytes > self._config.max_answer_bytes:
             raise InvalidArgument(
                 f"what was found has payloads of {num_bytes} bytes, the limit of one answer is "
