@@ -10,6 +10,7 @@ from htm_service.config import EngineConfig
 from htm_service.engine import Engine
 from storage.base import Store
 from storage.resolve import open_store
+from tests.databases import new_database
 
 MakeEngine = Callable[..., Awaitable[Engine]]
 
@@ -39,4 +40,4 @@ async def engine(make_engine: MakeEngine) -> Engine:
 
 @pytest.fixture
 def sqlite_url(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path / 'htm.sqlite3'}"
+    return new_database(tmp_path / "htm.sqlite3")

@@ -28,6 +28,7 @@ from htm_service.records import AppendRequest, AttendRequest, CreateRequest, Quo
 from htm_service.transfers import exports, imports
 from storage.base import STAGED, Store
 from storage.resolve import open_readonly, open_store
+from tests.databases import new_database
 from tests.engine.conftest import MakeEngine
 from tests.names import named
 from tests.session_files import parsed, session_file
@@ -44,7 +45,7 @@ def new_store(request: pytest.FixtureRequest, tmp_path: Path) -> Callable[[], St
         if request.param == "memory":
             return open_store("memory://")
         if request.param == "sqlite":
-            return open_store(f"sqlite:///{tmp_path / str(next(numbers))}.sqlite3")
+            return open_store(new_database(tmp_path / f"{next(numbers)}.sqlite3"))
         return open_store(request.getfixturevalue("new_postgresql_url")())
 
     return make
@@ -280,7 +281,7 @@ async def test_while_it_comes_nobody_sees_it(
 ) -> None:
     """Neither in listings nor in counts; and one that is cancelled, or whose sender goes, leaves nothing."""
     engine = await make_engine(new_store())
-    data = session_file(np.ones((50_000, 3)), [b"{}"] * 50_000, [1] * 50_000)
+    data = session_file(np.ones((10_000, 3)), [b"{}"] * 10_000, [1] * 10_000)
     for how in ("cancel", "lost"):
         is_there, go_on = asyncio.Event(), asyncio.Event()
 

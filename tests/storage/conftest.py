@@ -9,6 +9,7 @@ import pytest
 
 from storage.base import Store
 from storage.resolve import DATABASE_NAME, open_store
+from tests.databases import new_database
 
 
 @pytest.fixture
@@ -19,6 +20,6 @@ def path(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def sqlite_store(path: Path) -> Iterator[Store]:
-    store = open_store(f"sqlite:///{path}")
+    store = open_store(new_database(path))
     yield store
     store.close()

@@ -44,6 +44,7 @@ from storage.base import (
 )
 from storage.resolve import open_store
 from storage.sql import prepared
+from tests.databases import new_database
 
 NAMESPACES = ("default", "b")
 IDS = ("a", "a%", "b", "ключ", "\U0001f600")
@@ -141,7 +142,10 @@ class StoreMachine(RuleBasedStateMachine):
         self.now = 10.0
 
     def open(self) -> Store:
-        return open_store(f"sqlite:///{self.directory}/htm.sqlite3" if self.is_durable else "memory://")
+        if not self.is_durable:
+            return open_store("memory://")
+        path = self.directory / "htm.sqlite3"
+        return open_store(f"sqlite:///{path}" if path.exists() else new_database(path))
 
     @rule(group=groups)
     def write(self, group: list[Write]) -> None:
