@@ -3,13 +3,26 @@
 import sys
 from pathlib import Path
 
-from storage.base import Append, Compact, CreateKey, CreateSession, KeyRow, Quota, SessionRow, SetQuota, Summary
+from storage.base import (
+    Append,
+    Compact,
+    CreateKey,
+    CreateSession,
+    Fork,
+    KeyRow,
+    ModelRow,
+    PutModel,
+    Quota,
+    SessionRow,
+    SetQuota,
+    Summary,
+)
 from storage.resolve import open_store
 
 
 def write(path: Path) -> None:
     """One session with two blocks, a payload, an idempotency key and a summary; an empty one of its name in another
-    namespace, which has a caller's key and a quota.
+    namespace, which has a caller's key and a quota; a model of two parts; and a fork, in a third namespace.
     """
     store = open_store(f"sqlite:///{path}")
     settings = {"dim": 2, "dtype": "float16", "labels": {"kept": "yes"}}
@@ -20,6 +33,10 @@ def write(path: Path) -> None:
     store.write([CreateSession(SessionRow("golden", {"dim": 3}, 1.5, namespace="ana"))], now=1.5)
     store.write([CreateKey(KeyRow("ana", "laptop", bytes(range(32)), "write", 1.0, 9.0, 2.5))], now=1.0)
     store.write([SetQuota(Quota("ana", 5, None, 1_000))], now=1.0)
+    store.add_model_part(7, 0, b"wei")
+    store.add_model_part(7, 1, b"ghts")
+    store.write([PutModel(ModelRow("default", "planner", "abc", {"dim": 2}, 7, 1.0, 7), {})], now=1.0)
+    store.write([Fork(1, SessionRow("golden", settings, 3.0, namespace="bea"), chunk_size=2, length=2)], now=3.0)
     store.close()
     path.with_name(path.name + ".lock").unlink()
 

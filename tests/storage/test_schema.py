@@ -45,11 +45,13 @@ KEPT = {
     "0008": "2373aeb62cff98443d72d67fd8ffd6348047a3012c57ef72c10c25b9ac398e18",
     "0009": "4c666d4ca4a233835c8baa82f187773028d91c52bcbf7d67b7a818a3d7d6a37e",
     "0010": "575387440385ace7e706377e158854a9db1da08255991d92492a495866e11e17",
+    "0011": "8332504e8c612cced4ee97e4cd2e47931e42fa203298f36a5e22a317dfce5afa",
+    "0012": "fa02f9048dc998c2a0fc60be0e45585b8f8895d01a95a75116ae8077edfdd136",
 }
 """Schema versions and the SHA-256 of a database that was made by each, once, with `golden.py`. They stand for the
 databases people have, so they are never made again; a new schema version gets a file of its own. The last append of
 0005 is in the journal that it had; those since 0008 hold a session of another namespace, since 0009 a caller's key,
-since 0010 a quota."""
+since 0010 a quota, since 0011 a model, since 0012 a fork."""
 
 
 def definitions(path: Path) -> dict[str, str | None]:
@@ -99,7 +101,7 @@ def test_todays_code_reads_a_kept_database(kept_copy: Path) -> None:
         assert list(store.verify()) == []
 
 
-def test_what_kept_databases_hold_of_namespaces_keys_and_quotas_is_still_there(kept: Path, kept_copy: Path) -> None:
+def test_what_kept_databases_hold_besides_is_still_there(kept: Path, kept_copy: Path) -> None:
     version = kept.stem[1:]
     other = SessionRow("golden", {"dim": 3}, 1.5, sid=2, updated_at=1.5, namespace="ana")
     key = KeyRow("ana", "laptop", bytes(range(32)), "write", 1.0, 9.0, 2.5)
@@ -109,6 +111,12 @@ def test_what_kept_databases_hold_of_namespaces_keys_and_quotas_is_still_there(k
         assert store.get_quota("ana") == (Quota("ana", 5, None, 1_000) if version >= "0010" else Quota("ana"))
         full = store.write([Append(other.sid, 1, bytes(1_001))], now=3.0)[0] if version >= "0008" else None
         assert isinstance(full, QuotaExceeded) == (version >= "0010")
+        models = store.list_models()
+        assert [(one.name, store.read_model(one)) for one in models] == [("planner", b"weights")] * (version >= "0011")
+        forks = store.list_sessions("bea")
+        assert [(row.id, row.length) for row in forks] == [("golden", 2)] * (version >= "0012")
+        for fork in forks:
+            assert [block.data for block in store.read_blocks(fork.sid)] == [b"\x00\x3c\x00\x40\x00\x42\x00\x44"]
 
 
 def test_an_upgraded_database_is_as_a_new_one(kept_copy: Path, tmp_path: Path) -> None:
