@@ -76,6 +76,8 @@ ROLES: Mapping[str, Role] = {
     "batch_append": "write",
     "batch_attend": "read",
     "batch_step": "write",
+    "batch_select": "read",
+    "batch_truncate": "write",
 }
 """What a caller must be at least, by operationId; of a call that is missing here: an admin."""
 OF_ALL_NAMESPACES = frozenset({"metrics", "put_quota"})

@@ -15,6 +15,7 @@ import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 
 from htm_service import batches
 from htm_service.attention.catalog import Catalog
@@ -72,6 +73,7 @@ from htm_service.records import (
     SessionPage,
     StepRequest,
     StepResult,
+    TruncateRequest,
     TruncateResult,
 )
 from htm_service.sessions import validation
@@ -293,9 +295,7 @@ class Engine:
     async def truncate(self, name: SessionKey, length: int, if_length: int | None = None) -> TruncateResult:
         """Forget all tokens from position `length` on, at once and for good; positions are given again."""
         session = await self._session(name)
-        validation.check_range("length", length, 0, 2**53)
-        validation.check_range("if_length", if_length or 0, 0, 2**53)
-        return await self._truncation.truncate(session, length, if_length)
+        return await self._truncation.truncate(session, validation.check_truncate(TruncateRequest(length, if_length)))
 
     async def delete_sessions(self, namespace: str, prefix: str = "", labels: Mapping[str, str] | None = None) -> int:
         """Delete a namespace's sessions with this prefix and these labels, of which one must be given; how many."""
@@ -381,6 +381,26 @@ class Engine:
         """An attend to each of several sessions, as one entry of the device's queue."""
         self._check_open()
         return await batches.each(items, self.directory.known, self._found, _check_attend, self._attends.attend_all)
+
+    async def batch_select(
+        self, items: Sequence[tuple[SessionKey, AttendRequest]], *, keys: bool = True, tokens: bool = True
+    ) -> list[SelectResult | HTMError]:
+        """A select of each of several sessions, as one entry of the device's queue.
+
+        An answer holds as many chunks for each of them as for the one that takes most, so all are bounded by that.
+        """
+        self._check_open()
+        select_all = partial(self._selects.select_all, num_items=len(items), keys=keys, tokens=tokens)
+        return await batches.each(items, self.directory.known, self._found, _check_attend, select_all)
+
+    async def batch_truncate(
+        self, items: Sequence[tuple[SessionKey, TruncateRequest]]
+    ) -> list[TruncateResult | HTMError]:
+        """Truncate several sessions, in order, in one group of writes."""
+        self._check_open()
+        return await batches.each(
+            items, self.directory.known, self._found, _check_truncate, self._truncation.truncate_all
+        )
 
     async def batch_step(self, items: Sequence[tuple[SessionKey, StepRequest]]) -> list[StepResult | HTMError]:
         """Attend to several sessions, none of them twice, as they are, then append to them."""
@@ -580,6 +600,10 @@ def _check_append(session: Session, request: AppendRequest) -> AppendRequest:
 
 def _check_attend(session: Session, request: AttendRequest) -> AttendRequest:
     return validation.check_attend(request, session.settings.dim)
+
+
+def _check_truncate(_: Session, request: TruncateRequest) -> TruncateRequest:
+    return validation.check_truncate(request)
 
 
 def _check_step(session: Session, request: StepRequest) -> StepRequest:

@@ -141,11 +141,19 @@ class AppendResult(NamedTuple):
     timing: Timing = Timing()
 
 
+class TruncateRequest(NamedTuple):
+    """Forget the tokens from position `length` on, if the session's length is `if_length`, where that is given."""
+
+    length: int
+    if_length: int | None = None
+
+
 class TruncateResult(NamedTuple):
     """The session after a truncation."""
 
     length: int
     num_chunks: int
+    timing: Timing = Timing()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

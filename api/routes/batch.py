@@ -19,7 +19,15 @@ from api.wire import answers, batch_bodies, query
 from api.wire.batch_bodies import Batch
 from api.wire.body import wire_of
 from htm_service.errors import HTMError
-from htm_service.records import AppendResult, AttendResult, SessionKey, StepResult, Timing
+from htm_service.records import (
+    AppendResult,
+    AttendResult,
+    SelectResult,
+    SessionKey,
+    StepResult,
+    Timing,
+    TruncateResult,
+)
 
 R = TypeVar("R")
 
@@ -30,6 +38,8 @@ def routes() -> list[Route]:
         Route("/v1/batch/append", append, methods=["POST"]),
         Route("/v1/batch/attend", attend, methods=["POST"]),
         Route("/v1/batch/step", step, methods=["POST"]),
+        Route("/v1/batch/select", select, methods=["POST"]),
+        Route("/v1/batch/truncate", truncate, methods=["POST"]),
     ]
 
 
@@ -82,6 +92,39 @@ async def step(request: Request) -> Response:
         lambda raw: answers.batch_step_parts(found, batch.requests[0].attend, asked, raw),
         answers.batch_bytes([one if isinstance(one, HTMError) else one.attended for one in found]),
         answers.timing_headers(measured_of(request).worked(attended, appended)),
+    )
+
+
+async def select(request: Request) -> Response:
+    """Which chunks queries in key space take of many sessions, with their keys and tokens."""
+    begin(request, "batch_select")
+    query.check_names(request, ("encoding",))
+    wire = wire_of(request)
+    reply = answers.reply_of(request, wire)
+    request_id = request_id_of(request)
+    batch, asked = await parse(request, wire, lambda body: batch_bodies.select(body, request_id))
+    work = engine_of(request).batch_select(items_of(request, batch), keys=asked.keys, tokens=asked.tokens)
+    found = await watch_of(request).unless_gone(request, work)
+    timing = measured_of(request).worked(sum_of(one.timing for one in found if isinstance(one, SelectResult)))
+    return await answers.respond(
+        reply,
+        lambda raw: answers.batch_select_parts(found, batch.requests[0], asked),
+        answers.batch_select_bytes(found),
+        answers.timing_headers(timing),
+    )
+
+
+async def truncate(request: Request) -> Response:
+    """Forget what came after a length in many sessions."""
+    begin(request, "batch_truncate")
+    query.check_names(request, ("encoding",))
+    wire = wire_of(request)
+    reply = answers.reply_of(request, wire)
+    batch = await parse(request, wire, batch_bodies.truncate)
+    found = await watch_of(request).unless_gone(request, engine_of(request).batch_truncate(items_of(request, batch)))
+    timing = measured_of(request).worked(sum_of(one.timing for one in found if isinstance(one, TruncateResult)))
+    return await answers.respond(
+        reply, lambda raw: answers.batch_truncate_parts(found), 0, answers.timing_headers(timing)
     )
 
 

@@ -59,6 +59,11 @@ _BATCH_ATTENDED = {
     "length": [40, 0],
     "model_hash": [_MODEL_HASH, ""],
 }
+_BATCH_SELECTED = {
+    "chunks": {"index": [[[1, 0]], [[0, 0]]], "logit": [[[0.98, 0.91]], [[0.0, 0.0]]]},
+    "unique": {"index": [[0, 1], [-1, -1]], "key": [[[0.7, 0.7], [0.6, 0.8]], [[0.0, 0.0], [0.0, 0.0]]]},
+    "length": [40, 0],
+}
 _SESSIONS = {"sessions": ["agent-7", "agent-8"]}
 _BATCH_CODES = (*BODY_CODES, "invalid_argument", "overloaded", "unhealthy", "draining", "internal_error")
 
@@ -226,6 +231,33 @@ def calls() -> list[HotCall]:
             "Binary: tensors `queries`, `mask`, `chunk_mask`, `embeddings`; `attend.output`, `attend.chunks.index`, "
             "`attend.chunks.weight`.",
             parameters=(IDEMPOTENCY_KEY,),
+            codes=_BATCH_CODES,
+        ),
+        HotCall(
+            path="/v1/batch/select",
+            method="post",
+            operation_id="batch_select",
+            summary="Which chunks queries in key space take of many sessions, and what they hold",
+            body=bodies.BatchSelectBody,
+            body_example={**_SESSIONS, "queries": [[0.6, 0.8], [0.8, 0.6]], "top_k": 2, "return": ["chunks", "keys"]},
+            answer=bodies.BatchSelectAnswer,
+            example={**_BATCH, **_BATCH_SELECTED},
+            tensors="One entry of the device's queue; it is no recall. Binary: tensors `queries`, `mask`, "
+            "`chunk_mask`; `chunks.index`, `chunks.logit`, `unique.index`, `unique.key`, `unique.tokens`, "
+            "`unique.visible`.",
+            codes=_BATCH_CODES,
+        ),
+        HotCall(
+            path="/v1/batch/truncate",
+            method="post",
+            operation_id="batch_truncate",
+            summary="Forget what came after a length in many sessions",
+            body=bodies.BatchTruncateBody,
+            body_example={**_SESSIONS, "length": 0},
+            answer=bodies.BatchTruncateAnswer,
+            example={**_BATCH, "length": [0, 0], "num_chunks": [0, 0]},
+            tensors="One group of writes; an item that fails changes nothing, and nothing of the others. There are no "
+            "tensors.",
             codes=_BATCH_CODES,
         ),
     ]

@@ -255,6 +255,8 @@ class StepBody(Body):
 
 SESSIONS = Field(min_length=1, max_length=MAX_SESSIONS, description="Ids; in append and step none of them twice.")
 RowsTensor = list[Row] | list[list[Row]] | Base64Tensor
+Stops = int | list[int] | list[list[int] | None]
+STOPS = "End of the visible positions: one, `[Q]` for the queries of each, or `[S, Q]` or `[S, 1]`."
 RowsMask = list[list[bool]] | list[list[list[bool]]] | Base64Tensor
 
 
@@ -283,8 +285,29 @@ class BatchAttendFields(AttendBody):
     model: str | list[str | None] | None = Field(  # type: ignore[assignment]
         None, description="One, or `[S]`; the session's, if left out or null."
     )
+    start: int | list[int | None] = Field(0, description="First visible position: one, or `[S]`.")  # type: ignore[assignment]
+    stop: Stops | None = Field(None, description=STOPS)  # type: ignore[assignment]
     mask: RowsMask | None = Field(None, description="`[S, n]`: all sessions have the length n, or `stop` is n.")  # type: ignore[assignment]
     chunk_mask: RowsMask | None = Field(None, description="`[S, M]` or `[S, Q, M]`.")  # type: ignore[assignment]
+
+
+class BatchSelectBody(SelectBody):
+    """Selects of many sessions; what has no sessions in front is the same for all."""
+
+    sessions: list[str] = SESSIONS
+    queries: RowsTensor = Field(description="`[S, Q, D]`, or `[S, D]` for one query each.")  # type: ignore[assignment]
+    start: int | list[int | None] = Field(0, description="First visible position: one, or `[S]`.")  # type: ignore[assignment]
+    stop: Stops | None = Field(None, description=STOPS)  # type: ignore[assignment]
+    mask: RowsMask | None = Field(None, description="`[S, n]`: all sessions have the length n, or `stop` is n.")  # type: ignore[assignment]
+    chunk_mask: RowsMask | None = Field(None, description="`[S, M]` or `[S, Q, M]`.")  # type: ignore[assignment]
+
+
+class BatchTruncateBody(Body):
+    """What is forgotten of many sessions; where one is there twice, in this order."""
+
+    sessions: list[str] = SESSIONS
+    length: int | list[int] = Field(description="How many tokens are kept: one, or `[S]`; 0 resets a session.")
+    if_length: list[int | None] | None = Field(None, description="`[S]`: truncate only where this is the length.")
 
 
 class BatchAttendBody(BatchAttendFields):
@@ -481,6 +504,37 @@ class BatchStepAnswer(BatchAnswer):
 
     attend: AttendsAnswer
     append: AppendsAnswer
+
+
+class BatchSelectedChunks(Body):
+    """The chunks that queries take, `[S, Q, K]`: -1 and 0 where fewer are visible than elsewhere."""
+
+    index: list[list[list[int]]] | Base64Tensor
+    logit: list[list[Row]] | Base64Tensor
+
+
+class BatchUniqueChunks(Body):
+    """The chunks that each session's queries take, each once; -1 and 0 where they take fewer than elsewhere."""
+
+    index: list[list[int]] | Base64Tensor = Field(description="`[S, U]`, ascending, then -1.")
+    key: list[list[Row]] | Base64Tensor | None = Field(None, description="`[S, U, D]`.")
+    tokens: list[list[list[Row]]] | Base64Tensor | None = Field(None, description="`[S, U, C, D]`.")
+    visible: list[list[list[bool]]] | Base64Tensor | None = Field(None, description="`[S, U, C]`, with the tokens.")
+
+
+class BatchSelectAnswer(BatchAnswer):
+    """What `return` asked for, and the lengths that the answers saw, `[S]`."""
+
+    chunks: BatchSelectedChunks | None = None
+    unique: BatchUniqueChunks | None = None
+    length: list[int]
+
+
+class BatchTruncateAnswer(BatchAnswer):
+    """Each session's length after it, `[S]`."""
+
+    length: list[int]
+    num_chunks: list[int]
 
 
 class MemoriesAnswer(Body):

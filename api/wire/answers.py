@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
+from operator import itemgetter
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -36,7 +37,9 @@ from htm_service.records import (
     SearchResult,
     SelectResult,
     StepResult,
+    Taken,
     Timing,
+    TruncateResult,
     recalled_bytes,
 )
 
@@ -247,9 +250,13 @@ def select_parts(result: SelectResult, wanted: Selected) -> tuple[Tensors, Param
     if wanted.chunks:
         tensors |= {"chunks.index": result.chunk_index, "chunks.logit": result.chunk_logit}
     if (taken := result.taken) is not None:
-        unique = {"index": taken.index, "key": taken.key, "tokens": taken.tokens, "visible": taken.visible}
-        tensors |= {f"unique.{name}": array for name, array in unique.items() if array is not None}
+        tensors |= _unique(taken)
     return tensors, {"length": result.length}
+
+
+def _unique(taken: Taken) -> Tensors:
+    unique = {"index": taken.index, "key": taken.key, "tokens": taken.tokens, "visible": taken.visible}
+    return {f"unique.{name}": array for name, array in unique.items() if array is not None}
 
 
 def search_parts(result: SearchResult, reply: Reply, raw: Raw) -> tuple[Tensors, Params]:
@@ -375,6 +382,47 @@ def batch_attend_parts(
 def batch_append_parts(outcomes: Outcomes[AppendResult]) -> tuple[Tensors, Params]:
     """Tensors, of which there are none, and params of the answer to many appends."""
     return {}, {**batch_params(outcomes), **_appends_params(outcomes)}
+
+
+def batch_truncate_parts(outcomes: Outcomes[TruncateResult]) -> tuple[Tensors, Params]:
+    """Tensors, of which there are none, and params of the answer to many truncations."""
+    length = listed(outcomes, lambda result: result.length)
+    return {}, {**batch_params(outcomes), "length": length, "num_chunks": listed(outcomes, lambda one: one.num_chunks)}
+
+
+def batch_select_bytes(outcomes: Outcomes[SelectResult]) -> int:
+    """About how many bytes the answer to many selects has: all are as wide as the widest."""
+    return len(outcomes) * max((select_bytes(one) for one in outcomes if not isinstance(one, HTMError)), default=0)
+
+
+def batch_select_parts(
+    outcomes: Outcomes[SelectResult], request: AttendRequest, wanted: Selected
+) -> tuple[Tensors, Params]:
+    """Tensors and params of the answer to many selects, of which the first was `request`.
+
+    Where a session takes fewer chunks than another, `unique.index` is -1, and what the chunks hold 0.
+    """
+    tensors: Tensors = {}
+    none = np.atleast_2d(request.queries)[:, :0]
+    if wanted.chunks:
+        tensors["chunks.index"] = stacked(outcomes, lambda result: result.chunk_index, none.astype(np.int64), -1)
+        tensors["chunks.logit"] = stacked(outcomes, lambda result: result.chunk_logit, none)
+    if wanted.keys or wanted.tokens:
+        tensors |= _uniques(outcomes, request, wanted)
+    return tensors, {**batch_params(outcomes), "length": listed(outcomes, lambda result: result.length)}
+
+
+def _uniques(outcomes: Outcomes[SelectResult], request: AttendRequest, wanted: Selected) -> Tensors:
+    dim = request.queries.shape[-1]
+    nothing = Taken(
+        np.zeros(0, np.int64),
+        np.zeros((0, dim), np.float32) if wanted.keys else None,
+        np.zeros((0, 0, dim), np.float32) if wanted.tokens else None,
+        np.zeros((0, 0), np.bool_) if wanted.tokens else None,
+    )
+    taken = [_unique(nothing if isinstance(one, HTMError) or one.taken is None else one.taken) for one in outcomes]
+    fills = {"unique.index": -1}
+    return {name: stacked(taken, itemgetter(name), none, fills.get(name, 0)) for name, none in _unique(nothing).items()}
 
 
 def batch_step_parts(

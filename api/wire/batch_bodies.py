@@ -14,11 +14,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 from api.errors import shorten
 from api.wire import fields, hot_bodies
 from api.wire.fields import HotBody, Reader, Table
-from api.wire.hot_bodies import Asked
+from api.wire.hot_bodies import Asked, Selected
 from api.wire.tensors import bools, floats
 from htm_service.config import MAX_SESSIONS
 from htm_service.errors import InvalidArgument, clipped, quoted
-from htm_service.records import AppendRequest, AttendRequest, StepRequest
+from htm_service.records import AppendRequest, AttendRequest, StepRequest, TruncateRequest
 
 R = TypeVar("R")
 Each = list[Any]
@@ -83,14 +83,29 @@ def _less_one(num_dims: tuple[int, ...]) -> str:
     return " or ".join(str(number - 1) for number in num_dims)
 
 
+def stop(name: str, value: Any) -> Any:
+    """The field `stop`: one for all, `[Q]` for all, or `[S, Q]` or `[S, 1]` with a list, or null, for each session."""
+    is_each = isinstance(value, list) and any(isinstance(item, list) for item in value)
+    return EachOf(_stops)(name, value) if is_each else hot_bodies.stop(name, value)
+
+
+def _stops(name: str, value: Any) -> list[int]:
+    if not value:
+        raise fields.wrong(name, value, "a list with one for each query, or one for all")
+    return fields.integers(name, value)
+
+
+_ASKED: Mapping[str, Reader] = {"start": OneOrEachOf(fields.integer), "stop": stop}
 ATTEND = Table(
-    params={**hot_bodies.ATTEND.params, "model": OneOrEachOf(fields.text)},
+    params={**hot_bodies.ATTEND.params, **_ASKED, "model": OneOrEachOf(fields.text)},
     tensors={
         "queries": Stacked(floats, (2, 3)),
         "mask": Stacked(bools, (2,)),
         "chunk_mask": Stacked(bools, (2, 3)),
     },
 )
+SELECT = Table(params={**hot_bodies.SELECT.params, **_ASKED}, tensors=ATTEND.tensors)
+TRUNCATE = Table(params={"length": OneOrEachOf(fields.integer), "if_length": EachOf(fields.integer)}, tensors={})
 APPEND = Table(
     params={
         "num_tokens": EachOf(fields.integer),
@@ -108,6 +123,26 @@ def attend(body: HotBody, request_id: str) -> tuple[Batch[AttendRequest], Asked]
     body.check_tensors(ATTEND.tensors.keys())
     requests, asked = _attends(body, len(sessions), request_id)
     return Batch(sessions, requests), asked
+
+
+def select(body: HotBody, request_id: str) -> tuple[Batch[AttendRequest], Selected]:
+    """The body of selects."""
+    sessions, body = _sessions(body, is_distinct=False)
+    body.check_tensors(SELECT.tensors.keys())
+    per_item, shared = _parted(body, SELECT, len(sessions), "queries")
+    wanted = hot_bodies.selected(shared)
+    requests, _ = _asked(per_item, shared, request_id)
+    return Batch(sessions, requests), wanted
+
+
+def truncate(body: HotBody) -> Batch[TruncateRequest]:
+    """The body of truncations."""
+    sessions, body = _sessions(body, is_distinct=False)
+    body.check_tensors(TRUNCATE.tensors.keys())
+    per_item, shared = _parted(body, TRUNCATE, len(sessions), "length")
+    if None in (lengths := per_item.get("length", ())):
+        raise InvalidArgument(f"length[{lengths.index(None)}] is null; it must be an integer")
+    return Batch(sessions, _items(lambda item: TruncateRequest(**shared, **item), per_item, len(sessions)))
 
 
 def append(body: HotBody, idempotency_key: str | None) -> Batch[AppendRequest]:
@@ -130,11 +165,19 @@ def step(body: HotBody, request_id: str, idempotency_key: str | None) -> tuple[B
 
 
 def _attends(body: HotBody, num_sessions: int, request_id: str) -> tuple[list[AttendRequest], Asked]:
-    per_item, shared = _parted(body, ATTEND, num_sessions, "queries")
+    return _asked(*_parted(body, ATTEND, num_sessions, "queries"), request_id)
+
+
+def _asked(per_item: dict[str, Each], shared: dict[str, Any], request_id: str) -> tuple[list[AttendRequest], Asked]:
     # Copies: a recall is kept for a while, and would keep the queries of all.
     per_item["queries"] = [queries.copy() for queries in per_item["queries"]]
     one, asked = hot_bodies.asked({**shared, "queries": per_item["queries"][0]}, request_id)
-    return _items(lambda item: replace(one, **item), per_item, num_sessions), asked
+    if (starts := per_item.get("start")) is not None:
+        per_item["start"] = [0 if start is None else start for start in starts]
+    if (stops := per_item.pop("stop", None)) is not None:
+        per_item["stop"] = [None if of_item is None else max(of_item) for of_item in stops]
+        per_item["stops"] = [None if of_item is None or len(of_item) == 1 else tuple(of_item) for of_item in stops]
+    return _items(lambda item: replace(one, **item), per_item, len(per_item["queries"])), asked
 
 
 def _appends(body: HotBody, num_sessions: int, idempotency_key: str | None) -> list[AppendRequest]:
@@ -170,13 +213,17 @@ def _sessions(body: HotBody, *, is_distinct: bool = True) -> tuple[list[str], Ho
     return found, body._replace(params={name: value for name, value in body.params.items() if name != "sessions"})
 
 
+_EACH = ("model", "start", "stop", "num_tokens", "payloads", "episode", "length", "if_length")
+"""Params that may have a value for each session; a `stop` of integers is for each query."""
+
+
 def _parted(body: HotBody, table: Table, num_sessions: int, required: str) -> tuple[dict[str, Each], dict[str, Any]]:
     """The fields that differ from item to item, and those that all share."""
     found = body.read(table)
     hot_bodies.require(required, found, body)
     per_item: dict[str, Each] = {}
-    for name in (*table.tensors, "model", "num_tokens", "payloads", "episode", "if_length"):
-        if isinstance(found.get(name), list):
+    for name in [*table.tensors, *_EACH]:
+        if isinstance(found.get(name), list) and not (name == "stop" and {int}.issuperset(map(type, found[name]))):
             per_item[name] = found.pop(name)
             if len(per_item[name]) != num_sessions:
                 wrong = f"{body.where}{name} is of {len(per_item[name])} sessions"

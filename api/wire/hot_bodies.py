@@ -161,9 +161,15 @@ def select(body: HotBody, request_id: str) -> tuple[AttendRequest, Selected]:
     body.check_tensors(SELECT.tensors.keys())
     found = body.read(SELECT)
     require("queries", found, body)
-    wanted = found.pop("return", {"chunks", "keys", "tokens"})
+    wanted = selected(found)
     request, _ = asked(found, request_id)
-    return request, Selected("chunks" in wanted, "keys" in wanted, "tokens" in wanted)
+    return request, wanted
+
+
+def selected(found: dict[str, Any]) -> Selected:
+    """What a select is to answer, taken out of its fields."""
+    wanted: set[str] = found.pop("return", {"chunks", "keys", "tokens"})
+    return Selected("chunks" in wanted, "keys" in wanted, "tokens" in wanted)
 
 
 class Where(NamedTuple):

@@ -16,11 +16,20 @@ from htm_client import calls
 from htm_client.arrays import floats
 from htm_client.calls import Answer, Call, Codec, Params, Tensors, given
 from htm_client.errors import BatchFailed, InvalidArgument, ItemError, from_answer
-from htm_client.options import BatchAppendConditions, BatchAppendOptions, BatchAttendOptions, check
-from htm_client.results import BatchAppended, BatchAttended, BatchStepped
+from htm_client.options import (
+    BatchAppendConditions,
+    BatchAppendOptions,
+    BatchAttendOptions,
+    BatchSelectOptions,
+    check,
+)
+from htm_client.results import BatchAppended, BatchAttended, BatchSelected, BatchStepped, BatchTruncated
+
+MAX_SESSIONS = 4_096
+"""Of one request."""
 
 Errors = Literal["raise", "return"]
-T = TypeVar("T", BatchAppended, BatchAttended, BatchStepped)
+T = TypeVar("T", BatchAppended, BatchAttended, BatchSelected, BatchStepped, BatchTruncated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,6 +74,19 @@ class Batch:
         sent = {"sessions": list(self.sessions)}
         return codec.post_step("/v1/batch/step", _attend_parts(queries, attend), appended, sent, key)
 
+    def select(self, codec: Codec, queries: Any, options: BatchSelectOptions) -> Call:
+        """Selects."""
+        check("batch_select", options, BatchSelectOptions, "errors")
+        everything: BatchSelectOptions = {"returns": ["chunks", "keys", "tokens"], **options}
+        tensors, params = calls.attend_parts(queries, **everything)
+        return codec.post("/v1/batch/select", tensors, {"sessions": list(self.sessions), **params})
+
+    def truncate(self, codec: Codec, length: Any, if_length: Iterable[Any] | None) -> Call:
+        """Truncations; with a condition they are not sent again: they would meet what they did themselves."""
+        params = given(length=_one_or_each(length), if_length=_integers(if_length))
+        call = codec.post("/v1/batch/truncate", {}, {"sessions": list(self.sessions), **params})
+        return replace(call, idempotent=if_length is None)
+
     def appended(self, answer: Answer) -> BatchAppended:
         """The result of appends."""
         return self._checked(answer, _appended(answer.params))
@@ -77,6 +99,24 @@ class Batch:
         """The result of steps."""
         attended, appended = _attended(answer, "attend."), _appended(answer.params["append"])
         return self._checked(answer, BatchStepped(attended, appended))
+
+    def selected(self, answer: Answer) -> BatchSelected:
+        """The result of selects."""
+        result = BatchSelected(
+            chunk_index=answer.tensors.get("chunks.index"),
+            chunk_logit=answer.tensors.get("chunks.logit"),
+            unique_index=answer.tensors.get("unique.index"),
+            unique_key=answer.tensors.get("unique.key"),
+            unique_tokens=answer.tensors.get("unique.tokens"),
+            unique_visible=answer.tensors.get("unique.visible"),
+            length=np.array(answer.params["length"], np.int64),
+        )
+        return self._checked(answer, result)
+
+    def truncated(self, answer: Answer) -> BatchTruncated:
+        """The result of truncations."""
+        length, num_chunks = (np.array(answer.params[name], np.int64) for name in ("length", "num_chunks"))
+        return self._checked(answer, BatchTruncated(length=length, num_chunks=num_chunks))
 
     def _checked(self, answer: Answer, result: T) -> T:
         """The result with what became of each item. Raises BatchFailed where some failed, unless they are wanted."""
@@ -100,18 +140,24 @@ def _attend_parts(queries: Any, options: BatchAttendOptions) -> tuple[Tensors, P
 
 
 def _append_params(payloads: Iterable[Any] | None, conditions: BatchAppendConditions) -> Params:
-    episode = conditions.get("episode")
     return given(
         payloads=None if payloads is None else [None if one is None else calls.listed(one) for one in payloads],
         num_tokens=_integers(conditions.get("num_tokens")),
         if_length=_integers(conditions.get("if_length")),
-        episode=_integers(episode) if hasattr(episode, "__iter__") else episode,
+        episode=_one_or_each(conditions.get("episode")),
     )
 
 
 def _integers(values: Iterable[Any] | None) -> list[int | None] | None:
     """Whole numbers, of arrays and tensors too. Raises TypeError for others."""
     return None if values is None else [None if value is None else operator.index(value) for value in values]
+
+
+def _one_or_each(value: Any) -> Any:
+    """One whole number for all, or a list with one for each session; None as it is. Raises TypeError for others."""
+    if value is None or hasattr(value, "__iter__"):
+        return _integers(value)
+    return operator.index(value)
 
 
 def _flat(params: Params) -> list[Any]:

@@ -228,9 +228,18 @@ def attend_parts(
         tensors["mask"] = bools(mask)
     if chunk_mask is not None:
         tensors["chunk_mask"] = bools(chunk_mask)
-    if hasattr(fields.get("stop"), "__iter__"):
-        fields["stop"] = [operator.index(stop) for stop in fields["stop"]]
+    for name in ("start", "stop"):
+        if hasattr(fields.get(name), "__iter__"):
+            fields[name] = _positions(fields[name])
     return tensors, {"return": list(returns)} | given(**fields)
+
+
+def _positions(values: Iterable[Any]) -> list[Any]:
+    """Whole numbers, of arrays and tensors too, in lists of lists where there are some. Raises TypeError for others."""
+    return [
+        value if value is None else _positions(value) if hasattr(value, "__iter__") else operator.index(value)
+        for value in (values.tolist() if hasattr(values, "tolist") else values)
+    ]
 
 
 def append_params(payloads: Iterable[Mapping[str, Any] | None] | None, conditions: AppendConditions) -> Params:

@@ -28,6 +28,7 @@ from htm_client.options import (
     BatchAppendOptions,
     BatchAttendOptions,
     BatchPayloads,
+    BatchSelectOptions,
     ExplainOptions,
     ModelOptions,
     Payloads,
@@ -44,7 +45,9 @@ from htm_client.results import (
     Attended,
     BatchAppended,
     BatchAttended,
+    BatchSelected,
     BatchStepped,
+    BatchTruncated,
     Chunk,
     ChunkDetail,
     Explained,
@@ -160,8 +163,8 @@ class HTMClient:
 
     def reset(self, sessions: str | Iterable[str]) -> None:
         """Forget all tokens of these sessions: the next episode begins. Settings, models and ids stay."""
-        for session in [sessions] if isinstance(sessions, str) else sessions:
-            self.truncate(session, 0)
+        for request in self._requests.resets(sessions):
+            self._send(request)
 
     def delete_sessions(self, *, label: Mapping[str, str] | None = None, prefix: str | None = None) -> int:
         """Delete all sessions that have these labels and this prefix, one of which must be given; how many."""
@@ -304,6 +307,28 @@ class HTMClient:
         """A step of many environments at once: attend to each session as it is, then append to it."""
         steps = self._requests.batch_step(sessions, queries, embeddings, attend or {}, append or {}, errors)
         return self._send(steps)
+
+    def batch_select(
+        self,
+        sessions: Sequence[str],
+        queries: Any,
+        *,
+        errors: Errors = "raise",
+        **options: Unpack[BatchSelectOptions],
+    ) -> BatchSelected:
+        """Which chunks `queries` [S, Q, D] or [S, D] in key space take, each of its session's, and what these hold."""
+        return self._send(self._requests.batch_select(sessions, queries, errors, options))
+
+    def batch_truncate(
+        self,
+        sessions: Sequence[str],
+        length: Any = 0,
+        if_length: Iterable[Any] | None = None,
+        *,
+        errors: Errors = "raise",
+    ) -> BatchTruncated:
+        """Forget the tokens of many sessions from position `length` on, one for all or [S]; `if_length` [S]."""
+        return self._send(self._requests.batch_truncate(sessions, length, if_length, errors))
 
     # --- whole sessions ---
 

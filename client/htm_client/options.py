@@ -146,12 +146,14 @@ class BatchAppendOptions(BatchAppendConditions, total=False):
 
 
 class BatchAttendOptions(TypedDict, total=False):
-    """Of attends to many sessions: `model` one or for each, masks with the sessions in front, the rest for all."""
+    """Of attends to many sessions: `model` and `start` one or for each, `stop` one, [Q] or, for each, [S, Q] or [S, 1],
+    masks with the sessions in front, the rest for all.
+    """
 
     model: str | Sequence[str | None]
     top_k: int
-    start: int
-    stop: int | Sequence[int]
+    start: Any
+    stop: Any
     episodes: Sequence[int]
     mask: Any
     chunk_mask: Any
@@ -160,6 +162,19 @@ class BatchAttendOptions(TypedDict, total=False):
     note: str
     returns: Sequence[Literal["output", "chunks", "tokens", "payloads"]]
     max_recalled: int
+
+
+class BatchSelectOptions(TypedDict, total=False):
+    """Of selects of many sessions: `start` and `stop` as above, masks with the sessions in front, the rest for all."""
+
+    top_k: int
+    start: Any
+    stop: Any
+    episodes: Sequence[int]
+    mask: Any
+    chunk_mask: Any
+    timeout_ms: float
+    returns: Sequence[Literal["chunks", "keys", "tokens"]]
 
 
 def check(call: str, options: Mapping[str, Any], known: type, *named: str) -> None:

@@ -6,13 +6,14 @@ Does not know sockets, retries or whether anyone awaits.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any, Generic, TypeVar
 
 from htm_client import calls, safetensors
 from htm_client.arrays import floats
-from htm_client.batches import Batch, Errors
+from htm_client.batches import MAX_SESSIONS, Batch, Errors
 from htm_client.calls import Answer, Call, Codec, Sink, Source, attend_parts, model_path, plain, session_path
 from htm_client.errors import InvalidArgument
 from htm_client.models import model_file
@@ -24,6 +25,7 @@ from htm_client.options import (
     BatchAppendOptions,
     BatchAttendOptions,
     BatchPayloads,
+    BatchSelectOptions,
     ExplainOptions,
     ModelOptions,
     Payloads,
@@ -40,7 +42,9 @@ from htm_client.results import (
     Attended,
     BatchAppended,
     BatchAttended,
+    BatchSelected,
     BatchStepped,
+    BatchTruncated,
     Chunk,
     ChunkDetail,
     Explained,
@@ -220,6 +224,26 @@ class Requests:
         """Ask many sessions, then add to them."""
         batch = Batch(sessions, errors)
         return Request(batch.step(self._codec, queries, embeddings, attend, append), batch.stepped)
+
+    def batch_select(
+        self, sessions: Sequence[str], queries: Any, errors: Errors, options: BatchSelectOptions
+    ) -> Request[BatchSelected]:
+        """Ask which chunks are taken of many sessions."""
+        batch = Batch(sessions, errors)
+        return Request(batch.select(self._codec, queries, options), batch.selected)
+
+    def batch_truncate(
+        self, sessions: Sequence[str], length: Any, if_length: Iterable[Any] | None, errors: Errors
+    ) -> Request[BatchTruncated]:
+        """Forget the last tokens of many sessions."""
+        batch = Batch(sessions, errors)
+        return Request(batch.truncate(self._codec, length, if_length), batch.truncated)
+
+    def resets(self, sessions: str | Iterable[str]) -> Iterator[Request[BatchTruncated]]:
+        """Forget all tokens of any number of sessions, by as few requests as that takes."""
+        rest = iter([sessions] if isinstance(sessions, str) else sessions)
+        while some := list(islice(rest, MAX_SESSIONS)):
+            yield self.batch_truncate(some, 0, None, "raise")
 
     def read(
         self, session: str, start: int, stop: int | None, *, embeddings: bool, payloads: bool

@@ -205,6 +205,34 @@ class BatchAttended:
     errors: Sequence[ItemError] = ()
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchSelected:
+    """Of selects of S sessions: `chunk_index`, `chunk_logit` [S, Q, K]; of the chunks that each takes `unique_index`
+    [S, U], -1 where it takes fewer than another, `unique_key` [S, U, D], `unique_tokens` [S, U, C, D], `unique_visible`
+    [S, U, C], each when asked for; `length` [S].
+    """
+
+    chunk_index: Ints | None
+    chunk_logit: Floats | None
+    unique_index: Ints | None
+    unique_key: Floats | None
+    unique_tokens: Floats | None
+    unique_visible: Bools | None
+    length: Ints
+    status: Ints = field(default_factory=_no_ints)
+    errors: Sequence[ItemError] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class BatchTruncated:
+    """Of truncations of S sessions, [S] each; 0 where an item failed."""
+
+    length: Ints
+    num_chunks: Ints
+    status: Ints = field(default_factory=_no_ints)
+    errors: Sequence[ItemError] = ()
+
+
 @dataclass(frozen=True, slots=True)
 class BatchStepped:
     """The two answers of the steps of S sessions; `status` [S] and `errors` are of both."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from htm_client import BatchFailed, HTMClient, InvalidArgument, LengthConflict, NotFound
+from htm_client import BatchFailed, HTMClient, InvalidArgument, LengthConflict, NotFound, requests
 
 from htm_service.attention.modules import HTMAttention
 from tests.both_clients import Both
@@ -125,6 +125,44 @@ def test_what_is_wrong_is_not_sent(client: Any) -> None:
         with pytest.raises(kind, match=message):
             call()
     assert client.session("a").length == 5
+
+
+def test_selects_and_truncations_are_those_of_single_calls(client: Any) -> None:
+    queries = vectors(7, 3, 2, DIM)
+    stops = [[4, 5], None, np.array([6])]
+    found = client.batch_select(NAMES, queries, top_k=1, start=np.array([1, 0, 2]), stop=stops)
+    assert found.unique_index.shape == found.unique_visible.shape[:2] and found.length.tolist() == [5, 6, 7]
+    for number, (name, start, stop) in enumerate(zip(NAMES, [1, 0, 2], [[4, 5], None, 6], strict=True)):
+        one = client.select(name, queries[number], top_k=1, start=start, **({} if stop is None else {"stop": stop}))
+        np.testing.assert_array_equal(found.chunk_index[number], one.chunk_index)
+        np.testing.assert_allclose(found.chunk_logit[number], one.chunk_logit, atol=1e-6)
+        num_taken = len(one.unique_index)
+        assert (found.unique_index[number, num_taken:] == -1).all()
+        for field in ("unique_index", "unique_key", "unique_tokens", "unique_visible"):
+            np.testing.assert_allclose(getattr(found, field)[number, :num_taken], getattr(one, field), atol=1e-6)
+    named = client.batch_select(NAMES, queries[:, 0], returns=["chunks"], errors="return")
+    assert named.chunk_index.shape[:2] == (3, 1) and named.unique_index is None and named.errors == []
+    cut = client.batch_truncate([*NAMES, "nobody"], [2, 9, 3, 0], if_length=[5, None, 7, None], errors="return")
+    assert cut.status.tolist() == [200, 422, 200, 404] and cut.length.tolist() == [2, 0, 3, 0]
+    assert cut.num_chunks.tolist() == [1, 0, 1, 0]
+    with pytest.raises(BatchFailed, match="1 of 2 items failed: 'a': length_conflict"):
+        client.batch_truncate(["a", "b"], if_length=[5, 6])
+    assert [client.session(name).length for name in NAMES] == [2, 0, 3]
+    with pytest.raises(TypeError, match="integer"):
+        client.batch_truncate(NAMES, 1.5)
+
+
+def test_any_number_of_sessions_is_reset(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In as few requests as that takes; what is there is reset, whatever is not."""
+    monkeypatch.setattr(requests, "MAX_SESSIONS", 2)
+    client.reset(name for name in NAMES)
+    client.reset("a")
+    client.reset([])
+    assert [client.session(name).length for name in NAMES] == [0, 0, 0]
+    client.append("b", vectors(1, DIM))
+    with pytest.raises(BatchFailed, match="'nobody': session_not_found"):
+        client.reset(["nobody", "b"])
+    assert client.session("b").length == 0
 
 
 def test_the_recipes_of_the_readme() -> None:

@@ -146,12 +146,25 @@ class Attend:
         return self.visibility
 
 
+class Share(NamedTuple):
+    """What a select has of one answer: it is for `num_items`, all as wide as the widest, whose chunks have so many
+    tokens (0: as many as its own).
+    """
+
+    num_items: int = 1
+    chunk_size: int = 0
+
+
+ALL_OF_IT = Share()
+
+
 @dataclass(slots=True, eq=False)
 class Select(Attend):
     """One select on its way. What it takes is answered with `keys` or `tokens`, or only named."""
 
     keys: bool = True
     tokens: bool = True
+    share: Share = ALL_OF_IT
 
     def part(self, request: AttendRequest, length: int) -> Self:
         """A part only says what it takes; that is brought afterwards, each chunk once for all parts."""
@@ -159,13 +172,16 @@ class Select(Attend):
 
     def excess(self, num_chunks: int) -> InvalidArgument | None:
         """What is wrong where so many chunks are more than one answer may hold."""
-        dim, size = self.resident.settings.dim, self.resident.settings.chunk_size
-        num_bytes = num_chunks * 4 * dim * (self.keys + self.tokens * size)
-        if not num_bytes or (num_chunks <= MAX_SELECTED_CHUNKS and num_bytes <= MAX_SELECTED_BYTES):
+        num_items = self.share.num_items
+        dim, size = self.resident.settings.dim, max(self.share.chunk_size, self.resident.settings.chunk_size)
+        num_bytes = num_items * num_chunks * 4 * dim * (self.keys + self.tokens * size)
+        if not num_bytes or (num_items * num_chunks <= MAX_SELECTED_CHUNKS and num_bytes <= MAX_SELECTED_BYTES):
             return None
+        each = "" if num_items == 1 else f", for each of {num_items} sessions,"
         return InvalidArgument(
-            f"the queries take {num_chunks} chunks, which have {num_bytes} bytes in the answer; the limits of one "
-            f"select are {MAX_SELECTED_CHUNKS} and {MAX_SELECTED_BYTES}: ask fewer queries at once, or a smaller top_k"
+            f"the queries take {num_chunks} chunks, which{each} have {num_bytes} bytes in the answer; the limits of "
+            f"one select are {MAX_SELECTED_CHUNKS // num_items} and {MAX_SELECTED_BYTES}: ask fewer queries at once, "
+            "or a smaller top_k"
         )
 
 

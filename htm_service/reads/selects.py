@@ -7,15 +7,16 @@ Does not know HTTP, nor weights: whoever asks computes attention elsewhere. It i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from htm_service.attention.model import RetrievalModel
 from htm_service.config import MAX_TOP_K
-from htm_service.errors import LengthConflict, SessionDamaged
-from htm_service.reads.attends import Attends
-from htm_service.reads.runner import Select
+from htm_service.errors import HTMError, LengthConflict, SessionDamaged
+from htm_service.reads.attends import Answer, Attends
+from htm_service.reads.runner import ALL_OF_IT, Select, Share
 from htm_service.reads.visibility import Trimmed, Truncated
 from htm_service.reads.weights import Weights
 from htm_service.reads.worker import DeviceWorker
@@ -35,21 +36,61 @@ class Selects:
 
     async def select(self, session: Session, request: AttendRequest, *, keys: bool, tokens: bool) -> SelectResult:
         """What a checked request takes of the session as it is now, or as it was at `stop`."""
+        limit = self._attends.deadline_of(request)  # one for all that is asked of the device
+        asked = await self._asked(session, request, keys, tokens, ALL_OF_IT)
+        outcome: Answer | Exception
+        try:
+            outcome = await self._attends.compute(session, asked, limit)
+        except SessionDamaged as error:
+            outcome = error
+        whole = await self._whole(session, asked, outcome, limit)
+        if isinstance(whole, Exception):
+            raise whole
+        return whole
+
+    async def select_all(
+        self, wanted: Sequence[tuple[Session, AttendRequest]], *, num_items: int, keys: bool, tokens: bool
+    ) -> list[SelectResult | Exception]:
+        """The same for several sessions as one entry of the device's queue; one that fails takes no other along.
+
+        They have one deadline, the first's, and one answer, in which all are as wide as the widest and which
+        `num_items` share.
+        """
+        limit = self._attends.deadline_of(wanted[0][1])
+        share = Share(num_items, max(session.settings.chunk_size for session, _ in wanted))
+        outcomes: dict[int, SelectResult | Exception] = {}
+        jobs: dict[int, tuple[Session, Select]] = {}
+        for place, (session, request) in enumerate(wanted):
+            try:
+                jobs[place] = session, await self._asked(session, request, keys, tokens, share)
+            except HTMError as error:
+                outcomes[place] = error
+        found = await self._attends.compute_all(list(jobs.values()), *limit)
+        for (place, (session, asked)), outcome in zip(jobs.items(), found, strict=True):
+            outcomes[place] = await self._whole(session, asked, outcome, limit)
+        return [outcomes[place] for place in range(len(wanted))]
+
+    async def _asked(self, session: Session, request: AttendRequest, keys: bool, tokens: bool, share: Share) -> Select:
+        """What is asked of the device. Raises ModelNotFound, and InvalidArgument for a model of another width."""
         top_k = request.top_k
         if top_k is None:
             top_k = (await self._attends.weights_of(session, session.settings.model, request)).top_k
         weights = Weights.fixed(self._key_space, top_k)
-        asked = Select(session.resident, weights, request, keys=keys, tokens=tokens)
-        try:
-            limit = self._attends.deadline_of(request)  # one for all that is asked of the device
-            result = await self._attends.compute(session, asked, limit)
-            assert isinstance(result, SelectResult)
-            if result.taken is None and (keys or tokens):  # its parts only said what they take
-                return await self._bring(session, asked, result, limit)
-            return result
-        except SessionDamaged as error:
-            session.damage = error.detail
-            raise
+        return Select(session.resident, weights, request, keys=keys, tokens=tokens, share=share)
+
+    async def _whole(
+        self, session: Session, asked: Select, outcome: Answer | Exception, limit: tuple[float, float]
+    ) -> SelectResult | Exception:
+        """What was computed, with what its parts take, where they only said so."""
+        if isinstance(outcome, SelectResult) and outcome.taken is None and (asked.keys or asked.tokens):
+            try:
+                return await self._bring(session, asked, outcome, limit)
+            except HTMError as error:
+                outcome = error
+        if isinstance(outcome, SessionDamaged):
+            session.damage = outcome.detail
+        assert isinstance(outcome, SelectResult | Exception)
+        return outcome
 
     async def _bring(
         self, session: Session, asked: Select, result: SelectResult, limit: tuple[float, float]

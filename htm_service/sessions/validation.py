@@ -26,6 +26,7 @@ from htm_service.records import (
     Quota,
     SearchRequest,
     SessionKey,
+    TruncateRequest,
 )
 from htm_service.session_settings import SessionSettings
 
@@ -97,6 +98,13 @@ def check_range(name: str, value: int, low: int, high: int) -> int:
     if not low <= value <= high:
         raise InvalidArgument(f"{name} is {value}, it must be {low} to {high}")
     return value
+
+
+def check_truncate(request: TruncateRequest) -> TruncateRequest:
+    """Lengths that a session may have."""
+    check_range("length", request.length, 0, 2**53)
+    check_range("if_length", request.if_length or 0, 0, 2**53)
+    return request
 
 
 def resolve_settings(wish: CreateRequest, model_name: str, model: Model, dtype: DType) -> SessionSettings:

@@ -59,6 +59,8 @@ NEEDS: Mapping[str, str] = {
     "batch_append": "write",
     "batch_attend": "read",
     "batch_step": "write",
+    "batch_select": "read",
+    "batch_truncate": "write",
 }
 """What each call needs, said here once more: who adds a call has to say it twice."""
 CALLERS = ("no key", "wrong", "malformed", "revoked", "expired", "read", "write", "admin", "other namespace", "all")

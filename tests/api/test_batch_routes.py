@@ -212,6 +212,8 @@ async def test_items_of_another_namespace_are_not_there(serve: Serve) -> None:
             ("attend", {**ids, **attend}),
             ("append", {**ids, **append}),
             ("step", {**ids, "attend": attend, "append": append}),
+            ("select", {**ids, **attend}),
+            ("truncate", {**ids, "length": 0}),
         ):
             answer = (await client.post(f"/v1/batch/{path}", json=body, headers=theirs)).json()
             assert answer["status"] == [404, 200]
@@ -234,3 +236,84 @@ async def test_a_batch_is_one_request_of_a_keys_rate_and_quotas_count_its_tokens
         answer = await client.post("/v1/batch/append", json=body, headers=headers)
         assert answer.json()["status"] == [200, 507] and answer.json()["errors"][0]["code"] == "quota_exceeded"
         check_problem(await client.post("/v1/batch/append", json=body, headers=headers), 429, "rate_limited")
+
+
+async def test_selects_are_those_of_single_calls_in_every_format(three: httpx.AsyncClient) -> None:
+    """The sessions take other numbers of chunks, and the last is not there: -1 and 0 beyond what each takes."""
+    names, top_k = ["s", "t", "u", "nobody"], {"top_k": 2}
+    queries = np.concatenate([QUERIES, QUERIES[:1]])
+    queries[1] = queries[1, 0]  # so that both of its queries take the same chunks
+    singles = []
+    for name, of_session in zip(names[:3], queries, strict=False):
+        body = {"queries": of_session.tolist(), **top_k}
+        singles.append((await three.post(f"/v1/sessions/{name}/select", json=body)).json())
+    body = {"sessions": names, **top_k}
+    lists = (await three.post("/v1/batch/select", json={**body, "queries": queries.tolist()})).json()
+    content = wire.build({"queries": queries}, body)
+    binary = await three.post("/v1/batch/select", content=content, headers={"content-type": wire.MEDIA_TYPE})
+    tensors, params = unpack(binary.content)
+    assert lists["status"] == params["status"] == [200, 200, 200, 404] and lists["length"] == [5, 5, 6, 0]
+    assert lists["errors"] == params["errors"] and lists["errors"][0]["code"] == "session_not_found"
+    width = max(len(one["unique"]["index"]) for one in singles)
+    assert min(len(one["unique"]["index"]) for one in singles) == 2 < width
+    for item, one in enumerate(singles):
+        num_taken = len(one["unique"]["index"])
+        assert lists["chunks"]["index"][item] == one["chunks"]["index"]
+        np.testing.assert_allclose(lists["chunks"]["logit"][item], one["chunks"]["logit"], atol=1e-6)
+        assert lists["unique"]["index"][item] == one["unique"]["index"] + [-1] * (width - num_taken)
+        for name in ("key", "tokens", "visible"):
+            padded = np.array(lists["unique"][name][item])
+            np.testing.assert_allclose(padded[:num_taken], one["unique"][name])
+            assert not padded[num_taken:].any()
+    assert lists["unique"]["index"][3] == [-1] * width and not np.array(lists["unique"]["tokens"][3]).any()
+    for name in ("index", "key", "tokens", "visible"):
+        np.testing.assert_allclose(tensors[f"unique.{name}"], lists["unique"][name], atol=1e-6)
+    np.testing.assert_array_equal(tensors["chunks.index"], lists["chunks"]["index"])
+    named = {**body, "queries": queries.tolist(), "return": ["chunks"]}
+    assert "unique" not in (await three.post("/v1/batch/select", json=named)).json()
+    keys = {**body, "sessions": ["no", "none"], "queries": [[1, 0, 0]] * 2, "return": ["keys"]}
+    assert (await three.post("/v1/batch/select", json=keys)).json()["unique"] == {"index": [[], []], "key": [[], []]}
+
+
+async def test_start_and_stop_may_have_the_sessions_in_front(three: httpx.AsyncClient) -> None:
+    names = ["s", "t", "u"]
+    starts, stops = [0, None, 2], [[3, 5], None, [4]]
+    body = {"sessions": names, "queries": QUERIES.tolist(), "start": starts, "stop": stops, "top_k": 2}
+    attended = (await three.post("/v1/batch/attend", json={**body, "return": ["output", "chunks"]})).json()
+    selected = (await three.post("/v1/batch/select", json=body)).json()
+    assert attended["status"] == selected["status"] == [200] * 3
+    for item, (name, start, stop) in enumerate(zip(names, [0, 0, 2], [[3, 5], None, 4], strict=True)):
+        one = {"queries": QUERIES[item].tolist(), "start": start, "stop": stop, "top_k": 2}
+        expected = await three.post(f"/v1/sessions/{name}/attend", json={**one, "return": ["output", "chunks"]})
+        np.testing.assert_allclose(attended["output"][item], expected.json()["output"], atol=1e-6)
+        chunks = (await three.post(f"/v1/sessions/{name}/select", json=one)).json()["chunks"]
+        width = len(chunks["index"][0])
+        assert [row[:width] for row in selected["chunks"]["index"][item]] == chunks["index"]
+    shared = await three.post("/v1/batch/attend", json={**body, "start": 1, "stop": [3, 4]})
+    assert shared.json()["status"] == [200] * 3, "one for each query, the same for all sessions"
+
+
+async def test_truncations(three: httpx.AsyncClient) -> None:
+    """One length for all, or for each; a condition; a session that is there twice; binary without a tensor."""
+    body = {"sessions": ["s", "no", "t", "u"], "length": [4, 0, 9, 3], "if_length": [5, None, None, 5]}
+    answer = (await three.post("/v1/batch/truncate", json=body)).json()
+    assert answer["status"] == [200, 404, 422, 409] and answer["errors"][2]["length"] == 6
+    assert (answer["length"], answer["num_chunks"]) == ([4, 0, 0, 0], [2, 0, 0, 0])
+    content = wire.build({}, {"sessions": ["u", "s", "u"], "length": [5, 0, 1]})
+    twice = await three.post("/v1/batch/truncate", content=content, headers={"content-type": wire.MEDIA_TYPE})
+    tensors, params = unpack(twice.content)
+    assert not tensors and params["status"] == [200] * 3 and params["length"] == [5, 0, 1]
+    assert [(await three.get(f"/v1/sessions/{name}")).json()["length"] for name in "stu"] == [0, 5, 1]
+    everything = await three.post("/v1/batch/truncate", json={"sessions": ["s", "t", "u"], "length": 0})
+    assert everything.json()["length"] == [0, 0, 0]
+    wrong: list[tuple[dict[str, Any], str]] = [
+        ({}, "length is required"),
+        ({"length": [0, None, 0]}, "length[1] is null; it must be an integer"),
+        ({"length": [0, 0]}, "length is of 2 sessions, sessions has 3"),
+        ({"length": 0, "if_length": 3}, "if_length is 3; it must be a list"),
+        ({"length": 0, "embeddings": [[1, 0, 0]]}, "unknown field"),
+    ]
+    for more, said in wrong:
+        refused = await three.post("/v1/batch/truncate", json={"sessions": ["s", "t", "u"], **more})
+        check_problem(refused, 422, "invalid_argument")
+        assert said in refused.json()["detail"]

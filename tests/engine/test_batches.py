@@ -16,6 +16,7 @@ from htm_service.attention.model import RetrievalModel
 from htm_service.engine import Engine
 from htm_service.errors import HTMError
 from htm_service.memory.resident import Resident
+from htm_service.reads import runner
 from htm_service.reads.runner import Attend
 from htm_service.records import (
     AppendRequest,
@@ -25,6 +26,8 @@ from htm_service.records import (
     SelectResult,
     StepRequest,
     StepResult,
+    TruncateRequest,
+    TruncateResult,
 )
 from storage.base import StoreDamaged
 from storage.in_memory import MemoryStore
@@ -446,3 +449,157 @@ async def test_mixed_with_single_calls_it_is_some_order_of_single_calls(
     for name, number, result in seen:
         definition = htm_reference(token(number), tokens[name][: result.length], RETRIEVAL, chunk_size=5)
         assert relative_error(result.output, definition.output) <= 1e-5
+
+
+def selected(outcome: SelectResult | HTMError) -> SelectResult:
+    assert isinstance(outcome, SelectResult), outcome
+    return outcome
+
+
+def same_select(one: SelectResult, other: SelectResult) -> None:
+    np.testing.assert_array_equal(one.chunk_index, other.chunk_index)
+    np.testing.assert_allclose(one.chunk_logit, other.chunk_logit, atol=1e-5)
+    assert one.length == other.length and one.taken is not None and other.taken is not None
+    for name in ("index", "key", "tokens", "visible"):
+        np.testing.assert_array_equal(getattr(one.taken, name), getattr(other.taken, name))
+
+
+async def test_selects_are_those_of_calls_of_their_own(make_engine: MakeEngine) -> None:
+    """Some cold, one empty, other chunk sizes, one that is not there; some are done in parts. It is one entry."""
+    engine = await make_engine(max_batch_products=40 << 20)
+    kinds: list[dict[str, Any]] = [{}, {"dtype": "bfloat16"}, {"chunk_size": 3}, {"open_chunk": "exclude"}]
+    names = [f"s{number}" for number in range(12)]
+    for number, name in enumerate(names):
+        await fill(engine, name, vectors(number, 7 * number % 41, DIM), **kinds[number % 4])
+    for name in names[3:6]:
+        await go_cold(engine, name)
+    requests = [
+        AttendRequest(queries=vectors(100 + number, 1 + 59 * (number == 7), DIM), top_k=None if number % 2 else 2)
+        for number in range(13)
+    ]
+    items = [(named(name), one) for name, one in zip([*names, "no"], requests, strict=True)]
+    found = await engine.batch_select(items)
+    assert code_of(found.pop()) == "session_not_found"
+    for name, request, outcome in zip(names, requests, found, strict=False):
+        same_select(selected(outcome), await engine.select(named(name), request))
+    before = engine.worker.queue.num_batches
+    named_only = await engine.batch_select(items[8:12], keys=False, tokens=False)
+    assert engine.worker.queue.num_batches == before + 1
+    assert [selected(one).taken for one in named_only] == [None] * 4
+    assert {session_of(engine, name).num_attends for name in names} == {0}, "it is no recall"
+
+
+async def test_the_limits_of_one_answer_are_those_of_all_its_selects(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All are as wide as the one that takes most, so that one is refused where that is too much; the others are not."""
+    engine = await make_engine()
+    for name, chunk_size in (("a", 5), ("b", 5), ("wide", 10), ("c", 5)):
+        await fill(engine, name, vectors(1, 60, DIM), chunk_size=chunk_size)
+
+    def ask(top_k: int) -> AttendRequest:
+        return AttendRequest(queries=vectors(2, 1, DIM), top_k=top_k)
+
+    items = [(named("a"), ask(4)), (named("b"), ask(3)), (named("wide"), ask(3)), (named("no"), ask(3))]
+    monkeypatch.setattr(runner, "MAX_SELECTED_CHUNKS", 4 * 3)
+    found = await engine.batch_select(items)
+    assert list(map(code_of, found)) == ["invalid_argument", "ok", "ok", "session_not_found"]
+    assert "take 4 chunks, which, for each of 4 sessions, have" in str(found[0]), found[0]
+    assert len((await engine.select(named("a"), ask(4))).chunk_index[0]) == 4
+    monkeypatch.setattr(runner, "MAX_SELECTED_CHUNKS", 4 * 4)
+    monkeypatch.setattr(runner, "MAX_SELECTED_BYTES", 4 * 3 * 10 * DIM * 4)
+    found = await engine.batch_select(items, keys=False)
+    assert list(map(code_of, found))[:3] == ["invalid_argument", "ok", "ok"], (
+        "they have chunks of 10 tokens beside them"
+    )
+
+
+async def test_truncations_are_one_transaction_and_nothing_is_loaded(make_engine: MakeEngine) -> None:
+    """The end of an episode: each item as a call of its own, in order where a session is there twice."""
+    store = CountingStore()
+    engine = await make_engine(store)
+    names = [f"s{number}" for number in range(64)]
+    tokens = vectors(1, 23, DIM)
+    for name in names:
+        await fill(engine, name, tokens)
+        await engine.attend(named(name), AttendRequest(queries=vectors(2, 1, DIM)))
+    loads = (await engine.info()).totals["loads"]
+    store.groups.clear()
+    lengths = [0, 12, 24, 7, *[0] * 60]
+    requests = [TruncateRequest(length, 22 if at == 3 else None) for at, length in enumerate(lengths)]
+    items = [(named(name), one) for name, one in zip(names, requests, strict=True)]
+    found = await engine.batch_truncate([*items, (named("no"), TruncateRequest(0)), (named("s1"), TruncateRequest(11))])
+    assert store.groups == [65]
+    assert list(map(code_of, found)) == [
+        *("ok", "ok", "invalid_argument", "length_conflict"),
+        *["ok"] * 60,
+        *("session_not_found", "ok"),
+    ]
+    conflict = found[3]
+    assert isinstance(conflict, HTMError) and conflict.extra == {"length": 23}
+    ends = [found[0], found[1], found[-1]]
+    assert [one[:2] for one in ends if isinstance(one, TruncateResult)] == [(0, 0), (12, 3), (11, 3)]
+    left = {"s0": 0, "s1": 11, "s2": 23, "s3": 23, "s40": 0}
+    assert {name: session_of(engine, name).length for name in left} == left
+    assert [len(await engine.recalls(named(name))) for name in ("s0", "s1", "s2")] == [0, 0, 1]
+    again = await engine.batch_step(
+        [
+            (named(name), StepRequest(AttendRequest(queries=tokens[:1]), AppendRequest(embeddings=tokens[:1])))
+            for name in names
+        ]
+    )
+    for name, one in zip(names, again, strict=True):
+        length = left.get(name, 0)
+        definition = htm_reference(tokens[:1], tokens[:length], RETRIEVAL, chunk_size=5)
+        assert stepped(one).attended.length == length
+        assert relative_error(stepped(one).attended.output, definition.output) <= 1e-5
+    assert (await engine.info()).totals["loads"] == loads
+    assert code_of((await engine.batch_truncate([(named("s0"), TruncateRequest(-1))]))[0]) == "invalid_argument"
+
+
+async def test_truncations_of_the_same_sessions_do_not_wait_for_each_other(engine: Engine) -> None:
+    """Each holds the locks of all its sessions: in the order that they were named, two could wait for ever."""
+    for name in "abc":
+        await fill(engine, name, vectors(1, 9, DIM))
+    async with engine.directory.lock(named("b")):
+        one = asyncio.create_task(engine.batch_truncate([(named(name), TruncateRequest(7)) for name in "abc"]))
+        other = asyncio.create_task(engine.batch_truncate([(named(name), TruncateRequest(7)) for name in "ca"]))
+        await asyncio.sleep(0.05)
+    found = await asyncio.wait_for(asyncio.gather(one, other), 20)
+    assert [code_of(outcome) for outcomes in found for outcome in outcomes] == ["ok"] * 5
+
+
+@pytest.mark.parametrize("many", [False, True])
+async def test_a_truncation_whose_caller_goes_is_made_to_its_end(make_engine: MakeEngine, many: bool) -> None:
+    """Its caller went while it was written: the tokens were gone, and the recalls that had seen them were told on."""
+    store = WaitingStore()
+    engine = await make_engine(store)
+    await fill(engine, "s", vectors(1, 9, DIM))
+    await engine.attend(named("s"), AttendRequest(queries=vectors(2, 1, DIM), tokens=True))
+    store.may_write.clear()
+    work = engine.batch_truncate([(named("s"), TruncateRequest(3))]) if many else engine.truncate(named("s"), 3)
+    task = asyncio.ensure_future(work)
+    await asyncio.to_thread(store.is_writing.wait, 20)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    store.may_write.set()
+    while session_of(engine, "s").length > 3:  # noqa: ASYNC110  (nobody tells)
+        await asyncio.sleep(0.001)
+    async with engine.directory.lock(named("s")):  # it has that to its end
+        assert await engine.recalls(named("s")) == []
+
+
+class WaitingStore(MemoryStore):
+    """A store that can be held up before it writes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.may_write, self.is_writing = threading.Event(), threading.Event()
+        self.may_write.set()
+
+    def write(self, writes: Sequence[Any], now: float) -> Any:
+        if not self.may_write.is_set():
+            self.is_writing.set()
+            self.may_write.wait(20)
+        return super().write(writes, now=now)

@@ -110,7 +110,7 @@ async def test_truncated_chunks_are_dropped_and_nothing_is_loaded(engine: Engine
     for length, stop in ((33, 44), (30, 51), (0, 23), (12, 17), (0, 0)):
         before = tokens[: (await engine.inspect(named("s"))).length]
         result = await engine.truncate(named("s"), length)
-        assert result == (length, -(-length // SIZE))
+        assert result[:2] == (length, -(-length // SIZE))
         await right(engine, "s", before[:length])
         if stop:
             await engine.append(named("s"), AppendRequest(embeddings=tokens[length:stop]))

@@ -1,5 +1,5 @@
-"""R18: any order of forks, truncations, appends, trims, restarts, deletions and damage leaves every session as plain
-lists say: what is read back, what attends answer by the definition, while all of it goes on at once too.
+"""R18: any order of forks, truncations, appends, batches, trims, restarts, deletions and damage leaves every session as
+plain lists say: what is read back, what attends answer by the definition, while all of it goes on at once too.
 """
 
 from __future__ import annotations
@@ -25,7 +25,14 @@ from htm_service.attention.model import RetrievalModel
 from htm_service.config import EngineConfig
 from htm_service.engine import Engine
 from htm_service.errors import InvalidArgument, SessionConflict, SessionDamaged, SessionNotFound
-from htm_service.records import AppendRequest, AttendRequest, AttendResult, CreateRequest
+from htm_service.records import (
+    AppendRequest,
+    AttendRequest,
+    AttendResult,
+    CreateRequest,
+    StepRequest,
+    TruncateRequest,
+)
 from storage.resolve import open_store
 from tests.faults.scale import Scale
 from tests.names import named
@@ -45,6 +52,7 @@ BUDGET = 100 * SIZE * TOKEN_BYTES
 names = st.sampled_from(NAMES)
 parts = st.floats(0, 1)
 seeds = st.integers(0, 2**20)
+kinds = st.sampled_from(("append", "step", "truncate"))
 changes = st.lists(st.tuples(st.sampled_from("aatf"), parts, st.integers(1, 9)), max_size=6)
 """Appends, truncations, forks."""
 
@@ -205,6 +213,42 @@ class BranchMachine(RuleBasedStateMachine):
         self.tainted.discard(name)
         self.look()
 
+    async def try_batch(self, some: list[str], kind: str, num: int, part: float, seed: int) -> None:
+        request = asks(seed, None, None)
+        before = {name: self.sessions.get(name, Model()) for name in some}
+        new = {name: self.tokens(num, None) for name in some}
+        appends = [
+            AppendRequest(np.stack([one.vector for one in new[name]]), [one.payload for one in new[name]])
+            for name in some
+        ]
+        keys, lengths = [named(name) for name in some], [before[name].position(part) for name in some]
+        found: Any
+        if kind == "append":
+            found = await self.engine.batch_append(list(zip(keys, appends, strict=True)))
+        elif kind == "step":
+            steps = [StepRequest(request, append) for append in appends]
+            found = await self.engine.batch_step(list(zip(keys, steps, strict=True)))
+        else:
+            cuts = [
+                TruncateRequest(length, len(before[name].tokens)) for name, length in zip(some, lengths, strict=True)
+            ]
+            found = await self.engine.batch_truncate(list(zip(keys, cuts, strict=True)))
+        for name, outcome, length in zip(some, found, lengths, strict=True):
+            if name not in self.sessions or isinstance(outcome, SessionDamaged):
+                assert isinstance(outcome, SessionDamaged if name in self.tainted else SessionNotFound), outcome
+                continue
+            if kind == "truncate":
+                assert outcome[:2] == (length, -(-length // SIZE)), outcome
+                self.sessions[name] = before[name].cut(length)
+                self.tainted.discard(name)
+                continue
+            if kind == "step" and not is_answer(before[name], request, outcome.attended, before[name].first):
+                raise AssertionError(told(name, [before[name]], request, outcome.attended))
+            appended = outcome.appended if kind == "step" else outcome
+            assert appended.start == len(before[name].tokens), outcome
+            self.sessions[name] = before[name].appended(new[name])
+        self.look()
+
     async def try_attend(self, name: str, request: AttendRequest) -> None:
         """The answer is that of one of the states that the session had meanwhile."""
         try:
@@ -252,6 +296,11 @@ class BranchMachine(RuleBasedStateMachine):
     def truncate(self, name: str, part: float, all_of_it: bool) -> None:
         if name in self.sessions:
             self.run(self.try_truncate(name, 0 if all_of_it else self.sessions[name].position(part)))
+
+    @rule(some=st.lists(names, min_size=1, unique=True), kind=kinds, num=st.integers(1, 9), part=parts, seed=seeds)
+    def batch(self, some: list[str], kind: str, num: int, part: float, seed: int) -> None:
+        """Many at once: those that are there, each as by a call of its own."""
+        self.run(self.try_batch(some, kind, num, part, seed))
 
     @rule(name=names)
     def cut_where_that_cannot_be(self, name: str) -> None:
