@@ -81,7 +81,7 @@ format: $(STAMP)  ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: $(STAMP)  ## S1 to S12, S17 to S19, S21, S22, A1, C1 and C2, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
+bench: $(STAMP)  ## S1 to S12, S14, S15, S17 to S22, A1, C1 and C2, each beside its bar (ARGS="--only S1,S4", ARGS=--quick)
 	@$(BIN)/python -m bench $(ARGS)
 
 bench-breakdown: $(STAMP)  ## Where the time goes, and how it grows: the tables of docs/performance.md (ARGS=--quick)
