@@ -64,6 +64,7 @@ ROLES: Mapping[str, Role] = {
     "select": "read",
     "search": "read",
     "search_all": "read",
+    "batch_search": "read",
     "events": "read",
     "delete_sessions": "write",
     "export_session": "read",

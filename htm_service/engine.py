@@ -402,6 +402,11 @@ class Engine:
             items, self.directory.known, self._found, _check_truncate, self._truncation.truncate_all
         )
 
+    async def batch_search(self, items: Sequence[tuple[SessionKey, SearchRequest]]) -> list[SearchResult | HTMError]:
+        """A search of each of several sessions, as one entry of the device's queue."""
+        self._check_open()
+        return await batches.each(items, self.directory.known, self._found, _check_search, self._searches.search_each)
+
     async def batch_step(self, items: Sequence[tuple[SessionKey, StepRequest]]) -> list[StepResult | HTMError]:
         """Attend to several sessions, none of them twice, as they are, then append to them."""
         self._check_open()
@@ -604,6 +609,10 @@ def _check_attend(session: Session, request: AttendRequest) -> AttendRequest:
 
 def _check_truncate(_: Session, request: TruncateRequest) -> TruncateRequest:
     return validation.check_truncate(request)
+
+
+def _check_search(session: Session, request: SearchRequest) -> SearchRequest:
+    return validation.check_search(request, session.settings.dim)
 
 
 def _check_step(session: Session, request: StepRequest) -> StepRequest:

@@ -22,6 +22,7 @@ from htm_service.errors import HTMError
 from htm_service.records import (
     AppendResult,
     AttendResult,
+    SearchResult,
     SelectResult,
     SessionKey,
     StepResult,
@@ -37,6 +38,7 @@ def routes() -> list[Route]:
     return [
         Route("/v1/batch/append", append, methods=["POST"]),
         Route("/v1/batch/attend", attend, methods=["POST"]),
+        Route("/v1/batch/search", search, methods=["POST"]),
         Route("/v1/batch/step", step, methods=["POST"]),
         Route("/v1/batch/select", select, methods=["POST"]),
         Route("/v1/batch/truncate", truncate, methods=["POST"]),
@@ -73,6 +75,24 @@ async def attend(request: Request) -> Response:
         lambda raw: answers.batch_attend_parts(found, batch.requests[0], asked, raw),
         answers.batch_bytes(found),
         answers.timing_headers(timing),
+    )
+
+
+async def search(request: Request) -> Response:
+    """The tokens of many sessions that score best, each on its own."""
+    begin(request, "batch_search")
+    query.check_names(request, ("encoding",))
+    wire = wire_of(request)
+    reply = answers.reply_of(request, wire)
+    request_id = request_id_of(request)
+    batch = await parse(request, wire, lambda body: batch_bodies.search(body, request_id))
+    found = await watch_of(request).unless_gone(request, engine_of(request).batch_search(items_of(request, batch)))
+    done = [one for one in found if isinstance(one, SearchResult)]
+    return await answers.respond(
+        reply,
+        lambda raw: answers.batch_search_parts(found, batch.requests[0], reply, raw),
+        sum(map(answers.search_bytes, done)),
+        answers.timing_headers(measured_of(request).worked(sum_of(one.timing for one in done))),
     )
 
 

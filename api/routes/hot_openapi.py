@@ -219,6 +219,19 @@ def calls() -> list[HotCall]:
             codes=_BATCH_CODES,
         ),
         HotCall(
+            path="/v1/batch/search",
+            method="post",
+            operation_id="batch_search",
+            summary="Search many sessions",
+            body=bodies.BatchSearchBody,
+            body_example={**_SESSIONS, "queries": [[0.6, 0.8], [0.8, 0.6]], "n": 1},
+            answer=bodies.BatchSearchAnswer,
+            example={**_BATCH, "found": [[[_FOUND]], [[]]], "length": [40, 0], "chunk_size": [32, 0]},
+            tensors="One entry of the device's queue. Binary: tensors `queries`, `mask`; `position` [S, Q, n], -1 "
+            "where nothing is found, `score`, `embeddings`; payloads in `params`.",
+            codes=_BATCH_CODES,
+        ),
+        HotCall(
             path="/v1/batch/step",
             method="post",
             operation_id="batch_step",

@@ -316,6 +316,17 @@ class BatchAttendBody(BatchAttendFields):
     sessions: list[str] = SESSIONS
 
 
+class BatchSearchBody(SearchBody):
+    """Searches of many sessions; what has no sessions in front is the same for all."""
+
+    sessions: list[str] = SESSIONS
+    queries: RowsTensor = Field(description="`[S, Q, D]`, or `[S, D]` for one query each.")  # type: ignore[assignment]
+    model: str | list[str | None] | None = Field(  # type: ignore[assignment]
+        None, description="One, or `[S]`; the session's, if left out or null."
+    )
+    mask: RowsMask | None = Field(None, description="`[S, n]`: all sessions have the length n, or `stop` is n.")  # type: ignore[assignment]
+
+
 class BatchStepBody(Body):
     """Steps of many sessions: attend to each as it is, then append."""
 
@@ -497,6 +508,15 @@ class AttendsAnswer(Body):
 
 class BatchAttendAnswer(BatchAnswer, AttendsAnswer):
     """Attends to many sessions."""
+
+
+class BatchSearchAnswer(BatchAnswer):
+    """Searches of many sessions, each found by itself; nothing is found where an item failed."""
+
+    found: list[list[list[FoundToken]]]
+    embeddings: list[list[list[Row]]] | Base64Tensor | None = Field(None, description="`[S, Q, n, D]`.")
+    length: list[int]
+    chunk_size: list[int]
 
 
 class BatchStepAnswer(BatchAnswer):

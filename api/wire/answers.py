@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from operator import itemgetter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -34,6 +34,7 @@ from htm_service.records import (
     Memories,
     Recalled,
     SearchAllResult,
+    SearchRequest,
     SearchResult,
     SelectResult,
     StepResult,
@@ -273,6 +274,31 @@ def search_parts(result: SearchResult, reply: Reply, raw: Raw) -> tuple[Tensors,
             [found_item(result, position, score, raw) for position, score in zip(row.tolist(), scores, strict=False)]
             for row, scores in zip(rows, result.score.tolist(), strict=True)
         ]
+    return tensors, params
+
+
+def batch_search_parts(
+    outcomes: Outcomes[SearchResult], request: SearchRequest, reply: Reply, raw: Raw
+) -> tuple[Tensors, Params]:
+    """The same of many searches, of which the first was `request`; where an item failed nothing is found."""
+    shape = len(np.atleast_2d(request.queries)), request.num_wanted
+    tensors: Tensors = {}
+    if request.embeddings:
+        none = np.zeros((*shape, np.atleast_2d(request.queries).shape[1]), np.float32)
+        tensors["embeddings"] = stacked(outcomes, lambda result: cast("npt.NDArray[Any]", result.embeddings), none)
+    params: Params = {
+        **batch_params(outcomes),
+        "length": listed(outcomes, lambda result: result.length),
+        "chunk_size": listed(outcomes, lambda result: result.chunk_size),
+    }
+    each = [None if isinstance(one, HTMError) else search_parts(one, reply, raw) for one in outcomes]
+    if reply == "safetensors":
+        absent: Tensors = {"position": np.full(shape, -1), "score": np.zeros(shape, np.float32)}
+        for name, nothing in absent.items():
+            tensors[name] = np.stack([nothing if one is None else one[0][name] for one in each])
+    named = "payloads" if reply == "safetensors" else "found"
+    if named == "found" or request.payloads:
+        params[named] = [[[] for _ in range(shape[0])] if one is None else one[1][named] for one in each]
     return tensors, params
 
 

@@ -18,7 +18,7 @@ from api.wire.hot_bodies import Asked, Selected
 from api.wire.tensors import bools, floats
 from htm_service.config import MAX_SESSIONS
 from htm_service.errors import InvalidArgument, clipped, quoted
-from htm_service.records import AppendRequest, AttendRequest, StepRequest, TruncateRequest
+from htm_service.records import AppendRequest, AttendRequest, SearchRequest, StepRequest, TruncateRequest
 
 R = TypeVar("R")
 Each = list[Any]
@@ -104,6 +104,10 @@ ATTEND = Table(
         "chunk_mask": Stacked(bools, (2, 3)),
     },
 )
+SEARCH = Table(
+    params={**hot_bodies.SEARCH.params, "model": OneOrEachOf(fields.text)},
+    tensors={"queries": Stacked(floats, (2, 3)), "mask": Stacked(bools, (2,))},
+)
 SELECT = Table(params={**hot_bodies.SELECT.params, **_ASKED}, tensors=ATTEND.tensors)
 TRUNCATE = Table(params={"length": OneOrEachOf(fields.integer), "if_length": EachOf(fields.integer)}, tensors={})
 APPEND = Table(
@@ -123,6 +127,15 @@ def attend(body: HotBody, request_id: str) -> tuple[Batch[AttendRequest], Asked]
     body.check_tensors(ATTEND.tensors.keys())
     requests, asked = _attends(body, len(sessions), request_id)
     return Batch(sessions, requests), asked
+
+
+def search(body: HotBody, request_id: str) -> Batch[SearchRequest]:
+    """The body of searches."""
+    sessions, body = _sessions(body, is_distinct=False)
+    body.check_tensors(SEARCH.tensors.keys())
+    per_item, shared = _parted(body, SEARCH, len(sessions), "queries")
+    one = hot_bodies.sought({**shared, "queries": per_item["queries"][0]}, request_id)
+    return Batch(sessions, _items(lambda item: replace(one, **item), per_item, len(sessions)))
 
 
 def select(body: HotBody, request_id: str) -> tuple[Batch[AttendRequest], Selected]:

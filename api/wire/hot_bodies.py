@@ -183,7 +183,9 @@ class Where(NamedTuple):
 def search(body: HotBody, request_id: str) -> SearchRequest:
     """The body of a search."""
     body.check_tensors(SEARCH.tensors.keys())
-    return _search(body.read(SEARCH), body, request_id)
+    found = body.read(SEARCH)
+    require("queries", found, body)
+    return sought(found, request_id)
 
 
 def search_all(body: HotBody, request_id: str) -> tuple[SearchRequest, Where]:
@@ -195,11 +197,12 @@ def search_all(body: HotBody, request_id: str) -> tuple[SearchRequest, Where]:
         raise InvalidArgument("sessions, label or prefix is required")
     if where.sessions is not None and (where.labels or where.prefix):
         raise InvalidArgument("sessions are named, and label or prefix is given too; one of the two it can be")
-    return _search(found, body, request_id), where
-
-
-def _search(found: dict[str, Any], body: HotBody, request_id: str) -> SearchRequest:
     require("queries", found, body)
+    return sought(found, request_id), where
+
+
+def sought(found: dict[str, Any], request_id: str) -> SearchRequest:
+    """What a search's fields say, `queries` among them."""
     wanted: set[str] = found.pop("return", {"payloads"})
     timeout_ms: float | None = found.pop("timeout_ms", None)
     if "n" in found:

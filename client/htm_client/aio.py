@@ -29,6 +29,7 @@ from htm_client.options import (
     BatchAppendOptions,
     BatchAttendOptions,
     BatchPayloads,
+    BatchSearchOptions,
     BatchSelectOptions,
     ExplainOptions,
     ModelOptions,
@@ -46,6 +47,7 @@ from htm_client.results import (
     Attended,
     BatchAppended,
     BatchAttended,
+    BatchFound,
     BatchSelected,
     BatchStepped,
     BatchTruncated,
@@ -297,6 +299,23 @@ class AsyncHTMClient:
     ) -> BatchAttended:
         """HTM attention for `queries` [S, Q, D] or [S, D], those of each session. `errors` as in `batch_append`."""
         return await self._send(self._requests.batch_attend(sessions, queries, errors, options))
+
+    async def batch_search(
+        self,
+        sessions: Sequence[str],
+        queries: Any,
+        n: int = 10,
+        *,
+        embeddings: bool = False,
+        payloads: bool = True,
+        errors: Errors = "raise",
+        **options: Unpack[BatchSearchOptions],
+    ) -> BatchFound:
+        """The n tokens of each session that score best against its `queries` [S, Q, D] or [S, D]."""
+        many = self._requests.batch_search(
+            sessions, queries, n, embeddings=embeddings, payloads=payloads, errors=errors, options=options
+        )
+        return await self._send(many)
 
     async def batch_step(
         self,

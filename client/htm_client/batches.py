@@ -20,16 +20,17 @@ from htm_client.options import (
     BatchAppendConditions,
     BatchAppendOptions,
     BatchAttendOptions,
+    BatchSearchOptions,
     BatchSelectOptions,
     check,
 )
-from htm_client.results import BatchAppended, BatchAttended, BatchSelected, BatchStepped, BatchTruncated
+from htm_client.results import BatchAppended, BatchAttended, BatchFound, BatchSelected, BatchStepped, BatchTruncated
 
 MAX_SESSIONS = 4_096
 """Of one request."""
 
 Errors = Literal["raise", "return"]
-T = TypeVar("T", BatchAppended, BatchAttended, BatchSelected, BatchStepped, BatchTruncated)
+T = TypeVar("T", BatchAppended, BatchAttended, BatchFound, BatchSelected, BatchStepped, BatchTruncated)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +64,15 @@ class Batch:
         tensors, params = _attend_parts(queries, options)
         return codec.post("/v1/batch/attend", tensors, {"sessions": list(self.sessions), **params})
 
+    def search(self, codec: Codec, queries: Any, options: BatchSearchOptions, **params: Any) -> Call:
+        """Searches; `params` are n and what is returned."""
+        check("batch_search", options, BatchSearchOptions, "n", "embeddings", "payloads", "errors")
+        model = options.get("model")
+        tensors, sent = calls.attend_parts(queries, **options, **params)
+        if model is not None and not isinstance(model, str):
+            sent = sent | {"model": list(model)}
+        return codec.post("/v1/batch/search", tensors, {"sessions": list(self.sessions), **sent})
+
     def step(
         self, codec: Codec, queries: Any, embeddings: Any, attend: BatchAttendOptions, append: BatchAppendOptions
     ) -> Call:
@@ -94,6 +104,10 @@ class Batch:
     def attended(self, answer: Answer) -> BatchAttended:
         """The result of attends."""
         return self._checked(answer, _attended(answer, ""))
+
+    def found(self, answer: Answer) -> BatchFound:
+        """The result of searches."""
+        return self._checked(answer, _found(answer))
 
     def stepped(self, answer: Answer) -> BatchStepped:
         """The result of steps."""
@@ -179,5 +193,22 @@ def _attended(answer: Answer, prefix: str) -> BatchAttended:
         recalled=None if rows is None else [calls.recalled(of_session) for of_session in rows],
         length=np.array(params["length"], np.int64),
         model_hash=params.get("model_hash", [""] * len(params["length"])),
+        **calls.measured(answer),
+    )
+
+
+def _found(answer: Answer) -> BatchFound:
+    vectors, params = answer.tensors.get("embeddings"), answer.params
+    rows = params.get("found")
+    if rows is None:
+        numbers = zip(answer.tensors["position"], answer.tensors["score"], strict=True)
+        texts = params.get("payloads") or [None] * len(params["status"])
+        rows = [
+            calls.found_items(position, score, of, size or 1)
+            for (position, score), of, size in zip(numbers, texts, params["chunk_size"], strict=True)
+        ]
+    return BatchFound(
+        found=[calls.found_rows(of, None if vectors is None else vectors[at]) for at, of in enumerate(rows)],
+        length=np.array(params["length"], np.int64),
         **calls.measured(answer),
     )

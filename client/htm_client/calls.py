@@ -357,26 +357,29 @@ def found(answer: Answer) -> list[list[Found]]:
     """What a search found, of each query; in binary its numbers are tensors."""
     vectors = answer.tensors.get("embeddings")
     if "found" in answer.params:
-        rows: list[list[Params]] = answer.params["found"]
-    else:
-        position, score = answer.tensors["position"].tolist(), answer.tensors["score"].tolist()
-        texts, size = answer.params.get("payloads"), answer.params["chunk_size"]
-        rows = [
-            [
-                {
-                    "position": at,
-                    "score": score[q][i],
-                    "chunk": at // size,
-                    "payload": None if texts is None else texts[q][i],
-                }
-                for i, at in enumerate(row)
-                if at >= 0
-            ]
-            for q, row in enumerate(position)
-        ]
+        return found_rows(answer.params["found"], vectors)
+    position, score = answer.tensors["position"], answer.tensors["score"]
+    texts, size = answer.params.get("payloads"), answer.params["chunk_size"]
+    return found_rows(found_items(position, score, texts, size), vectors)
+
+
+def found_rows(rows: Sequence[Sequence[Params]], vectors: Any) -> list[list[Found]]:
+    """What was found, as JSON says it, with the embeddings [Q, n, D] if there are any."""
     return [
         [Found(**item) if vectors is None else Found(**item, embedding=vectors[q, i]) for i, item in enumerate(row)]
         for q, row in enumerate(rows)
+    ]
+
+
+def found_items(position: Any, score: Any, texts: Any, chunk_size: int) -> list[list[Params]]:
+    """Tensors [Q, n] as JSON would say it."""
+    return [
+        [
+            {"position": at, "score": of, "chunk": at // chunk_size, "payload": None if texts is None else texts[q][i]}
+            for i, (at, of) in enumerate(zip(positions, scores, strict=True))
+            if at >= 0
+        ]
+        for q, (positions, scores) in enumerate(zip(position.tolist(), score.tolist(), strict=True))
     ]
 
 

@@ -28,6 +28,7 @@ from htm_client.options import (
     BatchAppendOptions,
     BatchAttendOptions,
     BatchPayloads,
+    BatchSearchOptions,
     BatchSelectOptions,
     ExplainOptions,
     ModelOptions,
@@ -45,6 +46,7 @@ from htm_client.results import (
     Attended,
     BatchAppended,
     BatchAttended,
+    BatchFound,
     BatchSelected,
     BatchStepped,
     BatchTruncated,
@@ -293,6 +295,23 @@ class HTMClient:
     ) -> BatchAttended:
         """HTM attention for `queries` [S, Q, D] or [S, D], those of each session. `errors` as in `batch_append`."""
         return self._send(self._requests.batch_attend(sessions, queries, errors, options))
+
+    def batch_search(
+        self,
+        sessions: Sequence[str],
+        queries: Any,
+        n: int = 10,
+        *,
+        embeddings: bool = False,
+        payloads: bool = True,
+        errors: Errors = "raise",
+        **options: Unpack[BatchSearchOptions],
+    ) -> BatchFound:
+        """The n tokens of each session that score best against its `queries` [S, Q, D] or [S, D]."""
+        many = self._requests.batch_search(
+            sessions, queries, n, embeddings=embeddings, payloads=payloads, errors=errors, options=options
+        )
+        return self._send(many)
 
     def batch_step(
         self,

@@ -130,6 +130,20 @@ class SearchAllOptions(TypedDict, total=False):
     timeout_ms: float
 
 
+class BatchSearchOptions(TypedDict, total=False):
+    """Of searches of many sessions: `model` one or for each, `mask` with the sessions in front, the rest for all."""
+
+    model: str | Sequence[str | None]
+    start: int
+    stop: int
+    episodes: Sequence[int]
+    mask: Any
+    exact: bool
+    oversample: int
+    min_score: float
+    timeout_ms: float
+
+
 class BatchAppendConditions(TypedDict, total=False):
     """Of appends to many sessions: `num_tokens` and `if_length` for each, `episode` one or for each."""
 

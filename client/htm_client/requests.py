@@ -25,6 +25,7 @@ from htm_client.options import (
     BatchAppendOptions,
     BatchAttendOptions,
     BatchPayloads,
+    BatchSearchOptions,
     BatchSelectOptions,
     ExplainOptions,
     ModelOptions,
@@ -42,6 +43,7 @@ from htm_client.results import (
     Attended,
     BatchAppended,
     BatchAttended,
+    BatchFound,
     BatchSelected,
     BatchStepped,
     BatchTruncated,
@@ -211,6 +213,22 @@ class Requests:
         """Ask many sessions."""
         batch = Batch(sessions, errors)
         return Request(batch.attend(self._codec, queries, options), batch.attended)
+
+    def batch_search(
+        self,
+        sessions: Sequence[str],
+        queries: Any,
+        n: int,
+        *,
+        embeddings: bool,
+        payloads: bool,
+        errors: Errors,
+        options: BatchSearchOptions,
+    ) -> Request[BatchFound]:
+        """Search many sessions."""
+        batch = Batch(sessions, errors)
+        call = batch.search(self._codec, queries, options, n=n, returns=_included(embeddings, payloads))
+        return Request(call, batch.found)
 
     def batch_step(
         self,

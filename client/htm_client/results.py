@@ -206,6 +206,21 @@ class BatchAttended:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class BatchFound:
+    """Of searches of S sessions: what was `found`, per session and query, best first; `length` [S]. Nothing, and 0,
+    where an item failed.
+    """
+
+    found: Sequence[Sequence[Sequence[Found]]]
+    length: Ints
+    timing_ms: Mapping[str, float]
+    batch_size: int
+    request_id: str
+    status: Ints = field(default_factory=_no_ints)
+    errors: Sequence[ItemError] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class BatchSelected:
     """Of selects of S sessions: `chunk_index`, `chunk_logit` [S, Q, K]; of the chunks that each takes `unique_index`
     [S, U], -1 where it takes fewer than another, `unique_key` [S, U, D], `unique_tokens` [S, U, C, D], `unique_visible`

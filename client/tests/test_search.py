@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from htm_client import Found, InvalidRequest, NotFound
+from htm_client import BatchFailed, Found, InvalidRequest, NotFound
 
 from tests.both_clients import Both
 
@@ -83,6 +83,28 @@ def test_several_sessions(client: Any) -> None:
 
 
 NAMES = ["monday", "tuesday"]
+
+
+def test_many_sessions_each_by_itself(client: Any) -> None:
+    queries = vectors(5)[:2]
+    for embeddings in (True, False):
+        found = client.batch_search(NAMES, queries, 3, model=["retrieval", None], embeddings=embeddings, exact=True)
+        assert found.length.tolist() == [LENGTH, LENGTH] and found.status.tolist() == [200, 200]
+        for number, name in enumerate(NAMES):
+            one = client.search(name, queries[number], 3, embeddings=embeddings, exact=True)
+            (row,) = found.found[number]
+            assert [(item.position, item.payload) for item in row] == [(item.position, item.payload) for item in one]
+            np.testing.assert_allclose([item.score for item in row], [item.score for item in one], rtol=1e-5)
+            for item in row if embeddings else []:
+                np.testing.assert_array_equal(item.embedding, vectors(number)[item.position])
+    names = ["nobody", "monday"]
+    with pytest.raises(BatchFailed, match="1 of 2 items failed: 'nobody': session_not_found"):
+        client.batch_search(names, queries)
+    found = client.batch_search(names, vectors(5)[:4].reshape(2, 2, DIM), 3, errors="return", payloads=False)
+    assert found.status.tolist() == [404, 200] and found.length.tolist() == [0, LENGTH]
+    assert found.found[0] == [[], []] and [len(row) for row in found.found[1]] == [3, 3]
+    with pytest.raises(TypeError, match="nn"):
+        client.batch_search(names, queries, nn=3)
 
 
 def test_what_is_wrong_is_said(client: Any) -> None:

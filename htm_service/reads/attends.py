@@ -26,6 +26,7 @@ from htm_service.records import (
     AttendResult,
     Event,
     Explanation,
+    SearchRequest,
     SearchResult,
     SelectResult,
     recalled_bytes,
@@ -266,7 +267,7 @@ class Attends:
                 await asyncio.sleep(0)  # the loop is told a moment after the device
                 extent = session.resident.extent
 
-    def deadline_of(self, request: AttendRequest) -> tuple[float, float]:
+    def deadline_of(self, request: AttendRequest | SearchRequest) -> tuple[float, float]:
         """When a request that comes now must be answered, on the loop's clock, and in how many seconds that is."""
         timeout_s = request.timeout_s or self._config.default_timeout_s
         return asyncio.get_running_loop().time() + timeout_s, timeout_s

@@ -59,6 +59,7 @@ NEEDS: Mapping[str, str] = {
     "batch_append": "write",
     "batch_attend": "read",
     "batch_step": "write",
+    "batch_search": "read",
     "batch_select": "read",
     "batch_truncate": "write",
 }

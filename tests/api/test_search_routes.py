@@ -14,7 +14,7 @@ from tests.api.conftest import Serve, fill
 from tests.api.test_errors import check_problem
 from tests.api.test_memory_routes import BINARY, unpack
 
-SEARCH, ALL = "/v1/sessions/s/search", "/v1/search"
+SEARCH, ALL, BATCH = "/v1/sessions/s/search", "/v1/search", "/v1/batch/search"
 
 
 async def found_by(client: httpx.AsyncClient, **fields: Any) -> list[list[int]]:
@@ -129,6 +129,43 @@ async def test_several_sessions(client: httpx.AsyncClient) -> None:
     ):
         answer = await client.post(ALL, json={"queries": [1, 0, 0], **wrong})
         check_problem(answer, 422, "invalid_argument")
+
+
+async def test_many_sessions_in_every_format(client: httpx.AsyncClient) -> None:
+    await fill(client, "t")
+    queries = np.array([[[0, 0.6, 0.8]], [[1, 0, 0]], [[1, 0, 0]]], np.float32)
+    body = {"sessions": ["s", "t", "nobody"], "n": 2, "min_score": 0.7, "return": ["payloads", "embeddings"]}
+    lists = (await client.post(BATCH, json={**body, "queries": queries.tolist()})).json()
+    assert lists["status"] == [200, 200, 404] and lists["errors"][0]["code"] == "session_not_found"
+    assert lists["length"] == [5, 5, 0] and lists["chunk_size"] == [2, 2, 0]
+    found = [[[(item["position"], item["payload"]) for item in row] for row in of] for of in lists["found"]]
+    assert found == [[[(4, None), (2, {"n": 2})]], [[(0, {"n": 0})]], [[]]]
+    content = wire.build({"queries": queries}, body)
+    tensors, params = unpack((await client.post(BATCH, content=content, headers=BINARY)).content)
+    assert tensors["position"].tolist() == [[[4, 2]], [[0, -1]], [[-1, -1]]]
+    np.testing.assert_allclose(tensors["score"].ravel(), [1, 0.8, 1, 0, 0, 0], rtol=1e-6)
+    np.testing.assert_array_equal(tensors["embeddings"], np.array(lists["embeddings"], np.float32))
+    assert tensors["embeddings"].shape == (3, 1, 2, 3) and not tensors["embeddings"][2].any()
+    assert params["payloads"] == [[[None, {"n": 2}]], [[{"n": 0}]], [[]]] and params["status"] == lists["status"]
+    mask = [[True] * 4 + [False], [False] + [True] * 4]
+    masked = await client.post(BATCH, json={**body, "sessions": ["s", "t"], "queries": [[0, 0, 1]] * 2, "mask": mask})
+    assert [[item["position"] for item in of[0]] for of in masked.json()["found"]] == [[2], [2, 4]]
+    none = (await client.post(BATCH, json={"sessions": ["a", "b"], "queries": [[1, 0, 0]] * 2})).json()
+    assert none["found"] == [[[]], [[]]] and "embeddings" not in none
+    several: list[dict[str, Any]] = [
+        {"n": 0},
+        {"stop": [1, 2]},
+        {"model": 3},
+        {"top_k": 1},
+        {"queries": [[1, 0, 0]]},
+        {"sessions": []},
+    ]
+    for wrong in several:
+        answer = await client.post(BATCH, json={"sessions": ["s", "t"], "queries": [[1, 0, 0]] * 2, **wrong})
+        if wrong == {"n": 0}:
+            assert answer.json()["status"] == [422, 422]
+        else:
+            check_problem(answer, 422, "invalid_argument")
 
 
 async def test_what_is_counted(serve: Serve) -> None:

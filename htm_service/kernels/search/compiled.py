@@ -38,18 +38,18 @@ class CompiledSearch:
     def find(
         self, arena: Arena, searches: Sequence[TokenSearch], queries: Tensor, rotated: Tensor, slots: Tensor | None
     ) -> Found:
-        """In two calls; see `SearchKernel`."""
+        """In two calls; see `SearchKernel`. Python's part is kept small: it takes as long as going over 10,000 sketches."""
         table = np.array([_numbers(search) for search in searches], loops.TOKEN_SEARCH)
-        num_rows, width = len(queries), int(table["num_wanted"].max())
+        num_rows, width = len(queries), max(search.num_wanted for search in searches)
         of_slots = np.zeros((num_rows, arena.chunk_size), np.float32) if slots is None else slots.numpy()
         asked = (*pages_of(arena), table, queries.numpy())
-        num_parts = self._num_parts(table, arena)
-        first_chunks = np.cumsum(table["num_chunks"])
+        num_parts = self._num_parts(searches, arena)
+        lacking = np.zeros(sum(len(search.pages) for search in searches), np.bool_)
         kept = (
-            *_lists(num_rows, num_parts, max(1, int(table["num_scored"].max()))),
+            *_lists(num_rows, num_parts, max(1, *(search.num_scored for search in searches))),
             *_lists(num_rows, num_parts, width),
-            *_bounds(int(table["num_chunks"] @ table["num_queries"]), arena.chunk_size),
-            *(np.zeros(int(first_chunks[-1]), np.bool_), np.zeros((num_rows, num_parts), np.bool_)),
+            *_bounds(sum(len(search.pages) * search.num_queries for search in searches), arena.chunk_size),
+            *(lacking, np.zeros((num_rows, num_parts), np.bool_)),
         )
         turned = rotated.numpy()
         self._kernel.together(
@@ -64,17 +64,27 @@ class CompiledSearch:
                 for begin, end in pairwise(cuts)
             ]
         )
-        lacks = np.split(kept[6], first_chunks[:-1])
-        lacking = [
-            torch.from_numpy(np.flatnonzero(of)) + search.first for of, search in zip(lacks, searches, strict=True)
-        ]
-        return Found(torch.from_numpy(position), torch.from_numpy(score), lacking)
+        return Found(torch.from_numpy(position), torch.from_numpy(score), _lacking(lacking, searches))
 
-    def _num_parts(self, table: Array, arena: Arena) -> int:
+    def _num_parts(self, searches: Sequence[TokenSearch], arena: Arena) -> int:
         """Cores that the chunks are shared out over."""
-        token_bytes = np.where(table["bits"] != 0, arena.dim // 8, arena.dim * arena.dtype.itemsize)
-        work = int((table["num_chunks"] * table["num_queries"] * token_bytes).sum()) * arena.chunk_size
-        return max(1, min(self._kernel.num_threads, work // self._bytes_per_thread))
+        token_bytes = arena.dim * arena.dtype.itemsize
+        work = sum(
+            len(search.pages) * search.num_queries * (token_bytes if search.bits is None else arena.dim // 8)
+            for search in searches
+        )
+        return max(1, min(self._kernel.num_threads, work * arena.chunk_size // self._bytes_per_thread))
+
+
+def _lacking(flags: Array, searches: Sequence[TokenSearch]) -> list[Tensor]:
+    """For each search the chunks of its `flags`."""
+    if not flags.any():  # nearly always
+        return [torch.empty(0, dtype=torch.int64)] * len(searches)
+    found, first = [], 0
+    for search in searches:
+        own = flags[slice(first, first := first + len(search.pages))]
+        found.append(torch.from_numpy(np.flatnonzero(own) + search.first))
+    return found
 
 
 def _lists(num_rows: int, num_parts: int, num: int) -> tuple[Array, Array]:

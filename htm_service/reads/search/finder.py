@@ -177,17 +177,18 @@ def _known(find: Find, first: int, last: int) -> Tensor | None:
 
 def _result(find: Find, found: Found) -> SearchResult | Exception:
     """What a search answers, on the host."""
-    score = found.score.numpy()
-    if np.isnan(score).any():
+    position, score = found.position.numpy(), found.score.numpy()
+    if np.isnan(score[:, 0]).any():  # then it is so in the whole row
         largest = float(np.abs(find.request.queries[np.isnan(score).any(axis=1)]).max())
         return InvalidArgument(
             f"scores overflow float32: a query of up to {largest:g} meets tokens that are too large; scale the "
             "embeddings, or hide such tokens (start, stop, mask)"
         )
-    position = found.position.numpy()
+    if (is_none := position < 0).any():
+        score = np.where(is_none, np.float32(0), score)
     return SearchResult(
         position,
-        np.where(position >= 0, score, np.float32(0)),
+        score,
         find.chunks.length,
         find.chunks.chunk_size,
         embeddings=_embeddings(find, found.position) if find.embeddings else None,

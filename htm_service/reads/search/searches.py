@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 
 from htm_service.config import EngineConfig
-from htm_service.errors import InvalidArgument, SessionDamaged
+from htm_service.errors import HTMError, InvalidArgument, SessionDamaged
 from htm_service.reads.attends import Attends, name_of
 from htm_service.reads.search.finder import Find
 from htm_service.records import AttendRequest, SearchAllResult, SearchRequest, SearchResult, Timing
-from htm_service.sessions.payloads import Payloads
+from htm_service.sessions.payloads import Payloads, Texts
 from htm_service.sessions.session import Session
 
 FOUND_BYTES = 80
@@ -40,13 +40,50 @@ class Searches:
 
     async def search(self, session: Session, request: SearchRequest) -> SearchResult:
         """The tokens that score best against each query of a checked request."""
+        answer = await self._answer(session, request)
+        self._count(request)
+        return answer
+
+    async def _answer(self, session: Session, request: SearchRequest) -> SearchResult:
         while True:
             result = await self._find(session, request)
             answer = await self._with_payloads(session, result) if request.payloads else result
-            # Else they may be of tokens that came later.
-            if not request.payloads or session.resident.num_begun == result.num_truncated:
-                self._count(request)
+            if not request.payloads or _is_as_of(session, result):
                 return answer
+
+    async def search_each(self, wanted: Sequence[tuple[Session, SearchRequest]]) -> list[SearchResult | Exception]:
+        """Checked requests of several sessions as one entry of the device's queue; one that fails takes no other along.
+
+        They have one deadline, the first's. Raises InvalidArgument where they would answer too much together.
+        """
+        deadline = self._attends.deadline_of(wanted[0][1])
+        self._check_size(wanted)
+        outcomes: dict[int, SearchResult | Exception] = {}
+        jobs: list[tuple[Session, Find]] = []
+        places: list[int] = []
+        for place, (session, request) in enumerate(wanted):
+            try:
+                jobs.append((session, await self._asked(session, request)))
+                places.append(place)
+            except HTMError as error:
+                outcomes[place] = error
+        for place, outcome in zip(places, await self._attends.compute_all(jobs, *deadline), strict=True):
+            session, request = wanted[place]
+            assert isinstance(outcome, SearchResult | Exception)
+            outcomes[place] = outcome if isinstance(outcome, Exception) else _above(outcome, request.min_score)
+        await self._fill_each(wanted, outcomes)
+        for place, (session, request) in enumerate(wanted):
+            outcome = outcomes[place]
+            if isinstance(outcome, SessionDamaged):
+                session.damage = outcome.detail
+            elif isinstance(outcome, SearchResult):
+                if request.payloads and not _is_as_of(session, outcome):
+                    try:
+                        outcomes[place] = await self._answer(session, request)
+                    except HTMError as error:
+                        outcomes[place] = error
+                self._count(request)
+        return [outcomes[place] for place in range(len(wanted))]
 
     async def search_all(self, sessions: Sequence[Session], request: SearchRequest) -> SearchAllResult:
         """The same over all these sessions together; equal scores in their order."""
@@ -58,12 +95,10 @@ class Searches:
             best = _best(results, len(request.queries), request.num_wanted)
             if request.payloads:  # of the best alone
                 kept = [_only(result, place, best) for place, result in enumerate(results)]
-                filled = await asyncio.gather(*map(self._with_payloads, sessions, kept))
-                results = [
-                    result._replace(payloads=only.payloads) for result, only in zip(results, filled, strict=True)
-                ]
-            seen = zip(sessions, results, strict=True)
-            if not request.payloads or all(of.resident.num_begun == result.num_truncated for of, result in seen):
+                outcomes: dict[int, SearchResult | Exception] = dict(enumerate(kept))
+                await self._fill_each([(session, request) for session in sessions], outcomes)
+                results = [result._replace(payloads=_payloads(outcomes[at])) for at, result in enumerate(results)]
+            if not request.payloads or all(map(_is_as_of, sessions, results)):
                 break
         self._count(request)
         timing = max((result.timing for result in results), key=lambda timing: timing.compute_s, default=Timing())
@@ -74,13 +109,17 @@ class Searches:
         self.num_queries += len(request.queries)
 
     async def _find(self, session: Session, request: SearchRequest) -> SearchResult:
-        num_found = min(request.num_wanted, max(1, session.length - session.first_position))
-        num_bytes = len(request.queries) * num_found * (FOUND_BYTES + request.embeddings * 4 * session.settings.dim)
-        if num_bytes > self._config.max_answer_bytes:
-            raise InvalidArgument(
-                f"the answer to {len(request.queries)} queries has up to {num_bytes} bytes, the limit of one answer "
-                f"is {self._config.max_answer_bytes}: ask fewer queries at once, or for fewer tokens"
-            )
+        self._check_size([(session, request)])
+        try:
+            result = await self._attends.compute(session, await self._asked(session, request))
+        except SessionDamaged as error:
+            session.damage = error.detail
+            raise
+        assert isinstance(result, SearchResult)
+        return _above(result, request.min_score)
+
+    async def _asked(self, session: Session, request: SearchRequest) -> Find:
+        """A checked request as the device's thread takes it. Raises ModelNotFound, InvalidArgument."""
         seen = AttendRequest(
             queries=request.queries,
             model=request.model,
@@ -92,7 +131,7 @@ class Searches:
             request_id=request.request_id,
         )
         num_scored = request.num_wanted * (request.oversample or self._config.oversample)
-        find = Find(
+        return Find(
             session.resident,
             await self._attends.weights_of(session, name_of(session, seen), seen),
             seen,
@@ -101,33 +140,79 @@ class Searches:
             exact=request.exact,
             embeddings=request.embeddings,
         )
-        try:
-            result = await self._attends.compute(session, find)
-        except SessionDamaged as error:
-            session.damage = error.detail
-            raise
-        assert isinstance(result, SearchResult)
-        return _above(result, request.min_score)
+
+    def _check_size(self, wanted: Sequence[tuple[Session, SearchRequest]]) -> None:
+        """Raise InvalidArgument for an answer that would hold too much, whatever the payloads."""
+        num_bytes = num_queries = 0
+        for session, request in wanted:
+            num_found = min(request.num_wanted, max(1, session.length - session.first_position))
+            vector_bytes = request.embeddings * 4 * session.settings.dim
+            num_bytes += len(request.queries) * num_found * (FOUND_BYTES + vector_bytes)
+            num_queries += len(request.queries)
+        if num_bytes > self._config.max_answer_bytes:
+            raise InvalidArgument(
+                f"the answer to {num_queries} queries has up to {num_bytes} bytes, the limit of one answer "
+                f"is {self._config.max_answer_bytes}: ask fewer queries at once, or for fewer tokens"
+            )
+
+    async def _fill_each(
+        self, wanted: Sequence[tuple[Session, SearchRequest]], outcomes: dict[int, SearchResult | Exception]
+    ) -> None:
+        """Add payloads to the results that are to have them, in place, no more together than an answer may hold."""
+        found = [
+            (place, wanted[place][0], result)
+            for place, result in sorted(outcomes.items())
+            if isinstance(result, SearchResult) and wanted[place][1].payloads
+        ]
+        reads = (self._payloads.of(session, _counts(result)[0], result.num_truncated) for _, session, result in found)
+        left = self._config.max_answer_bytes
+        for (place, _, result), texts in zip(found, await asyncio.gather(*reads, return_exceptions=True), strict=True):
+            try:
+                if isinstance(texts, BaseException):
+                    raise texts
+                outcomes[place], num_bytes = self._filled(result, texts, left)
+                left -= num_bytes
+            except HTMError as error:
+                outcomes[place] = error
 
     async def _with_payloads(self, session: Session, result: SearchResult) -> SearchResult:
-        found = result.position[result.position >= 0]
-        counts = np.ones(len(found), np.int64)
-        if len(result.position) > 1:  # one query finds nothing twice
-            found, counts = np.unique(found, return_counts=True)
-        positions = found.tolist()
         try:
-            texts = await self._payloads.of(session, positions, result.num_truncated)
+            texts = await self._payloads.of(session, _counts(result)[0], result.num_truncated)
         except SessionDamaged as error:
             session.damage = error.detail
             raise
-        listed = zip(positions, counts.tolist(), strict=True)
-        num_bytes = sum(len(texts[position]) * count for position, count in listed if position in texts)
-        if num_bytes > self._config.max_answer_bytes:
+        return self._filled(result, texts, self._config.max_answer_bytes)[0]
+
+    def _filled(self, result: SearchResult, texts: Texts, most: int) -> tuple[SearchResult, int]:
+        """The result with these payloads, and their bytes, each as often as it is there. Raises InvalidArgument."""
+        num_bytes = sum(len(texts[at]) * count for at, count in zip(*_counts(result), strict=True) if at in texts)
+        if num_bytes > most:
             raise InvalidArgument(
                 f"what was found has payloads of {num_bytes} bytes, the limit of one answer is "
                 f"{self._config.max_answer_bytes}: ask fewer queries at once, or for fewer tokens"
             )
-        return result._replace(payloads=texts)
+        return result._replace(payloads=texts), num_bytes
+
+
+def _is_as_of(session: Session, result: SearchResult) -> bool:
+    """Whether payloads that were read are of the tokens found; after a truncation they may be of later ones."""
+    return session.resident.num_begun == result.num_truncated
+
+
+def _counts(result: SearchResult) -> tuple[list[int], list[int]]:
+    """The positions that were found, and how often each."""
+    found = result.position[result.position >= 0]
+    if len(result.position) == 1:  # one query finds nothing twice
+        return found.tolist(), [1] * len(found)
+    positions, counts = np.unique(found, return_counts=True)
+    return positions.tolist(), counts.tolist()
+
+
+def _payloads(outcome: SearchResult | Exception) -> Texts | None:
+    """Those of a result. Raises what it failed with."""
+    if isinstance(outcome, Exception):
+        raise outcome
+    return outcome.payloads
 
 
 def _above(result: SearchResult, min_score: float | None) -> SearchResult:
