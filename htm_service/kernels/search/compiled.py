@@ -38,7 +38,7 @@ class CompiledSearch:
     def find(
         self, arena: Arena, searches: Sequence[TokenSearch], queries: Tensor, rotated: Tensor, slots: Tensor | None
     ) -> Found:
-        """In two calls; see `SearchKernel`. Python's part is kept small: it takes as long as going over 10,000 sketches."""
+        """In two calls; see `SearchKernel`. Python's part takes as long as 10,000 sketches: it is kept small."""
         table = np.array([_numbers(search) for search in searches], loops.TOKEN_SEARCH)
         num_rows, width = len(queries), max(search.num_wanted for search in searches)
         of_slots = np.zeros((num_rows, arena.chunk_size), np.float32) if slots is None else slots.numpy()
