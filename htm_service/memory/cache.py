@@ -180,6 +180,20 @@ class Cache:
             self.touch(resident, missing)
             self.num_fetched_pages += len(missing)
 
+    def have_sketch_room(self, resident: Resident) -> bool:
+        """Have room for sketches of all chunks that a resident session has; False where they are to have none."""
+        chunks = resident.held
+        if chunks.arena.dim < LEAST_DIM:
+            return False
+        table = chunks.make_sketches()
+        try:
+            self.reclaim.make_room(resident, 0, table.num_bytes_for(chunks.num_chunks))
+            table.reserve(chunks.num_chunks)  # where many were trimmed there is room, but elsewhere
+        except OutOfMemory:
+            chunks.drop_sketches()
+            return False
+        return True
+
     def sketch(self, resident: Resident) -> bool:
         """Make sketches of some sealed chunks that are here and have none; whether there are more.
 
@@ -188,7 +202,7 @@ class Cache:
         if resident.state != "resident" or resident.is_deleted or resident.chunks is None:
             return False
         chunks = resident.chunks
-        if not self._has_room_for_sketches(resident):
+        if not self.have_sketch_room(resident):
             return False
         table = chunks.make_sketches()
         if table.num_known >= chunks.num_sealed - chunks.first_chunk:
@@ -205,7 +219,7 @@ class Cache:
     def sketch_contents(self, resident: Resident, contents: Mapping[int, torch.Tensor]) -> None:
         """Make sketches of chunks by their contents [C, D], which were fetched, where they have none."""
         chunks = resident.held
-        if not self._has_room_for_sketches(resident):
+        if not self.have_sketch_room(resident):
             return
         missing = set(chunks.make_sketches().missing(chunks.num_sealed).tolist())
         if some := [chunk for chunk in contents if chunk in missing]:
@@ -215,21 +229,6 @@ class Cache:
     def _put_sketches(self, chunks: Chunks, some: torch.Tensor, tokens: torch.Tensor) -> None:
         keys = chunks.keys[some - chunks.first_chunk]
         chunks.make_sketches().put(some, *sketch(tokens, keys, chunks.arena.rotation))
-
-    def _has_room_for_sketches(self, resident: Resident) -> bool:
-        """Have room for sketches of all chunks there are, if they are to have any."""
-        chunks = resident.held
-        if chunks.arena.dim < LEAST_DIM:
-            return False
-        num_bytes = chunks.make_sketches().num_bytes_for(chunks.num_chunks)
-        if num_bytes > 0:
-            try:
-                self.reclaim.make_room(resident, 0, num_bytes)
-                chunks.make_sketches().reserve(chunks.num_chunks)
-            except OutOfMemory:
-                chunks.drop_sketches()
-                return False
-        return True
 
     def _hold(self, resident: Resident) -> None:
         """Have chunks for a session whose first tokens come. Raises OutOfMemory."""

@@ -60,6 +60,8 @@ class DeviceWorker:
         self.loader = loader
         self.runner = runner
         self.finder = Finder(runner.kernel)
+        self._sketching: set[Resident] = set()
+        """Whose next sketches are made after the batch at hand."""
 
     def submit(self, attend: Attend, cost: int) -> asyncio.Future[AttendResult | SelectResult | SearchResult]:
         """Admit an attend, a select or a search (the loop). Raises Overloaded, Draining or Unhealthy."""
@@ -166,12 +168,21 @@ class DeviceWorker:
                 else:
                     ready.append((ticket, job))
                     if isinstance(job, Find):
-                        self._sketch(resident)
+                        self._want_sketches(resident)
         return ready
 
+    def _want_sketches(self, resident: Resident) -> None:
+        """Have room for sketches of what is searched, and have them made, by one for all that search it."""
+        if resident in self._sketching:
+            self.cache.have_sketch_room(resident)
+        else:
+            self._sketch(resident)
+
     def _sketch(self, resident: Resident) -> None:
-        """Make sketches of what is searched, so many at a time that others can wait for them."""
+        """Make some sketches, so many at a time that others can wait for them."""
+        self._sketching.discard(resident)
         if self.cache.sketch(resident):
+            self._sketching.add(resident)
             self.queue.post(partial(self._sketch, resident))
 
     def _want(self, resident: Resident) -> None:

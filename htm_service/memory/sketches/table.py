@@ -53,6 +53,7 @@ class SketchTable:
 
     def tables(self, first: int, last: int) -> tuple[Tensor, Tensor]:
         """Bits [N, W, C] and factors [N, C] of chunks first .. last-1, for which there is room: views."""
+        assert self._row(last) <= len(self._factors), "a kernel would read beyond them"
         some = slice(self._row(first), self._row(last))
         return self._bits[some], self._factors[some]
 
