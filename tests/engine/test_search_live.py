@@ -1,4 +1,4 @@
-"""Searches while sessions change, on every kernel: right against lists of what was acknowledged, nothing left behind."""
+"""Searches while all else goes on: appends, trims and deletions, deadlines, callers who go, and kernels."""
 
 import asyncio
 import threading
