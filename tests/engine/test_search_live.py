@@ -1,7 +1,8 @@
-"""Searches while all else goes on: appends, trims and deletions, deadlines, callers who go, and kernels."""
+"""Searches while sessions change, on every kernel: right against what was acknowledged, and nothing left behind."""
 
 import asyncio
 import threading
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,6 @@ import torch
 from htm_service.engine import Engine
 from htm_service.errors import DeadlineExceeded
 from htm_service.kernels.resolve import resolve_kernel
-from htm_service.memory.resident import Resident
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest, SearchRequest
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
@@ -172,28 +172,31 @@ async def test_one_makes_the_sketches_for_all_that_search(engine: Engine, monkey
     monkeypatch.setattr("htm_service.memory.cache.SKETCHED_BYTES", 5 * SIZE * DIM * 4)
     tokens = vectors(1, 200 * SIZE, DIM)
     await fill(engine, "s", tokens)
-    batches: list[int] = []
-    sketch = engine.worker.cache.sketch
+    waiting: list[int] = [0]
+    post = engine.worker.queue.post
 
-    def counted(resident: Resident) -> bool:
-        batches.append(engine.worker.queue.num_batches)
-        return sketch(resident)
+    def counted(act: Callable[[], None]) -> bool:
+        def acted() -> None:
+            waiting.append(waiting[-1] - 1)
+            act()
 
-    monkeypatch.setattr(engine.worker.cache, "sketch", counted)
+        waiting.append(waiting[-1] + 1)
+        return post(acted)
+
     request = SearchRequest(vectors(2, 1, DIM), num_wanted=5, exact=True)
     may_go = threading.Event()
-    engine.worker.queue.post(lambda: may_go.wait(20))
+    post(lambda: None if may_go.wait(20) else None)
+    monkeypatch.setattr(engine.worker.queue, "post", counted)
     work = asyncio.gather(*(engine.search(named("s"), request) for _ in range(16)))
     await asyncio.sleep(0.1)
     may_go.set()
     for result in await work:
         check(result, tokens, request, np.ones(len(tokens), bool))
-    assert batches.count(batches[0]) == 1
-    await on_device_thread(engine, lambda: None)
     for _ in range(60):
         await engine.search(named("s"), request)
     table = session_of(engine, "s").resident.held.sketches
     assert table is not None and table.num_known == 200
+    assert len(waiting) > 60 and max(waiting) == 1
 
 
 async def test_payloads_of_trimmed_and_deleted_tokens_leave_the_host_too(engine: Engine) -> None:
