@@ -185,7 +185,11 @@ async def test_one_makes_the_sketches_for_all_that_search(engine: Engine, monkey
 
     request = SearchRequest(vectors(2, 1, DIM), num_wanted=5, exact=True)
     may_go = threading.Event()
-    post(lambda: None if may_go.wait(20) else None)
+
+    def hold() -> None:
+        may_go.wait(20)
+
+    post(hold)
     monkeypatch.setattr(engine.worker.queue, "post", counted)
     work = asyncio.gather(*(engine.search(named("s"), request) for _ in range(16)))
     await asyncio.sleep(0.1)
