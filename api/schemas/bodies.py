@@ -548,6 +548,7 @@ class BatchSelectAnswer(BatchAnswer):
     chunks: BatchSelectedChunks | None = None
     unique: BatchUniqueChunks | None = None
     length: list[int]
+    chunk_size: list[int] | None = Field(None, description="`[S]`, with the tokens: C is the greatest of them.")
 
 
 class BatchTruncateAnswer(BatchAnswer):

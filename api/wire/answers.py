@@ -435,7 +435,14 @@ def batch_select_parts(
         tensors["chunks.logit"] = stacked(outcomes, lambda result: result.chunk_logit, none)
     if wanted.keys or wanted.tokens:
         tensors |= _uniques(outcomes, request, wanted)
-    return tensors, {**batch_params(outcomes), "length": listed(outcomes, lambda result: result.length)}
+    params: Params = {"length": listed(outcomes, lambda result: result.length)}
+    if wanted.tokens:  # a chunk is as wide as the widest, so its own width is said
+        params["chunk_size"] = listed(outcomes, _chunk_size)
+    return tensors, {**batch_params(outcomes), **params}
+
+
+def _chunk_size(result: SelectResult) -> int:
+    return 0 if result.taken is None or result.taken.tokens is None else result.taken.tokens.shape[1]
 
 
 def _uniques(outcomes: Outcomes[SelectResult], request: AttendRequest, wanted: Selected) -> Tensors:

@@ -116,6 +116,7 @@ class Batch:
 
     def selected(self, answer: Answer) -> BatchSelected:
         """The result of selects."""
+        sizes = answer.params.get("chunk_size")
         result = BatchSelected(
             chunk_index=answer.tensors.get("chunks.index"),
             chunk_logit=answer.tensors.get("chunks.logit"),
@@ -123,6 +124,7 @@ class Batch:
             unique_key=answer.tensors.get("unique.key"),
             unique_tokens=answer.tensors.get("unique.tokens"),
             unique_visible=answer.tensors.get("unique.visible"),
+            chunk_size=None if sizes is None else np.array(sizes, np.int64),
             length=np.array(answer.params["length"], np.int64),
         )
         return self._checked(answer, result)

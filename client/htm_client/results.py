@@ -233,6 +233,8 @@ class BatchSelected:
     unique_key: Floats | None
     unique_tokens: Floats | None
     unique_visible: Bools | None
+    chunk_size: Ints | None
+    """[S] with the tokens, of which a session with smaller chunks than another has fewer."""
     length: Ints
     status: Ints = field(default_factory=_no_ints)
     errors: Sequence[ItemError] = ()

@@ -171,5 +171,29 @@ def test_what_does_not_fit_is_refused(client: HTMClient) -> None:
     with pytest.raises(NotFound):
         remote(queries, ["0", "nobody"])
     client.create_session("other", dim=DIM, chunk_size=SIZE + 1)
-    with pytest.raises(InvalidArgument, match="chunks have 6 tokens, the attention's 5"):
+    with pytest.raises(InvalidArgument, match="chunks of session 'other' have 6 tokens, the attention's 5"):
         remote(queries, ["0", "other"])
+    client.create_session("smaller", dim=DIM, chunk_size=SIZE - 1)
+    client.append("smaller", tokens_of(0))
+    with pytest.raises(InvalidArgument, match="chunks of session 'smaller' have 4 tokens, the attention's 5"):
+        remote(queries, ["0", "smaller"])
+
+
+@pytest.mark.parametrize("num_queries", [1, 700])
+def test_sessions_are_asked_together(client: HTMClient, monkeypatch: pytest.MonkeyPatch, num_queries: int) -> None:
+    """In one request, or in as many as their answers need; a session may be there twice."""
+    asked: list[int] = []
+    batch_select = client.batch_select
+
+    def counting(sessions: Sequence[str], *args: Any, **options: Any) -> Any:
+        asked.append(len(sessions))
+        return batch_select(sessions, *args, **options)
+
+    monkeypatch.setattr(client, "batch_select", counting)
+    local = made("attention")
+    queries = torch.randn(5, num_queries, DIM, dtype=torch.float64)
+    got = RemoteHTMAttention(client, local)(queries, list("03103"))
+    expected = whole(local, queries, [0, 3, 1, 0, 3], ALL, [True] * 4)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert sorted(asked) == ([5] if num_queries == 1 else [1, 2, 2])
+    assert RemoteHTMAttention(client, local)(queries[:0], []).shape == (0, num_queries, DIM)

@@ -254,6 +254,7 @@ async def test_selects_are_those_of_single_calls_in_every_format(three: httpx.As
     tensors, params = unpack(binary.content)
     assert lists["status"] == params["status"] == [200, 200, 200, 404] and lists["length"] == [5, 5, 6, 0]
     assert lists["errors"] == params["errors"] and lists["errors"][0]["code"] == "session_not_found"
+    assert lists["chunk_size"] == params["chunk_size"] == [2, 2, 2, 0]
     width = max(len(one["unique"]["index"]) for one in singles)
     assert min(len(one["unique"]["index"]) for one in singles) == 2 < width
     for item, one in enumerate(singles):
