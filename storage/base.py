@@ -609,6 +609,20 @@ class Store(ABC):
         Raises TooManyBytes when they have more than `max_bytes`, without reading many more.
         """
 
+    def read_payloads_each(
+        self, wanted: Sequence[tuple[int, Sequence[int], int]]
+    ) -> list[dict[int, bytes] | TooManyBytes]:
+        """`read_payloads` for each (sid, positions, max_bytes), and what it raised; in one view if there are any."""
+        return [self._payloads_or_too_many(*one) for one in wanted]
+
+    def _payloads_or_too_many(
+        self, sid: int, positions: Sequence[int], max_bytes: int
+    ) -> dict[int, bytes] | TooManyBytes:
+        try:
+            return self.read_payloads(sid, positions, max_bytes)
+        except TooManyBytes as error:
+            return error
+
     @abstractmethod
     def read_payload_range(self, sid: int, start: int, stop: int, max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
         """The payloads at positions start .. stop-1, where there are any. Raises TooManyBytes as above."""

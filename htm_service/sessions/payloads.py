@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from htm_service.errors import InvalidArgument
+from htm_service.errors import HTMError, InvalidArgument
 from htm_service.sessions.payload_cache import PayloadCache
 from htm_service.sessions.session import Session
 from htm_service.store_errors import still_there, unreadable
@@ -74,18 +74,21 @@ class Payloads:
         }
 
     def run(self, tickets: Sequence[Ticket[Wanted, Texts]]) -> list[Outcome[Texts]]:
-        """Read what is wanted (the thread)."""
-        return [self._read(ticket.item) for ticket in tickets]
-
-    def _read(self, wanted: Wanted) -> Texts | Exception:
+        """Read what is wanted, all of it in one view of the store (the thread)."""
+        asked = [(ticket.item.sid, ticket.item.positions, ticket.item.max_bytes) for ticket in tickets]
         try:
-            texts = self._store.read_payloads(wanted.sid, wanted.positions, wanted.max_bytes)
-            if len(texts) < len(wanted.positions):  # one that is not there does not say why
-                still_there(self._store, wanted.key, wanted.sid)
-        except TooManyBytes as error:
-            return error
+            found = self._store.read_payloads_each(asked)
+        except StoreError as error:
+            return [unreadable(ticket.item.key.id, error) for ticket in tickets]
+        return [self._checked(ticket.item, texts) for ticket, texts in zip(tickets, found, strict=True)]
+
+    def _checked(self, wanted: Wanted, texts: Texts | TooManyBytes) -> Texts | Exception:
+        if isinstance(texts, TooManyBytes) or len(texts) == len(wanted.positions):
+            return texts
+        try:
+            still_there(self._store, wanted.key, wanted.sid)  # a payload that is not there does not say why
         except StoreError as error:
             return unreadable(wanted.key.id, error)
-        except Exception as error:
+        except HTMError as error:
             return error
         return texts

@@ -51,6 +51,13 @@ class Prepared:
         cursor.close()
         return row
 
+    def all(self, connection: Connection, values: Values) -> list[Any]:
+        """All rows that it finds."""
+        cursor = execute(connection, self._sql_for(connection.dialect), [values])
+        rows: list[Any] = cursor.fetchall()
+        cursor.close()
+        return rows
+
     def _sql_for(self, dialect: Dialect) -> str:
         sql = self._sql.get(dialect.name)
         if sql is None:

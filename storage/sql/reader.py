@@ -28,6 +28,7 @@ from storage.base import (
     Store,
     StoreError,
     Summary,
+    TooManyBytes,
     Totals,
     within,
 )
@@ -131,6 +132,20 @@ class SqlReader(Store):
         """See `Store.read_payloads`."""
         with self._snapshot() as snapshot, contextlib.closing(snapshot.payloads(sid, positions)) as found:
             return within(max_bytes, found)
+
+    def read_payloads_each(
+        self, wanted: Sequence[tuple[int, Sequence[int], int]]
+    ) -> list[dict[int, bytes] | TooManyBytes]:
+        """See `Store.read_payloads_each`."""
+        outcomes: list[dict[int, bytes] | TooManyBytes] = []
+        with self._snapshot() as snapshot:
+            for sid, positions, max_bytes in wanted:
+                with contextlib.closing(snapshot.payloads(sid, positions)) as found:
+                    try:
+                        outcomes.append(within(max_bytes, found))
+                    except TooManyBytes as error:
+                        outcomes.append(error)
+        return outcomes
 
     def read_payload_range(self, sid: int, start: int, stop: int, max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
         """See `Store.read_payload_range`."""

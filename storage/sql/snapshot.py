@@ -9,17 +9,26 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, func, or_, select
 
 from storage.base import STAGED, Block, KeyRow, ModelRow, Quota, SessionKey, SessionRow, StoreDamaged, Summary
+from storage.sql.prepared import Prepared
 from storage.sql.spans import Span, cut, layout_of
 from storage.sql.tables import blocks, keys, models, payloads, quotas, sessions, summaries
 
 ROWS_AT_ONCE = 64
 """Blocks fetched together while streaming; each is at most `rows.BLOCK_BYTES`, or one token."""
-POSITIONS_AT_ONCE = 500
 PAYLOADS_AT_ONCE = 16
 """Fetched together; each may have megabytes."""
+_PLACES = [f"at{place}" for place in range(PAYLOADS_AT_ONCE)]
+_SOME_PAYLOADS = Prepared(
+    select(payloads.c.position, payloads.c.body).where(
+        payloads.c.log == bindparam("log"), payloads.c.position.in_([bindparam(name) for name in _PLACES])
+    ),
+    "log",
+    *_PLACES,
+)
+"""Those at `PAYLOADS_AT_ONCE` positions; one may be there several times."""
 
 
 class Snapshot:
@@ -87,9 +96,10 @@ class Snapshot:
         """Those at these positions, one after the other."""
         for span in self._spans(sid):
             inside = [position for position in positions if span.start <= position < span.stop]
-            for place in range(0, len(inside), POSITIONS_AT_ONCE):
-                some = inside[place : place + POSITIONS_AT_ONCE]
-                yield from self._payloads(payloads.c.position.in_(some), span.log, len(some))
+            for place in range(0, len(inside), PAYLOADS_AT_ONCE):
+                some = inside[place : place + PAYLOADS_AT_ONCE]
+                some += some[:1] * (PAYLOADS_AT_ONCE - len(some))
+                yield from _SOME_PAYLOADS.all(self.connection, (span.log, *some))
 
     def payload_range(self, sid: int, start: int, stop: int) -> Generator[tuple[int, bytes], None, None]:
         """Those at positions start .. stop-1, one after the other."""

@@ -12,9 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, CompoundSelect, Connection, delete, exists, func, insert, or_, select
+from sqlalchemy import ColumnElement, CompoundSelect, Connection, bindparam, delete, exists, func, insert, or_, select
 
 from storage.sql.tables import leftovers, sessions, spans
+
+_SPANS = (
+    select(
+        *(sessions.c.first_position, sessions.c.length, spans.c.start, spans.c.stop, spans.c.log, spans.c.chunk_size)
+    )
+    .join_from(sessions, spans, spans.c.sid == sessions.c.sid, isouter=True)
+    .where(sessions.c.sid == bindparam("of_sid"))
+    .order_by(spans.c.start)
+)
+"""A session with its spans: written once, because SQLAlchemy takes as long to put it together as to ask it."""
 
 
 class Span(NamedTuple):
@@ -59,10 +69,7 @@ class Layout(NamedTuple):
 
 def layout_of(connection: Connection, sid: int) -> Layout | None:
     """Where a session lies, or None when it is not there."""
-    of_session = sessions.c.sid == sid
-    columns = sessions.c.first_position, sessions.c.length, spans.c.start, spans.c.stop, spans.c.log, spans.c.chunk_size
-    query = select(*columns).join_from(sessions, spans, spans.c.sid == sessions.c.sid, isouter=True)
-    rows = connection.execute(query.where(of_session).order_by(spans.c.start)).all()
+    rows = connection.execute(_SPANS, {"of_sid": sid}).all()
     if not rows:
         return None
     first_position, length, *_, chunk_size = rows[0]

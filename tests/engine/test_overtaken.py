@@ -9,7 +9,7 @@ import pytest
 
 from htm_service.engine import Engine
 from htm_service.errors import SessionNotFound
-from htm_service.records import AppendRequest, AttendRequest, CreateRequest
+from htm_service.records import AppendRequest, AttendRequest, CreateRequest, SearchRequest
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.inside import go_cold
@@ -19,8 +19,9 @@ from tests.names import named
 ATTEND = AttendRequest(queries=vectors(1, 1, DIM), payloads=True)
 APPEND = AppendRequest(embeddings=vectors(2, 1, DIM))
 CALLS: dict[str, tuple[str, Callable[[Engine], Awaitable[Any]]]] = {
-    "attend": ("read_payloads", lambda engine: engine.attend(named("s"), ATTEND)),
-    "step": ("read_payloads", lambda engine: engine.step(named("s"), ATTEND, APPEND)),
+    "attend": ("read_payloads_each", lambda engine: engine.attend(named("s"), ATTEND)),
+    "step": ("read_payloads_each", lambda engine: engine.step(named("s"), ATTEND, APPEND)),
+    "search": ("read_payloads_each", lambda engine: engine.search(named("s"), SearchRequest(ATTEND.queries))),
     "read": ("read_payload_range", lambda engine: engine.read(named("s"), 0, None, embeddings=True, payloads=True)),
     "payloads": (
         "read_payload_range",

@@ -43,6 +43,7 @@ from storage.base import (
     SetQuota,
     Store,
     Summary,
+    TooManyBytes,
     UpdateSession,
     UseKey,
     Write,
@@ -554,6 +555,9 @@ class StoreContract:
         assert store.read_payloads(sid, [0, 1, 2, 3, 4, 5, 2, -1]) == {0: b'{"n": 0}', 2: b"\xff\x00'", 4: b""}
         assert store.read_payloads(sid, []) == store.read_payloads(sid + 99, [0]) == {}
         assert store.read_payloads(sid, range(5_003)).keys() == {0, 2, 4}
+        each = store.read_payloads_each([(sid, [0, 2], 99), (sid + 99, [0], 99), (other, [0, 7], 5), (sid, [0], 3)])
+        assert each[:3] == [{0: b'{"n": 0}', 2: b"\xff\x00'"}, {}, {0: b"other"}]
+        assert isinstance(each[3], TooManyBytes) and store.read_payloads_each([]) == []
         assert store.read_payload_range(sid, 1, 4) == {2: b"\xff\x00'"}
         assert store.read_payload_range(sid, -3, 10**12).keys() == {0, 2, 4}
         assert store.read_payload_range(sid, 3, 2) == {}
