@@ -47,6 +47,8 @@ def main() -> None:
         say("one attend, one append")
         profiles[:0] = [parts.one_attend(stage, options.quick), parts.one_append(stage, options.quick)]
         growths = [*scene.run(growth.in_process(stage, options.quick)), *growths]
+        say("searches")
+        growths += scene.run(growth.of_searches(stage, options.quick))
     for each in profiles:
         print(f"{as_markdown(each)}\n")
     print(f"{layers_as_markdown(layers)}\n")

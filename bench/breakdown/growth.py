@@ -10,10 +10,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 
 from bench import over_http, scene
-from bench.scene import DIM, LENGTH, Scene, named
+from bench.scene import CHUNK_SIZE, DIM, LENGTH, Scene, named
 from htm_service.engine import Engine
+from htm_service.records import SearchRequest
 
 
 class Growth(NamedTuple):
@@ -62,6 +64,70 @@ async def in_process(stage: Scene, quick: bool) -> list[Growth]:
             Growth("sessions asked at once, one query each", "ms per attend, all of them over their number", points)
         )
     return growths
+
+
+async def of_searches(stage: Scene, quick: bool) -> list[Growth]:
+    """The same of searches with `retrieval`, over tokens that come in clusters of 500."""
+    repeats = 20 if quick else 200
+    growths = []
+    async with scene.running_engine(stage, "memory://") as engine:
+
+        async def fill(name: str, length: int, dim: int = DIM) -> None:
+            await scene.fill(engine, name, _clustered(length, dim), "retrieval")
+            while _num_sketched(engine, name) < length // CHUNK_SIZE:
+                await engine.search(named(name), SearchRequest(np.zeros(dim, np.float32)))
+
+        points = []
+        for length in (2_000, 20_000) if quick else (2_000, 20_000, 200_000):
+            await fill(f"n{length}", length)
+            points.append((length, await _median_search_ms(engine, [f"n{length}"], repeats)))
+        growths.append(Growth("N, tokens of the session", "ms per search", points))
+        for what, name, values in (
+            ("n, tokens wanted", "num_wanted", (1, 8, 64, 512)),
+            ("`oversample`, n 8", "oversample", (1, 4, 16, 64)),
+        ):
+            points = [(num, await _median_search_ms(engine, ["n20000"], repeats, **{name: num})) for num in values]
+            growths.append(Growth(what, "ms per search", points))
+        points = [
+            (num, await _median_search_ms(engine, ["n20000"], repeats, num_queries=num)) for num in (1, 4, 16, 64)
+        ]
+        growths.append(Growth("Q, queries of the search", "ms per search", points))
+        points = []
+        for dim in (128, 256, 512, 1_024):
+            await fill(f"d{dim}", LENGTH, dim)
+            points.append((dim, await _median_search_ms(engine, [f"d{dim}"], repeats, dim=dim)))
+        growths.append(Growth("D, width", "ms per search", points))
+        points = [(exact, await _median_search_ms(engine, ["n20000"], repeats, exact=bool(exact))) for exact in (0, 1)]
+        growths.append(Growth("`exact`", "ms per search", points))
+    return growths
+
+
+def _clustered(length: int, dim: int) -> torch.Tensor:
+    """Unit vectors [length, dim], 500 neighbours at a time about as like each other as texts on one subject."""
+    random = torch.Generator().manual_seed(4)
+    centres = torch.randn(-(-length // 500), dim, generator=random).repeat_interleave(500, dim=0)[:length]
+    return functional.normalize(centres + torch.randn(length, dim, generator=random))
+
+
+def _num_sketched(engine: Engine, name: str) -> int:
+    """Chunks of a session that have sketches."""
+    (session,) = [session for session in engine.directory.sessions() if session.id == name]
+    chunks = session.resident.chunks
+    return 0 if chunks is None or chunks.sketches is None else chunks.sketches.num_known
+
+
+async def _median_search_ms(
+    engine: Engine, sessions: Sequence[str], repeats: int, *, num_queries: int = 1, dim: int = DIM, **fields: Any
+) -> float:
+    """Of searching all the sessions at once, for neighbours of their tokens."""
+    queries = _clustered(LENGTH, dim)[:: LENGTH // num_queries][:num_queries] + 0.02 * torch.randn(num_queries, dim)
+    request = SearchRequest(queries.numpy(), **{"num_wanted": 8, **fields})
+    took: list[float] = []
+    for _ in range(repeats + 3):
+        began = time.perf_counter()
+        await asyncio.gather(*(engine.search(named(session), request) for session in sessions))
+        took.append(time.perf_counter() - began)
+    return float(np.median(took[3:])) * 1e3
 
 
 def over_connections(stage: Scene, port: int, sessions: int, quick: bool) -> Growth:
