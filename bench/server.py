@@ -90,7 +90,7 @@ class TimedKernel:
     """A kernel, step by step, each step timed."""
 
     def __init__(self, kernel: Kernel, timings: Timings) -> None:
-        self.name = kernel.name
+        self.name = f"timed {kernel.name}"  # searches are not timed, and want a kernel's own kind
         self.warm_up = kernel.warm_up
         self.select = kernel.select
         self.fold = timings.of("kernel.fold", kernel.fold)

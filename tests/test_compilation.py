@@ -149,7 +149,7 @@ def test_the_mark_is_of_one_processor_and_one_source(tmp_path: Path, monkeypatch
     monkeypatch.setattr(compilation, "processor", lambda: "another")
     assert not compiled.is_done
     monkeypatch.undo()
-    monkeypatch.setattr(compilation, "SOURCE", cpuinfo)
+    monkeypatch.setattr(compilation, "SOURCES", (cpuinfo,))
     assert not compiled.is_done
 
 

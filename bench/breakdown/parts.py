@@ -6,6 +6,7 @@ next larger one, so that none can be negative.
 
 from __future__ import annotations
 
+import contextlib
 import http.client
 import json
 import time
@@ -86,22 +87,21 @@ def watch(port: int, call: Call, repeats: int) -> dict[str, float]:
     `kernel.*` and `write` what these calls took.
     """
     path, kind, body, *_ = call
-    connection = http.client.HTTPConnection("127.0.0.1", port)
     client, told = 0.0, dict[str, float]()
-    for number in range(-repeats // 5, repeats):
-        if number == 0:  # the first fifth warmed everything up
-            client, told = 0.0, {}
-            _timings(port)
-        began = time.perf_counter()
-        connection.request("POST", path, body, {"Content-Type": kind})
-        answer = connection.getresponse()
-        answer.read()
-        client += time.perf_counter() - began
-        assert answer.status == 200, f"{path} answered {answer.status}"
-        for part in (answer.headers["Server-Timing"] or "").split(", "):
-            name, _, milliseconds = part.partition(";dur=")
-            told[name] = told.get(name, 0.0) + float(milliseconds or 0) / 1e3
-    connection.close()
+    with contextlib.closing(http.client.HTTPConnection("127.0.0.1", port)) as connection:
+        for number in range(-repeats // 5, repeats):
+            if number == 0:  # the first fifth warmed everything up
+                client, told = 0.0, {}
+                _timings(port)
+            began = time.perf_counter()
+            connection.request("POST", path, body, {"Content-Type": kind})
+            answer = connection.getresponse()
+            answer.read()
+            client += time.perf_counter() - began
+            assert answer.status == 200, f"{path} answered {answer.status}"
+            for part in (answer.headers["Server-Timing"] or "").split(", "):
+                name, _, milliseconds = part.partition(";dur=")
+                told[name] = told.get(name, 0.0) + float(milliseconds or 0) / 1e3
     sums = {"client": client, **told, **_timings(port)}
     return {name: seconds / repeats * 1e6 for name, seconds in sums.items()}
 

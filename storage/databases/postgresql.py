@@ -152,7 +152,8 @@ def _vacuum_models(connection: Connection) -> bool:
     try:
         execute(connection, "VACUUM model_parts").close()
     finally:
-        driver.autocommit = False
+        if not driver.closed:  # one that is lost has raised, and takes no more settings
+            driver.autocommit = False
     return True
 
 
