@@ -54,8 +54,9 @@ demo: $(STAMP)  ## Start a server, let agents fill it with Python's documentatio
 serve: $(STAMP)  ## Serve on 127.0.0.1:8000 (ARGS="--data DIR")
 	@$(BIN)/htm-service serve $(ARGS)
 
+# In two processes, each with whole files: half of the time is waiting. ARGS="-n 0" runs them in one, for --pdb or to be quiet.
 test: $(STAMP)  ## Run all tests with coverage (ARGS="-k arena")
-	$(BIN)/python -m pytest --cov $(ARGS)
+	$(BIN)/python -m pytest --cov -n 2 --dist loadfile $(ARGS)
 
 faults: $(STAMP)  ## Provoke R1 to R14, R16 and R18 in full, up to half an hour; make test has a little of each (ARGS="-k r1_")
 	@$(BIN)/python -m pytest tests/faults --full -q $(ARGS)
