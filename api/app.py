@@ -19,22 +19,10 @@ from api.auth import Auth
 from api.disconnect import Watch
 from api.metrics import Metrics
 from api.middleware import Front
-from api.routes import (
-    batch,
-    branches,
-    events,
-    hot,
-    hot_openapi,
-    inspection,
-    keys,
-    metrics,
-    models,
-    pages,
-    quotas,
-    server,
-    sessions,
-    transfers,
-)
+from api.routes import branches, events, inspection, pages, server, sessions, transfers
+from api.routes.admin import keys, metrics, models, quotas
+from api.routes.hot import batch, calls
+from api.routes.hot import openapi as hot_openapi
 from api.settings import Settings
 from api.tracing import Traces
 from htm_service.config import EngineConfig
@@ -106,7 +94,7 @@ def create_app(
     app.state.metrics = Metrics()
     if engine is not None:  # in-process tests need no lifespan
         app.state.engine = engine
-    hot_routes = [*hot.routes(), *batch.routes()]
+    hot_routes = [*calls.routes(), *batch.routes()]
     auth = Auth(settings.admin_key, insecure=settings.insecure, metrics_open=settings.metrics_open)
     app.front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, traces, auth)
     if settings.origins:

@@ -18,7 +18,9 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from api import key_commands, model_commands, transfer_commands
+from api.commands import keys as key_commands
+from api.commands import models as model_commands
+from api.commands import transfers as transfer_commands
 from api.settings import Settings, env_name, flag_name, hide_key, sentence
 from htm_service.errors import HTMError
 from htm_service.version import __version__

@@ -34,7 +34,7 @@ from storage.base import (
 )
 from storage.sql import verification
 from storage.sql.failures import translated
-from storage.sql.models import read_parts
+from storage.sql.namespaces.models import read_parts
 from storage.sql.snapshot import Snapshot
 from storage.sql.tables import sessions
 

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 from sqlalchemy import Connection, Row, String, cast, delete, select, update
 
 from storage.base import CheckSettings, ModelRow, SessionKey
-from storage.sql.branches import delete_branch, truncate
 from storage.sql.failures import trouble_with
-from storage.sql.models import damage_of
+from storage.sql.namespaces.models import damage_of
 from storage.sql.snapshot import Snapshot, row_of
-from storage.sql.spans import known_logs, layout_of
 from storage.sql.tables import blocks, idempotency, leftovers, models, payloads, sessions, spans, summaries
+from storage.sql.tokens.branches import delete_branch, truncate
+from storage.sql.tokens.spans import known_logs, layout_of
 from storage.sql.verification import outside, stored
 
 

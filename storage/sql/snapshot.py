@@ -13,8 +13,8 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, 
 
 from storage.base import STAGED, Block, KeyRow, ModelRow, Quota, SessionKey, SessionRow, StoreDamaged, Summary
 from storage.sql.prepared import Prepared
-from storage.sql.spans import Span, cut, layout_of
 from storage.sql.tables import blocks, keys, models, payloads, quotas, sessions, summaries
+from storage.sql.tokens.spans import Span, cut, layout_of
 
 ROWS_AT_ONCE = 64
 """Blocks fetched together while streaming; each is at most `rows.BLOCK_BYTES`, or one token."""

@@ -9,10 +9,10 @@ from __future__ import annotations
 from sqlalchemy import Connection, select, update
 
 from storage.base import AddPayloads, Publish, SessionExists, SessionRow, WriteResult
-from storage.sql.quotas import Usages
-from storage.sql.rows import Rows
+from storage.sql.namespaces.quotas import Usages
 from storage.sql.snapshot import row_of
 from storage.sql.tables import sessions
+from storage.sql.tokens.rows import Rows
 
 
 def add_payloads(connection: Connection, write: AddPayloads) -> None:

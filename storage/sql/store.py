@@ -17,13 +17,13 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from storage.base import CheckSettings, StoreDamaged, StoreError, StoreFenced, Write, WriteResult
 from storage.sql import repair
-from storage.sql.deletion import purge_more
 from storage.sql.failures import translated
-from storage.sql.models import add_part, purge_parts
+from storage.sql.namespaces.models import add_part, purge_parts
+from storage.sql.namespaces.quotas import Usages
 from storage.sql.ownership import Ownership
-from storage.sql.quotas import Usages
 from storage.sql.reader import SqlReader, Upkeep
 from storage.sql.repair import LostModel, Repair
+from storage.sql.tokens.deletion import purge_more
 from storage.sql.write_group import Tally, WriteGroup
 
 T = TypeVar("T")

@@ -12,10 +12,10 @@ from sqlalchemy.exc import DatabaseError
 
 from storage.base import CheckSettings, Damage, SessionKey
 from storage.sql.failures import is_damage, trouble_with
-from storage.sql.models import damage_of
+from storage.sql.namespaces.models import damage_of
 from storage.sql.snapshot import Snapshot
-from storage.sql.spans import Layout, Span, known_logs, layout_of, needs_of, shared_until
 from storage.sql.tables import blocks, idempotency, leftovers, payloads, sessions, spans, summaries
+from storage.sql.tokens.spans import Layout, Span, known_logs, layout_of, needs_of, shared_until
 
 
 def problems(

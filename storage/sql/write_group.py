@@ -44,18 +44,18 @@ from storage.base import (
     first_to_keep,
     wrong_cut,
 )
-from storage.sql.branches import delete_branch, fork, held_until, truncate
-from storage.sql.compaction import compact
-from storage.sql.keys import apply_to_key
-from storage.sql.models import apply_to_model
+from storage.sql.namespaces.keys import apply_to_key
+from storage.sql.namespaces.models import apply_to_model
+from storage.sql.namespaces.quotas import Usages
 from storage.sql.prepared import Values
-from storage.sql.quotas import Usages
-from storage.sql.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, portions
 from storage.sql.snapshot import row_of
-from storage.sql.spans import has_branched, own_log
 from storage.sql.staging import add_payloads, publish
 from storage.sql.tables import idempotency, sessions
-from storage.sql.trimming import trim, trim_branch
+from storage.sql.tokens.branches import delete_branch, fork, held_until, truncate
+from storage.sql.tokens.compaction import compact
+from storage.sql.tokens.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, portions
+from storage.sql.tokens.spans import has_branched, own_log
+from storage.sql.tokens.trimming import trim, trim_branch
 
 PURGE_LIMIT = 500
 """Expired idempotency keys deleted with one group that brings new ones."""

@@ -13,8 +13,8 @@ import pytest
 from htm_client import HTMClient
 from typer.testing import CliRunner
 
-from api import transfer_commands
 from api.cli import build
+from api.commands import transfers
 from tests.served.forked import ForkedServer
 
 DIM = 5
@@ -113,7 +113,7 @@ def test_a_stopped_export_leaves_whole_files(
     """Ctrl-C in the middle of the third session."""
     begun: list[str] = []
 
-    class Stopped(transfer_commands.Bars):
+    class Stopped(transfers.Bars):
         def begin(self, session: str) -> None:
             begun.append(session)
 
@@ -122,7 +122,7 @@ def test_a_stopped_export_leaves_whole_files(
                 raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(transfer_commands, "Bars", Stopped)
+        patch.setattr(transfers, "Bars", Stopped)
         assert CliRunner().invoke(build(), ["export", str(tmp_path), "--url", servers[0].url]).exit_code != 0
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "agent.00.safetensors", "agent.01.safetensors", "index.json",
@@ -139,7 +139,7 @@ def test_bars_where_someone_looks(monkeypatch: pytest.MonkeyPatch) -> None:
     for quiet in (False, True):
         monkeypatch.setattr(sys, "stderr", Terminal())
         stderr: Terminal = sys.stderr  # type: ignore[assignment]
-        with transfer_commands.progress("export", 3, quiet) as bars:
+        with transfers.progress("export", 3, quiet) as bars:
             bars.begin("agent-7")
             bars.advance(5, 10)
         assert ("export 1 of 3: agent-7" in stderr.getvalue()) is not quiet

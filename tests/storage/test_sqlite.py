@@ -31,8 +31,8 @@ from storage.base import (
 )
 from storage.databases.sqlite import PAGE_BYTES, VACUUM_PAGES
 from storage.resolve import open_readonly, open_store
-from storage.sql.rows import BLOCK_BYTES
 from storage.sql.store import KEPT_FREE_BYTES
+from storage.sql.tokens.rows import BLOCK_BYTES
 from tests.names import named
 from tests.storage.branch_contract import BranchContract
 from tests.storage.contract import NOW, StoreContract, append, create, ids, read, token, write

@@ -14,7 +14,7 @@ from starlette.routing import Route
 
 from api.errors import request_id_of
 from api.routes.context import begin, caller_of, engine_of, measured_of, watch_of
-from api.routes.hot import idempotency_key, parse
+from api.routes.hot.calls import idempotency_key, parse
 from api.wire import answers, batch_bodies, query
 from api.wire.batch_bodies import Batch
 from api.wire.body import wire_of

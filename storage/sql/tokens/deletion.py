@@ -11,9 +11,9 @@ from collections.abc import Iterable
 
 from sqlalchemy import Connection, delete, insert, select
 
-from storage.sql.removal import remove
-from storage.sql.spans import needs_of
 from storage.sql.tables import idempotency, leftovers, sessions
+from storage.sql.tokens.removal import remove
+from storage.sql.tokens.spans import needs_of
 
 KEYS_AT_ONCE = 512
 """Idempotency keys that one step deletes."""

@@ -14,9 +14,9 @@ from sqlalchemy import Connection, delete, func, insert, select
 
 from storage.base import Compact, Refused, WrongLength
 from storage.sql.prepared import Values
-from storage.sql.rows import BLOCK_BYTES, INSERT_BLOCKS
-from storage.sql.spans import Layout, layout_of
 from storage.sql.tables import blocks, summaries
+from storage.sql.tokens.rows import BLOCK_BYTES, INSERT_BLOCKS
+from storage.sql.tokens.spans import Layout, layout_of
 
 
 def compact(connection: Connection, write: Compact) -> Refused | None:

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api.remote import LOCAL, Url, ask
+from api.commands.remote import LOCAL, Url, ask
 
 _DURATION = re.compile(r"(\d+(?:\.\d+)?)([smhdw]?)")
 _SECONDS = {"": 1, "s": 1, "m": 60, "h": 3_600, "d": 86_400, "w": 7 * 86_400}

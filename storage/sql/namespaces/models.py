@@ -23,7 +23,7 @@ from storage.base import (
     StoreDamaged,
     StoreError,
 )
-from storage.sql.quotas import Usages
+from storage.sql.namespaces.quotas import Usages
 from storage.sql.snapshot import model_of
 from storage.sql.tables import model_parts, models, sessions
 

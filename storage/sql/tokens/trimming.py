@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from sqlalchemy import Connection
 
-from storage.sql.deletion import leave
-from storage.sql.removal import remove
-from storage.sql.spans import cut, lay, layout_of
+from storage.sql.tokens.deletion import leave
+from storage.sql.tokens.removal import remove
+from storage.sql.tokens.spans import cut, lay, layout_of
 
 
 def trim(connection: Connection, log: int, first_position: int, chunk_size: int) -> int:

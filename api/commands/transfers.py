@@ -19,7 +19,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Protocol
 
 import typer
 
-from api.remote import LOCAL, Refused, Unreachable, ask, opened
+from api.commands.remote import LOCAL, Refused, Unreachable, ask, opened
 from htm_service.version import __version__
 
 if TYPE_CHECKING:  # needed only where someone looks

@@ -1,7 +1,7 @@
 """The calls with tensors: append, read back, attend, explain, select, search, step. Does not know what becomes of them.
 
 Plain Starlette routes, because FastAPI's own handling costs as much again as everything else that a small attend does
-here; `hot_openapi.py` documents them.
+here; `openapi.py` documents them.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
-from api.remote import LOCAL, Url, ask
+from api.commands.remote import LOCAL, Url, ask
 
 Name = Annotated[str, typer.Argument(help="What sessions and attends call the model.")]
 Namespace = Annotated[str | None, typer.Option(help="Whose model it is, `shared` for all; default if left out.")]

@@ -11,10 +11,10 @@ from typing import Any
 from sqlalchemy import Connection, delete
 
 from storage.base import SessionRow
-from storage.sql.deletion import leave
-from storage.sql.removal import remove
-from storage.sql.spans import Span, cut, lay, layout_of, new_log, shared_until
 from storage.sql.tables import idempotency, sessions, spans
+from storage.sql.tokens.deletion import leave
+from storage.sql.tokens.removal import remove
+from storage.sql.tokens.spans import Span, cut, lay, layout_of, new_log, shared_until
 
 TOKENS_AT_ONCE = 4_096
 BYTES_AT_ONCE = 4 << 20

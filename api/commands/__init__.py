@@ -1,0 +1,1 @@
+"""Commands of `htm-service` that ask a running server."""

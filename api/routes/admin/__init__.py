@@ -1,0 +1,1 @@
+"""What admins ask for: keys, quotas, models, metrics."""

@@ -1,0 +1,1 @@
+"""The calls with tensors, of one session and of many."""

@@ -1,0 +1,1 @@
+"""What belongs to a namespace besides its sessions: keys, models, a quota."""

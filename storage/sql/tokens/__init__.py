@@ -1,0 +1,1 @@
+"""The tokens of sessions in the database: where they lie, and how they come, are joined and go."""
