@@ -76,6 +76,8 @@ def _serving(directory: Path) -> Iterator[tuple[HTMClient, int]]:
     server.start()
     try:
         with HTMClient(server.url, timeout=120) as client:
+            while "on its way" in client.info()["kernel_reason"]:  # the reference serves until it is compiled
+                time.sleep(0.5)
             yield client, server.port
     finally:
         server.stop()
