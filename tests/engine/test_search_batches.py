@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from htm_service.errors import HTMError, InvalidArgument
+from htm_service.errors import DeadlineExceeded, HTMError, InvalidArgument
 from htm_service.records import CreateRequest, SearchRequest, SearchResult
 from storage.in_memory import MemoryStore
 from tests.engine.conftest import MakeEngine
@@ -79,3 +79,25 @@ async def test_an_answer_that_would_be_too_large_is_refused_as_a_whole_or_from_w
     assert list(map(outcome_of, await engine.batch_search([(named("s"), one)] * 2))) == ["ok", "ok"]
     with pytest.raises(InvalidArgument):
         await asyncio.gather(engine.batch_search([(named("s"), SearchRequest(vectors(2, 4, DIM), num_wanted=30))]))
+
+
+async def test_a_search_through_many_sessions_is_bounded_and_has_one_deadline(make_engine: MakeEngine) -> None:
+    """Each 64 sessions had a deadline of their own, and what all of them found was counted nowhere."""
+    store = MemoryStore()
+    engine = await make_engine(store, max_answer_bytes=100 * 80)
+    names = [f"s{number}" for number in range(70)]
+    for number, name in enumerate(names):
+        await fill(engine, name, vectors(number, 5, DIM))
+    with pytest.raises(InvalidArgument, match="has up to 11200 bytes, the limit of one answer is 8000: ask fewer"):
+        await engine.search_all("default", SearchRequest(vectors(2, 1, DIM), num_wanted=2), names)
+    found = await engine.search_all("default", SearchRequest(vectors(2, 1, DIM), num_wanted=1), names)
+    scores = [float((vectors(number, 5, DIM) @ vectors(2, 1, DIM)[0]).max()) for number in range(70)]
+    assert found.best == [[(int(np.argmax(scores)), 0)]]
+    await go_cold(engine, "s69")
+    may_go, read_blocks = threading.Event(), store.read_blocks
+    store.read_blocks = lambda sid, *args: (may_go.wait(20), read_blocks(sid, *args))[1]  # type: ignore[method-assign]
+    try:
+        with pytest.raises(DeadlineExceeded):
+            await engine.search_all("default", SearchRequest(vectors(2, 1, DIM), num_wanted=1, timeout_s=0.3), names)
+    finally:
+        may_go.set()

@@ -174,6 +174,22 @@ def test_by_sketches_at_least_98_percent_is_found_on_average() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("dim", [128, 512])
+def test_data_made_against_the_rotation_is_found_less_well(kernel: SearchKernel, dim: int) -> None:
+    """Residuals that P turns into two spikes: their signs say little. The page says how well they are found."""
+    torch.manual_seed(0)
+    turned = torch.linalg.inv(Rotation(dim, CPU).rotate(torch.eye(dim)))
+    spikes = turned[torch.randint(dim, (3_000,))] * torch.randn(3_000, 1) + turned[torch.randint(dim, (3_000,))]
+    chunks = memory_of(torch.stack([spikes, -spikes], dim=1).flatten(0, 1), 32)  # whose means are zero
+    queries = torch.randn(20, dim)
+    search = search_of(chunks, 8, len(queries))
+    scores = exact(chunks, search, queries)
+    assert share_found(find(kernel, chunks, [search], queries), scores, 8) >= 0.85
+    whole = replace(search, num_scored=chunks.length)
+    assert share_found(find(kernel, chunks, [whole], queries), scores, 8) == 1
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_several_sessions_ranges_and_masks_in_one_batch(kernel: SearchKernel, dtype: torch.dtype) -> None:
     torch.manual_seed(5)

@@ -22,8 +22,6 @@ from htm_service.sessions.session import Session
 
 FOUND_BYTES = 80
 """About what a found token takes in an answer, without its payload."""
-AT_ONCE = 64
-"""Sessions of one search that are searched together."""
 
 
 class Searches:
@@ -86,12 +84,11 @@ class Searches:
         return [outcomes[place] for place in range(len(wanted))]
 
     async def search_all(self, sessions: Sequence[Session], request: SearchRequest) -> SearchAllResult:
-        """The same over all these sessions together; equal scores in their order."""
+        """The same over all these sessions together; equal scores in their order. All of it has one deadline."""
+        limit = self._attends.deadline_of(request)
+        self._check_size([(session, request) for session in sessions])
         while True:
-            results: list[SearchResult] = []
-            for first in range(0, len(sessions), AT_ONCE):
-                some = sessions[first : first + AT_ONCE]
-                results += await asyncio.gather(*(self._find(session, request) for session in some))
+            results = await self._find_all(sessions, request, limit)
             best = _best(results, len(request.queries), request.num_wanted)
             if request.payloads:  # of the best alone
                 kept = [_only(result, place, best) for place, result in enumerate(results)]
@@ -103,6 +100,21 @@ class Searches:
         self._count(request)
         timing = max((result.timing for result in results), key=lambda timing: timing.compute_s, default=Timing())
         return SearchAllResult([session.id for session in sessions], results, best, timing)
+
+    async def _find_all(
+        self, sessions: Sequence[Session], request: SearchRequest, limit: tuple[float, float]
+    ) -> list[SearchResult]:
+        """What each session has, as one entry of the device's queue. Raises what any of them failed with."""
+        jobs = [(session, await self._asked(session, request)) for session in sessions]
+        results: list[SearchResult] = []
+        for session, outcome in zip(sessions, await self._attends.compute_all(jobs, *limit), strict=True):
+            if isinstance(outcome, SessionDamaged):
+                session.damage = outcome.detail
+            if isinstance(outcome, Exception):
+                raise outcome
+            assert isinstance(outcome, SearchResult)
+            results.append(_above(outcome, request.min_score))
+        return results
 
     def _count(self, request: SearchRequest) -> None:
         self.num_searches += 1
@@ -152,7 +164,7 @@ class Searches:
         if num_bytes > self._config.max_answer_bytes:
             raise InvalidArgument(
                 f"the answer to {num_queries} queries has up to {num_bytes} bytes, the limit of one answer "
-                f"is {self._config.max_answer_bytes}: ask fewer queries at once, or for fewer tokens"
+                f"is {self._config.max_answer_bytes}: ask fewer queries or sessions at once, or for fewer tokens"
             )
 
     async def _fill_each(
@@ -230,16 +242,16 @@ def _above(result: SearchResult, min_score: float | None) -> SearchResult:
 
 def _best(results: Sequence[SearchResult], num_queries: int, num_wanted: int) -> list[list[tuple[int, int]]]:
     """Per query the best of all results: which result, and the place there."""
-    best: list[list[tuple[int, int]]] = []
-    for query in range(num_queries):
-        found = [
-            (-float(score), place, at)
-            for place, result in enumerate(results)
-            for at, (score, position) in enumerate(zip(result.score[query], result.position[query], strict=True))
-            if position >= 0
-        ]
-        best.append([(place, at) for _, place, at in sorted(found)[:num_wanted]])
-    return best
+    if not results:
+        return [[] for _ in range(num_queries)]
+    score = np.concatenate([result.score for result in results], axis=1)
+    is_found = np.concatenate([result.position for result in results], axis=1) >= 0
+    order = np.argsort(np.where(is_found, -score, np.inf), axis=1, kind="stable")[:, :num_wanted]
+    width = results[0].score.shape[1]  # of every one
+    return [
+        [divmod(at, width) for at in row[found].tolist()]
+        for row, found in zip(order, np.take_along_axis(is_found, order, axis=1), strict=True)
+    ]
 
 
 def _only(result: SearchResult, place: int, best: Sequence[Sequence[tuple[int, int]]]) -> SearchResult:
