@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import copy
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from htm_client.torch import RemoteHTMAttention
@@ -16,76 +18,104 @@ from safetensors.torch import load_file, save_file
 from examples.ballet import learner, report
 from examples.ballet.agents import CHUNK_SIZE, DIM, LOCAL, Agent, Encoder, make_htm
 from examples.ballet.episodes import Stage
-from examples.ballet.evaluation import SETTINGS, Score, evaluate
-from examples.ballet.learner import Read
+from examples.ballet.evaluation import CHOSEN_ON, SETTINGS, Result, Score, evaluate
+from examples.ballet.learner import Pupil, Read
 from examples.ballet.memory import Memory
 
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights.safetensors"
 RESULTS = HERE / "results.json"
 HTM = "HTM on the server"
-NUM_ENCODER, NUM_AGENT, NUM_BATCHES = 600, 400, 4
-SEED, SEED_OF_TESTS = 0, 1
+NUM_ENCODER, NUM_BATCHES = 600, 4
+NUM_UPDATES = {HTM: 400, "GRU": 800, "mean": 1200, "full attention": 800}
+"""As many as an agent makes, at all its rates together, in no more time than HTM learns for."""
+SEED, SEED_OF_TESTS, SEED_OF_CHOICE = 0, 1, 2
+
+Trained = tuple[Pupil, Result]
+"""The best, and what is known of it before it is measured."""
 
 
 class Ballet:
     """A run of the example: `scale` of 1 is all of it, less is fewer iterations and fewer settings."""
 
     def __init__(self, memory: Memory, console: Console, scale: float = 1.0) -> None:
-        self._memory, self._console = memory, console
-        self._num_encoder, self._num_agent = (max(3, round(scale * number)) for number in (NUM_ENCODER, NUM_AGENT))
-        self._num_batches = max(1, round(scale * NUM_BATCHES))
+        self._memory, self._console, self._scale = memory, console, scale
         self.settings: Sequence[tuple[int, int]] = SETTINGS if scale >= 1 else SETTINGS[:1]
+
+    def _scaled(self, number: int, at_least: int) -> int:
+        return max(at_least, round(self._scale * number))
 
     def encoder(self) -> Encoder:
         """One that has learned to tell what it sees."""
         torch.manual_seed(SEED)
-        encoder, number = Encoder(), self._num_encoder
+        encoder, number = Encoder(), self._scaled(NUM_ENCODER, 3)
         with report.make_progress(self._console) as progress:
             iterations = progress.track(range(number), description="the encoder learns")
             learner.train_encoder(encoder, Stage(SEED), iter(iterations), number)
-        return encoder
+        return encoder.requires_grad_(False)
 
-    def train(self, name: str, agent: Agent, read: Read) -> None:
-        """Teach one agent."""
-        number, began = self._num_agent, time.monotonic()
+    def train(
+        self, name: str, encoder: Encoder, make: Callable[[float, int], Pupil], rates: Sequence[float]
+    ) -> Trained:
+        """Teach an agent at each of the rates, from the same episodes, and keep the one that is right most often."""
+        number, began = self._scaled(NUM_UPDATES[name], 3), time.monotonic()
+        pupils = [make(rate, number) for rate in rates]
         with report.make_progress(self._console) as progress:
             iterations = progress.track(range(number), description=f"{name} learns")
-            right = learner.train(agent, read, Stage(SEED), iter(iterations), number)
-        size = sum(parameter.numel() for parameter in agent.reader.parameters())
+            learner.train(encoder, pupils, Stage(SEED), iter(iterations))
         took = time.monotonic() - began
-        self._console.print(f"{name}, {size:,} parameters: {right:.1%} right at the end of {took:.0f} s of training")
+        stage_of = [Stage(SEED_OF_CHOICE) for _ in pupils]  # the same episodes for each
+        shares = {
+            f"{pupil.rate:g}": self.score(name, pupil.agent, pupil.read, stage, CHOSEN_ON).share
+            for pupil, stage in zip(pupils, stage_of, strict=True)
+        }
+        size = sum(parameter.numel() for parameter in pupils[0].agent.reader.parameters())
+        result = Result([], round(took, 1), number, size, shares)
+        best = next(pupil for pupil in pupils if f"{pupil.rate:g}" == result.rate)
+        self._console.print(f"{name}, {size:,} parameters, {took:.0f} s: right at the rates {shares}")
+        return best, result
+
+    def score(self, name: str, agent: Agent, read: Read, stage: Stage, setting: tuple[int, int]) -> Score:
+        """Measure an agent in one setting."""
+        with report.make_progress(self._console) as progress:
+            batches = range(self._scaled(NUM_BATCHES, 1))
+            shown = progress.track(batches, description=f"{name}: {setting[0]}, {setting[1]}")
+            return evaluate(agent, read, stage, *setting, iter(shown))
 
     def scores(self, name: str, agent: Agent, read: Read) -> list[Score]:
-        """Measure one agent."""
-        found = []
+        """Measure an agent in all of them."""
         stage = Stage(SEED_OF_TESTS)
-        for num_dancers, delay in self.settings:
-            with report.make_progress(self._console) as progress:
-                batches = progress.track(range(self._num_batches), description=f"{name}: {num_dancers}, {delay}")
-                found.append(evaluate(agent, read, stage, num_dancers, delay, iter(batches)))
-        return found
+        return [self.score(name, agent, read, stage, setting) for setting in self.settings]
 
-    def run(self, weights: Path | None) -> dict[str, list[Score]]:
-        """Train all, or take the HTM agent from `weights` and train none; the scores by agent."""
-        block = make_htm()
-        agent = Agent(Encoder(), block)
-        if weights is not None:
-            agent.load_state_dict(load_file(weights))
-        else:
-            agent.encoder = self.encoder()
-            attention = RemoteHTMAttention(self._memory.client, block)
-            self.train(HTM, agent, learner.remote_reader(agent, self._memory, attention))
-        self._memory.push(block)
-        scores = {HTM: self.scores(HTM, agent, learner.pushed_reader(agent, self._memory))}
-        if weights is None:
-            self.trained = agent
-            for name, (make, width) in LOCAL.items():
+    def measure(self, weights: Path) -> list[Score]:
+        """The scores of the HTM agent with these weights."""
+        agent = Agent(Encoder(), make_htm())
+        agent.load_state_dict(load_file(weights))
+        return self._pushed(agent)
+
+    def _pushed(self, agent: Agent) -> list[Score]:
+        """The scores of an HTM agent through attends of the server."""
+        self._memory.push(agent.reader)
+        return self.scores(HTM, agent, learner.pushed_reader(self._memory))
+
+    def run(self) -> dict[str, Result]:
+        """Train all and measure them; the HTM agent is kept in `trained`."""
+        encoder = self.encoder()
+        agent = Agent(encoder, make_htm())
+        read = learner.remote_reader(self._memory, RemoteHTMAttention(self._memory.client, agent.reader))
+        _, result = self.train(HTM, encoder, partial(Pupil, agent, read), [learner.RATE])
+        self.trained = agent
+        results = {HTM: replace(result, scores=self._pushed(agent))}
+        for name, (make_reader, width) in LOCAL.items():
+
+            def make(rate: float, number: int, make_reader: Any = make_reader, width: int = width) -> Pupil:
                 torch.manual_seed(SEED)
-                other = Agent(copy.deepcopy(agent.encoder), make(), width)
-                self.train(name, other, learner.local_reader(other))
-                scores[name] = self.scores(name, other, learner.local_reader(other))
-        return scores
+                other = Agent(encoder, make_reader(), width)
+                return Pupil(other, other.reader, rate, number)
+
+            best, result = self.train(name, encoder, make, learner.RATES)
+            results[name] = replace(result, scores=self.scores(name, best.agent, best.read))
+        return results
 
 
 def main() -> None:
@@ -99,12 +129,15 @@ def main() -> None:
     torch.set_num_threads(1)  # the server is there, too
     with Memory(DIM, CHUNK_SIZE) as memory:
         ballet = Ballet(memory, console, 0.01 if arguments.short else 1.0)
-        scores = ballet.run(arguments.weights)
-    console.print(report.table(scores))
+        if arguments.weights is not None:
+            results = {HTM: Result(ballet.measure(arguments.weights), 0.0, 0, 0, {})}
+        else:
+            results = ballet.run()
+    console.print(report.table(results))
     if arguments.save and arguments.weights is None:
         save_file(ballet.trained.state_dict(), WEIGHTS)
-        report.save(scores, RESULTS)
-        report.draw(scores, HERE.parents[1] / "docs" / "ballet.svg")
+        report.save(results, RESULTS)
+        report.draw(results, HERE.parents[1] / "docs" / "ballet.svg")
 
 
 if __name__ == "__main__":

@@ -15,8 +15,10 @@ from examples.ballet.agents import Agent
 from examples.ballet.episodes import Stage
 from examples.ballet.learner import Read
 
-SETTINGS = ((2, 16), (4, 16), (8, 16), (8, 48), (8, 480))
-"""Dancers and delay; the last delay is ten times the longest of the paper."""
+SETTINGS = ((2, 16), (4, 16), (8, 16), (8, 48), (8, 160), (8, 480))
+"""Dancers and delay; the last two delays are ten times those of the paper."""
+CHOSEN_ON = (4, 16)
+"""Where the rates of learning are compared: as in training, in other episodes than those measured."""
 Z = 1.96
 
 
@@ -48,13 +50,32 @@ class Score:
         return middle - half, middle + half
 
 
+@dataclass(frozen=True, slots=True)
+class Result:
+    """An agent's `scores`, one for each setting, the `seconds` that it learned for (all rates that were tried together)
+    and in how many `updates`, and what each rate gave where rates are compared.
+    """
+
+    scores: list[Score]
+    seconds: float
+    updates: int
+    parameters: int
+    rates: dict[str, float]
+
+    @property
+    def rate(self) -> str:
+        """The best of the rates, of equal ones the highest: what the scores are of."""
+        return max(self.rates, key=lambda rate: (self.rates[rate], float(rate)))
+
+
 def evaluate(agent: Agent, read: Read, stage: Stage, num_dancers: int, delay: int, batches: Iterator[int]) -> Score:
     """Let it act in the environments; what counts is their reward."""
     num_right = num_episodes = 0
     with torch.no_grad():
         for _ in batches:
             environments, episodes = stage.episodes(num_dancers, delay)
-            choice = agent.pick(read(agent.ask(episodes.named), episodes), episodes.dancers).argmax(dim=1)
+            read_out = read(agent.ask(episodes.named), agent.encoder(episodes.danced))
+            choice = agent.pick(read_out, episodes.dancers).argmax(dim=1)
             _, rewards, *_ = environments.step(choice.numpy())
             environments.close()
             num_right += int(rewards.sum())

@@ -14,10 +14,9 @@ from typing import Self
 
 import torch
 from htm_client import HTMClient
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.demo.server_process import ServerProcess
-from htm_service.attention.modules import HTMBlock
 
 MODEL = "ballet"
 STEPS_AT_ONCE = 512
@@ -60,7 +59,7 @@ class Memory:
         for some in tokens.detach().split(STEPS_AT_ONCE, dim=1):
             self.client.batch_append(sessions, some)
 
-    def push(self, attention: HTMBlock) -> None:
+    def push(self, attention: nn.Module) -> None:
         """Have the server attend with these weights from now on."""
         self.client.put_model(MODEL, attention)
 

@@ -17,6 +17,7 @@ from examples.ballet.environment import DANCES, LOOK, MOVE, NAMED
 from examples.ballet.environment import Ballet as Environment
 from examples.ballet.episodes import Stage
 from examples.ballet.evaluation import Score
+from examples.ballet.learner import RATES
 from examples.ballet.memory import Memory
 
 ROOT = Path(__file__).parents[2]
@@ -68,9 +69,10 @@ def test_environments_are_in_lock_step() -> None:
 
 def test_a_short_run_of_everything() -> None:
     with Memory(DIM, CHUNK_SIZE) as memory:
-        scores = Ballet(memory, Console(quiet=True), scale=0.01).run(None)
-    assert list(scores) == [HTM, *LOCAL]
-    assert all(score.num_episodes == 64 for of_agent in scores.values() for score in of_agent)
+        results = Ballet(memory, Console(quiet=True), scale=0.01).run()
+    assert list(results) == [HTM, *LOCAL]
+    assert all(score.num_episodes == 64 for result in results.values() for score in result.scores)
+    assert all(len(results[name].rates) == len(RATES) for name in LOCAL)
 
 
 def test_the_weights_that_are_here_pick_right_on_a_server() -> None:
@@ -78,7 +80,7 @@ def test_the_weights_that_are_here_pick_right_on_a_server() -> None:
     with Memory(DIM, CHUNK_SIZE) as memory:
         ballet = Ballet(memory, Console(quiet=True), scale=0.01)
         ballet.settings = ((8, 16),)
-        (score,) = ballet.run(WEIGHTS)[HTM]
+        (score,) = ballet.measure(WEIGHTS)
         assert [model.name for model in memory.client.models()] == ["ballet", "retrieval"]
     assert score.interval[0] > 0.75
 
