@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 from htm_client.torch import RemoteHTMAttention
@@ -25,6 +24,7 @@ from examples.ballet.memory import Memory
 HERE = Path(__file__).parent
 WEIGHTS = HERE / "weights.safetensors"
 RESULTS = HERE / "results.json"
+PLOT = HERE.parents[1] / "docs" / "ballet.svg"
 HTM = "HTM on the server"
 NUM_ENCODER, NUM_BATCHES = 600, 4
 NUM_UPDATES = {HTM: 400, "GRU": 800, "mean": 1200, "full attention": 800}
@@ -40,6 +40,7 @@ class Ballet:
 
     def __init__(self, memory: Memory, console: Console, scale: float = 1.0) -> None:
         self._memory, self._console, self._scale = memory, console, scale
+        self.trained: Agent | None = None
         self.settings: Sequence[tuple[int, int]] = SETTINGS if scale >= 1 else SETTINGS[:1]
 
     def _scaled(self, number: int, at_least: int) -> int:
@@ -98,24 +99,35 @@ class Ballet:
         self._memory.push(agent.reader)
         return self.scores(HTM, agent, learner.pushed_reader(self._memory))
 
-    def run(self) -> dict[str, Result]:
-        """Train all and measure them; the HTM agent is kept in `trained`."""
+    def run(self, names: Collection[str] = tuple(NUM_UPDATES)) -> dict[str, Result]:
+        """Train those named and measure them; the HTM agent is kept in `trained`."""
         encoder = self.encoder()
-        agent = Agent(encoder, make_htm())
-        read = learner.remote_reader(self._memory, RemoteHTMAttention(self._memory.client, agent.reader))
-        _, result = self.train(HTM, encoder, partial(Pupil, agent, read), [learner.RATE])
-        self.trained = agent
-        results = {HTM: replace(result, scores=self._pushed(agent))}
-        for name, (make_reader, width) in LOCAL.items():
-
-            def make(rate: float, number: int, make_reader: Any = make_reader, width: int = width) -> Pupil:
-                torch.manual_seed(SEED)
-                other = Agent(encoder, make_reader(), width)
-                return Pupil(other, other.reader, rate, number)
-
-            best, result = self.train(name, encoder, make, learner.RATES)
+        results: dict[str, Result] = {}
+        if HTM in names:
+            self.trained = agent = Agent(encoder, make_htm())
+            read = learner.remote_reader(self._memory, RemoteHTMAttention(self._memory.client, agent.reader))
+            _, result = self.train(HTM, encoder, partial(Pupil, agent, read), [learner.RATE])
+            results[HTM] = replace(result, scores=self._pushed(agent))
+        for name in [name for name in LOCAL if name in names]:
+            best, result = self.train(name, encoder, partial(_make_local, name, encoder), learner.RATES)
             results[name] = replace(result, scores=self.scores(name, best.agent, best.read))
         return results
+
+
+def _make_local(name: str, encoder: Encoder, rate: float, num_updates: int) -> Pupil:
+    torch.manual_seed(SEED)
+    make, width = LOCAL[name]
+    agent = Agent(encoder, make(), width)
+    return Pupil(agent, agent.reader, rate, num_updates)
+
+
+def _save(results: dict[str, Result], trained: Agent | None) -> None:
+    """Keep what is new; results of agents that did not run stay."""
+    if trained is not None:
+        save_file(trained.state_dict(), WEIGHTS)
+    kept = report.load(RESULTS) if RESULTS.exists() else {}
+    found = kept | results
+    report.save({name: found[name] for name in NUM_UPDATES if name in found}, RESULTS)
 
 
 def main() -> None:
@@ -123,8 +135,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="make ballet", description=__doc__)
     parser.add_argument("--short", action="store_true", help="a hundredth of it, to see it run")
     parser.add_argument("--weights", type=Path, help="train nothing: measure these weights")
-    parser.add_argument("--save", action="store_true", help="keep weights, results and plot in the repository")
+    parser.add_argument("--agents", nargs="+", choices=NUM_UPDATES, default=[*NUM_UPDATES], help="leave others out")
+    parser.add_argument("--save", action="store_true", help="keep weights and results in the repository")
+    parser.add_argument("--draw", action="store_true", help="draw the results that are kept, and do nothing else")
     arguments = parser.parse_args()
+    if arguments.draw:
+        report.draw(report.load(RESULTS), PLOT)
+        return
     console = Console()
     torch.set_num_threads(1)  # the server is there, too
     with Memory(DIM, CHUNK_SIZE) as memory:
@@ -132,12 +149,10 @@ def main() -> None:
         if arguments.weights is not None:
             results = {HTM: Result(ballet.measure(arguments.weights), 0.0, 0, 0, {})}
         else:
-            results = ballet.run()
+            results = ballet.run(arguments.agents)
     console.print(report.table(results))
     if arguments.save and arguments.weights is None:
-        save_file(ballet.trained.state_dict(), WEIGHTS)
-        report.save(results, RESULTS)
-        report.draw(results, HERE.parents[1] / "docs" / "ballet.svg")
+        _save(results, ballet.trained)
 
 
 if __name__ == "__main__":

@@ -5,22 +5,37 @@ from __future__ import annotations
 from pathlib import Path
 
 from examples.ballet import report
-from examples.ballet.__main__ import RESULTS
+from examples.ballet.__main__ import HTM, NUM_UPDATES, RESULTS
 from examples.ballet.evaluation import SETTINGS, Score
+from examples.ballet.learner import RATES
 
 ROOT = Path(__file__).parents[2]
 
 
 def test_the_results_are_those_of_the_docs(tmp_path: Path) -> None:
-    scores = report.load(RESULTS)
+    results = report.load(RESULTS)
     page = (ROOT / "docs" / "reinforcement-learning.md").read_text()
-    for agent, of_agent in scores.items():
-        assert [(score.num_dancers, score.delay) for score in of_agent] == list(SETTINGS)
-        cells = " | ".join(f"{100 * score.share:.1f} ({_percent(score)})" for score in of_agent)
+    for agent, result in results.items():
+        assert [(score.num_dancers, score.delay) for score in result.scores] == list(SETTINGS)
+        cells = " | ".join(f"{100 * score.share:.1f} ({_percent(score)})" for score in result.scores)
         assert f"| {agent} | {cells} |" in page
-    report.save(scores, tmp_path / "results.json")
-    assert report.load(tmp_path / "results.json") == scores
-    assert report.table(scores).row_count == len(scores) + 1
+        learned = f"{result.parameters:,} | {result.updates:,} | {result.seconds:.0f} s | {result.rate}"
+        assert f"| {agent} | {learned} | " in page
+    report.save(results, tmp_path / "results.json")
+    assert report.load(tmp_path / "results.json") == results
+    assert report.table(results).row_count == len(results) + 1
+
+
+def test_every_agent_learned_at_its_own_rate_and_no_longer_than_htm() -> None:
+    """The others had been trained at HTM's rate and number of updates: full attention guessed, and could do better."""
+    results = report.load(RESULTS)
+    htm = results.pop(HTM)
+    for agent, result in results.items():
+        assert [float(rate) for rate in result.rates] == list(RATES)
+        assert result.rates[result.rate] == max(result.rates.values())
+        assert result.updates == NUM_UPDATES[agent] > htm.updates
+        assert result.seconds <= htm.seconds
+        assert 0.6 < htm.parameters / result.parameters < 1.7
 
 
 def _percent(score: Score) -> str:
