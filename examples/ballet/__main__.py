@@ -70,10 +70,9 @@ class Ballet:
             f"{pupil.rate:g}": self.score(name, pupil.agent, pupil.read, stage, CHOSEN_ON).share
             for pupil, stage in zip(pupils, stage_of, strict=True)
         }
-        size = sum(parameter.numel() for parameter in pupils[0].agent.reader.parameters())
-        result = Result([], round(took, 1), number, size, shares)
+        result = Result([], number, pupils[0].agent.reader_size, shares)
         best = next(pupil for pupil in pupils if f"{pupil.rate:g}" == result.rate)
-        self._console.print(f"{name}, {size:,} parameters, {took:.0f} s: right at the rates {shares}")
+        self._console.print(f"{name}, {result.parameters:,} parameters, {took:.0f} s: right at the rates {shares}")
         return best, result
 
     def score(self, name: str, agent: Agent, read: Read, stage: Stage, setting: tuple[int, int]) -> Score:
@@ -88,28 +87,31 @@ class Ballet:
         stage = Stage(SEED_OF_TESTS)
         return [self.score(name, agent, read, stage, setting) for setting in self.settings]
 
-    def measure(self, weights: Path) -> list[Score]:
-        """The scores of the HTM agent with these weights."""
-        agent = Agent(Encoder(), make_htm())
-        agent.load_state_dict(load_file(weights))
-        return self._pushed(agent)
-
     def _pushed(self, agent: Agent) -> list[Score]:
         """The scores of an HTM agent through attends of the server."""
         self._memory.push(agent.reader)
         return self.scores(HTM, agent, learner.pushed_reader(self._memory))
 
-    def run(self, names: Collection[str] = tuple(NUM_UPDATES)) -> dict[str, Result]:
-        """Train those named and measure them; the HTM agent is kept in `trained`."""
-        encoder = self.encoder()
+    def run(self, names: Collection[str] = tuple(NUM_UPDATES), weights: Path | None = None) -> dict[str, Result]:
+        """Train those named and measure them; the HTM agent is kept in `trained`.
+
+        With `weights` it is taken from there, and the others learn from its encoder.
+        """
         results: dict[str, Result] = {}
+        if weights is None:
+            agent = Agent(self.encoder(), make_htm())
+        else:
+            agent = Agent(Encoder().requires_grad_(False), make_htm())
+            agent.load_state_dict(load_file(weights))
         if HTM in names:
-            self.trained = agent = Agent(encoder, make_htm())
             read = learner.remote_reader(self._memory, RemoteHTMAttention(self._memory.client, agent.reader))
-            _, result = self.train(HTM, encoder, partial(Pupil, agent, read), [learner.RATE])
+            result = Result([], NUM_UPDATES[HTM], agent.reader_size, {})
+            if weights is None:
+                _, result = self.train(HTM, agent.encoder, partial(Pupil, agent, read), [learner.RATE])
             results[HTM] = replace(result, scores=self._pushed(agent))
+            self.trained = agent
         for name in [name for name in LOCAL if name in names]:
-            best, result = self.train(name, encoder, partial(_make_local, name, encoder), learner.RATES)
+            best, result = self.train(name, agent.encoder, partial(_make_local, name, agent.encoder), learner.RATES)
             results[name] = replace(result, scores=self.scores(name, best.agent, best.read))
         return results
 
@@ -134,8 +136,8 @@ def main() -> None:
     """Parse the command line and run."""
     parser = argparse.ArgumentParser(prog="make ballet", description=__doc__)
     parser.add_argument("--short", action="store_true", help="a hundredth of it, to see it run")
-    parser.add_argument("--weights", type=Path, help="train nothing: measure these weights")
-    parser.add_argument("--agents", nargs="+", choices=NUM_UPDATES, default=[*NUM_UPDATES], help="leave others out")
+    parser.add_argument("--weights", type=Path, help="of an HTM agent: it does not learn, the others only when named")
+    parser.add_argument("--agents", nargs="+", choices=NUM_UPDATES, help="leave others out")
     parser.add_argument("--save", action="store_true", help="keep weights and results in the repository")
     parser.add_argument("--draw", action="store_true", help="draw the results that are kept, and do nothing else")
     arguments = parser.parse_args()
@@ -146,12 +148,10 @@ def main() -> None:
     torch.set_num_threads(1)  # the server is there, too
     with Memory(DIM, CHUNK_SIZE) as memory:
         ballet = Ballet(memory, console, 0.01 if arguments.short else 1.0)
-        if arguments.weights is not None:
-            results = {HTM: Result(ballet.measure(arguments.weights), 0.0, 0, 0, {})}
-        else:
-            results = ballet.run(arguments.agents)
+        all_of_them = [*NUM_UPDATES] if arguments.weights is None else [HTM]
+        results = ballet.run(arguments.agents or all_of_them, arguments.weights)
     console.print(report.table(results))
-    if arguments.save and arguments.weights is None:
+    if arguments.save:
         _save(results, ballet.trained)
 
 

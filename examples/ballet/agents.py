@@ -59,6 +59,11 @@ class Agent(nn.Module):
         logits: Tensor = self.head(read)
         return logits.masked_fill(~dancers, torch.finfo(logits.dtype).min)
 
+    @property
+    def reader_size(self) -> int:
+        """Parameters of the reader."""
+        return sum(parameter.numel() for parameter in self.reader.parameters())
+
 
 def make_htm() -> HTMBlock:
     """HTM attention, with one narrow head within a chunk, so that it is the summaries that have to find the dance."""

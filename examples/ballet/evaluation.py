@@ -52,12 +52,11 @@ class Score:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """An agent's `scores`, one for each setting, the `seconds` that it learned for (all rates that were tried together)
-    and in how many `updates`, and what each rate gave where rates are compared.
+    """An agent's `scores`, one for each setting, in how many `updates` it learned, the `parameters` of its reader, and
+    what each of its `rates` of learning gave where they are compared.
     """
 
     scores: list[Score]
-    seconds: float
     updates: int
     parameters: int
     rates: dict[str, float]

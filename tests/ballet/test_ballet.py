@@ -80,7 +80,7 @@ def test_the_weights_that_are_here_pick_right_on_a_server() -> None:
     with Memory(DIM, CHUNK_SIZE) as memory:
         ballet = Ballet(memory, Console(quiet=True), scale=0.01)
         ballet.settings = ((8, 16),)
-        (score,) = ballet.measure(WEIGHTS)
+        (score,) = ballet.run([HTM], WEIGHTS)[HTM].scores
         assert [model.name for model in memory.client.models()] == ["ballet", "retrieval"]
     assert score.interval[0] > 0.75
 
