@@ -133,12 +133,16 @@ class AppendRequest(NamedTuple):
 
 
 class AppendResult(NamedTuple):
-    """The new tokens are positions start .. start+T-1; `length` and `num_chunks` are the session's after it."""
+    """The new tokens are positions start .. start+T-1; `length` and `num_chunks` are the session's after it.
+
+    With `is_repeated` it was made before, under the same idempotency key, and this is what it was answered then.
+    """
 
     start: int
     length: int
     num_chunks: int
     timing: Timing = Timing()
+    is_repeated: bool = False
 
 
 class TruncateRequest(NamedTuple):

@@ -112,7 +112,8 @@ class Appends:
             session.num_appends += 1
             session.updated_at = self._clock()
         num_chunks = -(-written.length // session.settings.chunk_size)
-        result = AppendResult(written.start, written.length, num_chunks, Timing(store_s=time.monotonic() - started))
+        timing = Timing(store_s=time.monotonic() - started)
+        result = AppendResult(written.start, written.length, num_chunks, timing, written.replayed)
         if self._feed.is_read and not written.replayed:
             self._feed.tell(Event("append", session.key, session.updated_at, result))
         return result

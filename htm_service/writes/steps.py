@@ -38,7 +38,7 @@ class Steps:
                 raise
             return await self._attends.attend_before(session, attend, first.start), first
         appended = await self._appends.append(session, append)
-        if appended.start < attended.length:  # only a repeated append begins before what was seen
+        if appended.is_repeated and appended.start < attended.length:
             attended = await self._attends.attend_before(session, attend, appended.start)
         return attended, appended
 
@@ -80,7 +80,7 @@ class Steps:
                 outcomes[place] = attended if is_first else await self._again(*wanted[place], appended)
             elif isinstance(appended, Exception):
                 outcomes[place] = appended
-            elif appended.start < attended.length:
+            elif appended.is_repeated and appended.start < attended.length:
                 outcomes[place] = await self._again(*wanted[place], appended)
             else:
                 outcomes[place] = StepResult(attended, appended)
