@@ -50,7 +50,7 @@ export function plot(title, write, { names = [], steps = false } = {}) {
       shape("path", { class: "area", d: `${mainPath}L${x(main.at(-1)[0]).toFixed(1)} ${H}L${x(main[0][0]).toFixed(1)} ${H}Z` }),
       ...drawn.map(([, d], place) => shape("path", { d, class: place ? "second" : "first" })),
       ...(bound === null ? [] : [shape("path", { class: "bound", d: `M0 ${y(bound)}L${W} ${y(bound)}` })]),
-      ...marks.filter(([at]) => at >= first && at <= last).map(([at, words]) => marked(x(at), words)));
+      ...marks.filter(([at]) => at >= first).map(([at, words]) => marked(x(Math.min(at, last)), words)));  // the newest may be later than the last count
     now.textContent = lines.filter((line) => line.length).map((line, place) => `${names[place] ? `${names[place]} ` : ""}${write(line.at(-1)[1])}`).join(", ");
     const highest = write(Math.max(...points.map(([, value]) => value)));
     from.textContent = `since ${new Date(first).toLocaleTimeString()}`;
