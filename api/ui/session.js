@@ -92,7 +92,7 @@ export function sessionView(id) {
     const times = recalls.map((recall) => Date.parse(recall.at)), last = Date.now(), first = Math.min(...times), bins = 30, wide = Math.max(1000, (last - first) / bins);
     const counts = Array.from({ length: bins }, () => 0);
     for (const at of times) counts[Math.min(bins - 1, Math.floor((at - first) / wide))] += 1;
-    often.draw([counts.map((count, place) => [first + (place + 0.5) * wide, (count * 60000) / wide])], { marks });
+    often.draw([counts.map((count, place) => [first + (place + 0.5) * wide, (count * 60000) / wide])], { since: first, marks });
   }
 
   async function loadRecalls() {

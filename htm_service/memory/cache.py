@@ -267,6 +267,8 @@ class Cache:
         for published in resident.take_pending():
             if published.extent.num_truncated < resident.num_seen:
                 continue  # it was read with a load that began later
+            if published.num_truncated_before > resident.num_seen:
+                return False  # a truncation was published while the session was still cold
             extent = max(extent, published.extent, key=_by_time)
             if (block := published.block) is not None:
                 if block.start > length:
@@ -281,6 +283,8 @@ class Cache:
             self._add_all(resident, blocks)
             blocks = []
             if published.child is not None:
+                if published.child_extent.length > chunks.length:
+                    return False  # so were tokens
                 self._share(resident, published.child, published.child_extent)
             elif not self._truncate(resident, published.extent):
                 return False
@@ -307,7 +311,7 @@ class Cache:
 
     def _share(self, parent: Resident, child: Resident, extent: Extent) -> None:
         """Let a child begin resident with what its parent has here, unless something became of it meanwhile."""
-        is_new = child.state == "cold" and not child.is_deleted and not child.num_begun
+        is_new = child.state == "cold" and not child.is_deleted and not child.num_begun and child.extent == extent
         if not is_new or parent.held.first_position > extent.first_position:
             return
         try:

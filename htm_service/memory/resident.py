@@ -92,6 +92,12 @@ class Published(NamedTuple):
     child_extent: Extent = Extent(0, 0)
     """What the child begins with."""
 
+    @property
+    def num_truncated_before(self) -> int:
+        """How often the session had been truncated when this happened."""
+        is_truncation = self.block is None and self.child is None
+        return self.extent.num_truncated - is_truncation
+
 
 @dataclass(slots=True, eq=False)
 class Resident:

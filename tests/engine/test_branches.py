@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from typing import Any
 
 import numpy as np
@@ -100,6 +101,53 @@ async def test_a_fork_of_a_cold_session_begins_cold(engine: Engine) -> None:
     assert (await engine.fork(named("s"), named("f"), 22)).residency == "cold"
     await right(engine, "f", tokens[:22])
     assert session_of(engine, "s").resident.state == "cold"
+
+
+async def held_up(engine: Engine) -> threading.Event:
+    """The device thread does nothing until this is set."""
+    begun, released = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        begun.set()
+        released.wait(30)
+
+    engine.worker.queue.post(wait)
+    await asyncio.to_thread(begun.wait, 30)
+    return released
+
+
+@pytest.mark.parametrize("length", [0, 12, 21])
+async def test_what_a_fork_does_before_the_device_knows_it_is_not_lost(engine: Engine, length: int) -> None:
+    tokens = vectors(7, 60, DIM)
+    await fill(engine, "s", tokens[:33])
+    released = await held_up(engine)
+    await engine.fork(named("s"), named("f"), 22)
+    await engine.truncate(named("f"), length)
+    await engine.append(named("f"), AppendRequest(embeddings=tokens[40:50]))
+    await engine.fork(named("f"), named("g"))
+    released.set()
+    for name in ("g", "f"):
+        await right(engine, name, np.concatenate([tokens[:length], tokens[40:50]]))
+    await right(engine, "s", tokens[:33])
+
+
+@pytest.mark.parametrize("length", [None, 0, 12, 22])
+async def test_nothing_is_shared_of_chunks_that_lack_something(engine: Engine, length: int | None) -> None:
+    """The store's thread may see a session cold a moment before it is resident: what it writes then is not kept."""
+    tokens = vectors(8, 60, DIM)
+    await fill(engine, "s", tokens[:22])
+    resident = session_of(engine, "s").resident
+    resident.state = "cold"
+    if length is not None:
+        await engine.truncate(named("s"), length)
+    await engine.append(named("s"), AppendRequest(embeddings=tokens[40:47]))
+    await on_device_thread(engine, lambda: None)
+    resident.state = "resident"
+    await engine.fork(named("s"), named("f"))
+    await engine.append(named("s"), AppendRequest(embeddings=tokens[47:55]))
+    kept = tokens[:22] if length is None else tokens[:length]
+    await right(engine, "f", np.concatenate([kept, tokens[40:47]]))
+    await right(engine, "s", np.concatenate([kept, tokens[40:55]]))
 
 
 async def test_truncated_chunks_are_dropped_and_nothing_is_loaded(engine: Engine) -> None:
