@@ -39,9 +39,10 @@ export function sessionView(id) {
   const grown = plot("Tokens", brief, { steps: true }), often = plot("Recalls per minute", (value) => brief(value));
   const trial = el("div");
   let tried = null;
+  const cuts = [el("button", { type: "button", class: "writes", disabled: true, onclick: branch }, "Fork…"), el("button", { type: "button", class: "danger", disabled: true, onclick: forget }, "Truncate…")];  // until its length is known
   const nodes = [
     el("section", { class: "card", "aria-labelledby": "title" }, el("div", { class: "between" }, el("div", {}, el("a", { href: "#/", class: "small" }, "All sessions"), title),
-      el("div", { class: "row" }, exportButton(id), el("button", { type: "button", class: "writes", onclick: branch }, "Fork…"), el("button", { type: "button", class: "danger", onclick: forget }, "Truncate…"),
+      el("div", { class: "row" }, exportButton(id), cuts,
         el("button", { type: "button", class: "danger", onclick: remove }, "Delete…"))), labels, trouble, facts),
     el("section", { class: "card", "aria-label": "Chunks" }, drawing.node),
     el("div", { class: "columns" }, el("section", { class: "card follow", "aria-label": "Recalls" }, el("div", { class: "between" }, el("h2", {}, "Recalls"), counter), list), reason),
@@ -54,6 +55,7 @@ export function sessionView(id) {
     try {
       session = await call(of(id));
       if (!isOpen) return;
+      for (const button of cuts) button.disabled = false;
       trouble.replaceChildren(...(session.damage ? [failure(new Error(session.damage))] : []));
       labels.replaceChildren(...Object.entries(session.labels).map(([key, value]) => el("span", { class: "chip" }, `${key}:${value}`)));
       facts.replaceChildren(
@@ -199,7 +201,6 @@ export function sessionView(id) {
   const at = (length) => el("label", { class: "field" }, "Length", el("input", { name: "until", type: "number", required: true, min: 0, max: session.length, value: length }));
 
   async function branch() {
-    if (!session) return;
     const form = await ask(`Fork ${id}?`, [
       el("p", {}, "A new session with its first tokens, which the two share: nothing is copied, and each goes on by itself."),
       el("label", { class: "field" }, "New session", el("input", { name: "fork", placeholder: "named by the server", pattern: "[A-Za-z0-9._~\\-]{1,128}" })), at(session.length)], "Fork");
@@ -212,7 +213,6 @@ export function sessionView(id) {
   }
 
   async function forget() {
-    if (!session) return;
     const form = await ask(`Truncate ${id}?`, [el("p", {}, "All tokens from this position on, with payloads and recalls, go for good. 0 forgets all."), at(session.length)], "Truncate", { danger: true });
     if (!form) return;
     try {

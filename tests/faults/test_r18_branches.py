@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 import numpy as np
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, precondition, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from htm_service.attention.model import RetrievalModel
 from htm_service.config import EngineConfig
@@ -176,6 +176,10 @@ class BranchMachine(RuleBasedStateMachine):
     def is_whole(self, name: str) -> bool:
         return not any(token.number in self.damaged for token in self.sessions[name].held)
 
+    def some(self, name: str) -> str:
+        """The name, or where nothing has it, that of a session there is: few steps are to be in vain."""
+        return name if name in self.sessions or not self.sessions else next(iter(self.sessions))
+
     def look(self) -> None:
         """Which sessions have damaged tokens now."""
         self.tainted |= {name for name in self.sessions if not self.is_whole(name)}
@@ -262,6 +266,11 @@ class BranchMachine(RuleBasedStateMachine):
 
     # --- what happens ---
 
+    @initialize(name=names, num=st.integers(10, 40))
+    def begin(self, name: str, num: int) -> None:
+        self.create(name, False)
+        self.append(name, num, None, 2)
+
     @rule(name=names, trims=st.booleans())
     def create(self, name: str, trims: bool) -> None:
         if name not in self.sessions:
@@ -272,11 +281,13 @@ class BranchMachine(RuleBasedStateMachine):
 
     @rule(name=names, num=st.integers(1, 17), episode=st.none() | st.integers(0, 2), times=st.integers(1, 3))
     def append(self, name: str, num: int, episode: int | None, times: int) -> None:
+        name = self.some(name)
         for _ in range(times if name in self.sessions else 0):
             self.run(self.try_append(name, num, episode))
 
     @rule(name=names, to=names, part=parts | st.none())
     def fork(self, name: str, to: str, part: float | None) -> None:
+        name = self.some(name)
         if name not in self.sessions:
             return
         model = self.sessions[name]
@@ -294,6 +305,7 @@ class BranchMachine(RuleBasedStateMachine):
 
     @rule(name=names, part=parts | st.just(0.0), all_of_it=st.booleans())
     def truncate(self, name: str, part: float, all_of_it: bool) -> None:
+        name = self.some(name)
         if name in self.sessions:
             self.run(self.try_truncate(name, 0 if all_of_it else self.sessions[name].position(part)))
 
@@ -302,8 +314,30 @@ class BranchMachine(RuleBasedStateMachine):
         """Many at once: those that are there, each as by a call of its own."""
         self.run(self.try_batch(some, kind, num, part, seed))
 
+    @rule(name=names, part=parts, num=st.integers(1, 9), seed=seeds, goes=st.sampled_from(("none", "parent", "child")))
+    def branch(self, name: str, part: float, num: int, seed: int, goes: str) -> None:
+        """Parent and child are on the device and share its pages; the child is cut and grows, or one of them goes."""
+        name = self.some(name)
+        to = next((one for one in NAMES if one not in self.sessions), "a" if name != "a" else "b")
+        if name not in self.sessions or name in self.tainted:
+            return
+        if to in self.sessions:
+            self.delete(to)
+        self.attend(name, seed, None, None)
+        self.fork(name, to, None)
+        self.attend(to, seed, None, None)
+        if goes != "none":
+            self.delete(to if goes == "child" else name)
+        if to in self.sessions:
+            self.truncate(to, part, False)
+        for one in (to, name):
+            self.append(one, num, None, 1)
+        for one in (name, to):
+            self.attend(one, seed, None, None)
+
     @rule(name=names)
     def cut_where_that_cannot_be(self, name: str) -> None:
+        name = self.some(name)
         if name in self.sessions:
             model = self.sessions[name]
             for length in {len(model.tokens) + 1, max(model.first - 1, 0) or len(model.tokens) + 2}:
@@ -323,6 +357,7 @@ class BranchMachine(RuleBasedStateMachine):
 
     @rule(name=names, seed=seeds, part=parts | st.none(), episode=st.none() | st.integers(0, 2))
     def attend(self, name: str, seed: int, part: float | None, episode: int | None) -> None:
+        name = self.some(name)
         if name in self.sessions:
             model = self.sessions[name]
             stop = None if part is None or len(model.held) < 2 else max(model.position(part), model.first + 1)
@@ -351,6 +386,7 @@ class BranchMachine(RuleBasedStateMachine):
     @rule(name=names, steps=changes, seed=seeds)
     def all_at_once(self, name: str, steps: list[tuple[str, float, int]], seed: int) -> None:
         """Attends while the session changes: each is answered as of one of its states, payloads too."""
+        name = self.some(name)
         if name not in self.sessions or name in self.tainted:
             return
         self.states = [self.sessions[name]]

@@ -240,7 +240,13 @@ def test_a_query_can_be_tried_and_does_not_count(page: Page, client: HTMClient) 
 def test_forking_and_truncating_are_asked_back(page: Page, client: HTMClient) -> None:
     client.create_session("s", dim=DIM, chunk_size=4)
     client.append("s", np.ones((10, DIM), np.float32))
+    held: list[Route] = []
+    page.route("**/v1/sessions/s", lambda route: held.append(route))
     page.goto("/ui#/session/s")
+    expect(page.get_by_role("button", name="Truncate…")).to_be_disabled()  # until the page knows where it ends
+    for route in held:
+        route.continue_()
+    page.unroute("**/v1/sessions/s")
     page.get_by_role("button", name="Truncate…").click()
     page.get_by_role("button", name="Cancel").click()
     assert client.session("s").length == 10
