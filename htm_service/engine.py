@@ -77,6 +77,7 @@ from htm_service.records import (
     TruncateResult,
 )
 from htm_service.sessions import validation
+from htm_service.sessions.accounts import Accounts
 from htm_service.sessions.directory import Directory, compare
 from htm_service.sessions.feed import Feed, Reader
 from htm_service.sessions.payload_cache import PayloadCache
@@ -139,7 +140,8 @@ class Engine:
         self.feed = Feed()
         """What happens to sessions, for whoever reads along."""
         cached = PayloadCache(config.payload_cache_bytes)
-        self.directory = Directory(store, self.committer.write, clock, config.recalls_per_session, self.feed, cached)
+        self._accounts = Accounts(config.recalls_per_session, self.feed)
+        self.directory = Directory(store, self.committer.write, clock, self._accounts, self.feed, cached)
 
         self.catalog = Catalog(models, store, self.committer, self.device)
         reader: Batcher[Wanted, Texts] = Batcher(
@@ -149,7 +151,7 @@ class Engine:
             metrics=self.metrics.of_queue("payloads"),
         )
         self.payloads = Payloads(store, reader, cached, config.max_answer_bytes)
-        self._attends = Attends(config, self.catalog, self.worker, self.payloads, self.feed, clock)
+        self._attends = Attends(config, self.catalog, self.worker, self.payloads, self._accounts, clock)
         self._selects = Selects(self.worker, self._attends)
         self._searches = Searches(config, self._attends, self.payloads)
         self._appends = Appends(self.committer, cached, self.feed, clock)
@@ -475,6 +477,7 @@ class Engine:
     def listen(self, namespace: str, session_id: str | None = None) -> Reader:
         """A reader, to be closed, of what happens from now on to one session of a namespace, or to all of them."""
         self._check_open()
+        self._accounts.settle()
         return self.feed.read(namespace, None if session_id is None else validation.check_id(session_id))
 
     async def info(self, namespace: str | None = None) -> EngineInfo:

@@ -24,16 +24,14 @@ from htm_service.reads.worker import DeviceWorker
 from htm_service.records import (
     AttendRequest,
     AttendResult,
-    Event,
     Explanation,
     SearchRequest,
     SearchResult,
     SelectResult,
     recalled_bytes,
 )
-from htm_service.sessions.feed import Feed
+from htm_service.sessions.accounts import Accounts
 from htm_service.sessions.payloads import Payloads
-from htm_service.sessions.recalls import account
 from htm_service.sessions.session import Session
 from htm_service.sessions.validation import check_model_dim
 from htm_service.threads.batcher import within
@@ -67,14 +65,14 @@ class Attends:
         catalog: Catalog,
         worker: DeviceWorker,
         payloads: Payloads,
-        feed: Feed,
+        accounts: Accounts,
         clock: Callable[[], float],
     ) -> None:
         self._config = config
         self._catalog = catalog
         self._worker = worker
         self._payloads = payloads
-        self._feed = feed
+        self._accounts = accounts
         self._clock = clock
         self.num_attends = 0
         """Answered since the start, whatever they were cut into."""
@@ -136,15 +134,7 @@ class Attends:
         self.num_queries += len(request.queries)
         session.num_attends += 1
         session.num_queries += len(request.queries)
-        now = self._clock()
-        is_kept = session.recalls.is_kept and result.num_truncated == session.resident.extent.num_truncated
-        is_read = self._feed.is_read
-        if is_kept or is_read:
-            recall = account(request, result, name, now)
-            if is_kept:
-                session.recalls.add(recall, request, result)
-            if is_read:
-                self._feed.tell(Event("recall", session.key, now, recall))
+        self._accounts.add(session, request, result, name, self._clock())
 
     async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:
         """How the one query of a checked request ranks the chunks it sees, `limit` of them. It is no recall."""

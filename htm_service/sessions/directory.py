@@ -31,9 +31,9 @@ from htm_service.memory.resident import Extent, Forked, Resident
 from htm_service.records import Change, Event, SessionChange, SessionInfo, SessionPage
 from htm_service.session_settings import SessionSettings, wrong_with
 from htm_service.sessions import validation
+from htm_service.sessions.accounts import Accounts
 from htm_service.sessions.feed import Feed
 from htm_service.sessions.payload_cache import PayloadCache
-from htm_service.sessions.recalls import RecallLog
 from htm_service.sessions.session import Session
 from storage import base
 from storage.base import (
@@ -71,7 +71,7 @@ class Directory:
         store: Store,
         write: Callable[[Write, Resident | None], Awaitable[object]],
         clock: Callable[[], float],
-        recalls_per_session: int,
+        accounts: Accounts,
         feed: Feed,
         payloads: PayloadCache,
     ) -> None:
@@ -80,7 +80,7 @@ class Directory:
         self._feed = feed
         self._write = write
         self._clock = clock
-        self._recalls_per_session = recalls_per_session
+        self._accounts = accounts
         self._started_at = clock()
         self._sessions: OrderedDict[SessionKey, Session] = OrderedDict()
         """Those that were used since the start, the last used last."""
@@ -248,6 +248,7 @@ class Directory:
             self._sessions[session.key] = session
             raise
         self._payloads.forget(session.sid)
+        self._accounts.settle()  # nothing is told of it afterwards
         self._tell(session.key, "deleted")
 
     async def delete_all(
@@ -428,7 +429,7 @@ class Directory:
             # Reads are not stored: after a restart a session counts as used when the server started. A time that has
             # not come yet is that of a clock which was wrong.
             last_used_at=row.updated_at if self._started_at < row.updated_at <= self._clock() else self._started_at,
-            recalls=RecallLog(self._recalls_per_session, row.first_position // settings.chunk_size),
+            recalls=self._accounts.log(row.first_position // settings.chunk_size),
         )
 
 

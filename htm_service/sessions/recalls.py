@@ -7,8 +7,8 @@ Does not know how attention is computed.
 
 from __future__ import annotations
 
-import itertools
 from collections import deque
+from collections.abc import Callable
 from typing import TypeVar
 
 import numpy as np
@@ -24,8 +24,8 @@ TOKENS_KEPT = 16
 """Recalled tokens per query that the ring keeps."""
 QUERY_BYTES_KEPT = 64 << 10
 """Of all first queries, which are kept so that the last recalls can be explained later."""
-COUNTED_TOGETHER = 64
-"""Attends: numpy takes its time to begin."""
+COUNTED_TOGETHER = 48
+"""Attends: numpy takes its time to begin, and from 500 numbers on, 8 of each, it lets another thread in."""
 TRIMMED_TOGETHER = 1_024
 
 
@@ -35,12 +35,17 @@ class RecallLog:
     What it keeps of an attend is little and in few pieces, because an attend comes to memory that is in no cache.
     """
 
-    def __init__(self, max_recalls: int, first_chunk: int = 0) -> None:
+    def __init__(self, max_recalls: int, first_chunk: int = 0, settle: Callable[[], None] = lambda: None) -> None:
+        """`settle` adds what is still to be added."""
+        self._settle = settle
         self._ring: deque[Recall] = deque(maxlen=max_recalls)
         self._num_uncounted = 0
         """The last so many accounts are not in the counters yet."""
-        self._queries: deque[bytes] | None = None
-        """The first queries of the last accounts, as many as QUERY_BYTES_KEPT holds."""
+        self._queries = memoryview(b"")
+        """The first queries of the last accounts, as many as QUERY_BYTES_KEPT holds, in turn."""
+        self._num_kept = 0
+        """Queries that were written there."""
+        self._query_bytes = 0
         self._first_chunk = first_chunk
         """Where the counters begin."""
         self._num_recalls = np.zeros(0, dtype=np.int64)
@@ -50,7 +55,7 @@ class RecallLog:
     def add(self, recall: Recall, request: AttendRequest, result: AttendResult) -> None:
         """Keep the account of one attend, to be counted with the next ones, or when someone looks."""
         if recall.num_rows < recall.num_queries:  # it has not all that is to be counted
-            self._count()
+            self._add_up_ring()
             index, weight = result.chunk_index.ravel(), result.chunk_weight.ravel()
             self._add_up(index, weight, np.full(len(index), recall.at))
         else:
@@ -58,23 +63,30 @@ class RecallLog:
         self._ring.append(recall)
         self._keep_query(request.queries[0])
         if self._num_uncounted >= min(COUNTED_TOGETHER, self._ring.maxlen or 0):
-            self._count()
+            self._add_up_ring()
 
     def _keep_query(self, query: Floats) -> None:
-        if self._queries is None:  # now it is known how wide they are
+        if not self._query_bytes:  # now it is known how wide they are
+            self._query_bytes = query.nbytes
             most = min(self._ring.maxlen or 0, QUERY_BYTES_KEPT // query.nbytes)
-            self._queries = deque(maxlen=most)
-        self._queries.append(query.tobytes())  # numpy's own copy lets another thread take the interpreter
+            self._queries = np.empty(most * query.nbytes, np.uint8).data
+        if self._queries:
+            at = self._num_kept * self._query_bytes % len(self._queries)
+            self._queries[at : at + self._query_bytes] = query.tobytes()  # numpy's own copy lets another thread in
+            self._num_kept += 1
 
-    @property
-    def is_kept(self) -> bool:
-        """Whether accounts are kept at all, and attends counted."""
-        return bool(self._ring.maxlen)
+    def _kept_queries(self) -> list[bytes]:
+        """The queries that are kept, the newest first."""
+        size, whole = self._query_bytes, len(self._queries)
+        num = min(self._num_kept, len(self._ring), whole // size if size else 0)
+        places = (at * size % whole for at in range(self._num_kept - 1, self._num_kept - 1 - num, -1))
+        return [bytes(self._queries[at : at + size]) for at in places]
 
     def latest(self, limit: int) -> list[Recall]:
         """The last accounts, newest first; the first of them with their queries."""
+        self._settle()
         recalls = list(self._ring)[: -limit - 1 : -1]
-        for place, query in enumerate(itertools.islice(reversed(self._queries or ()), len(recalls))):
+        for place, query in enumerate(self._kept_queries()[: len(recalls)]):
             recalls[place] = recalls[place]._replace(query=np.frombuffer(query, np.float32))
         return recalls
 
@@ -123,9 +135,10 @@ class RecallLog:
         kept = [(recall, query) for recall, query in self._with_queries() if recall.stop <= length]
         self._ring.clear()
         self._ring.extend(recall for recall, _ in kept)
-        if self._queries is not None:
-            self._queries.clear()
-            self._queries.extend(query for _, query in kept if query is not None)
+        self._num_kept = 0
+        for _, query in kept:
+            if query is not None:
+                self._keep_query(np.frombuffer(query, np.uint8))
         self._first_chunk = min(self._first_chunk, length // chunk_size)
         gone = slice(-(-length // chunk_size) - self._first_chunk, None)
         for counters in (self._num_recalls, self._mass, self._last_at):
@@ -133,11 +146,16 @@ class RecallLog:
 
     def _with_queries(self) -> list[tuple[Recall, bytes | None]]:
         """The accounts, oldest first, the last of them with their queries."""
-        queries = list(self._queries or ())
+        queries = self._kept_queries()[::-1]
         return list(zip(self._ring, [*[None] * (len(self._ring) - len(queries)), *queries], strict=True))
 
     def _count(self) -> None:
         """Bring the counters up to date."""
+        self._settle()
+        self._add_up_ring()
+
+    def _add_up_ring(self) -> None:
+        """Count those of the ring that are not counted yet."""
         if not self._num_uncounted:
             return
         new = list(self._ring)[-self._num_uncounted :]
