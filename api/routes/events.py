@@ -19,7 +19,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from api.openapi import problems
 from api.routes.context import JsonRoute, caller_of, engine_of
-from api.schemas.views import Recall, when
+from api.schemas.views import content_of, when
 from htm_service import records
 from htm_service.sessions.feed import Reader
 
@@ -114,7 +114,7 @@ def text_of(event: records.Event) -> bytes:
     """One event."""
     what = event.what
     if isinstance(what, records.Recall):
-        content = Recall.of(what).model_dump(mode="json")
+        content = content_of(what)
     elif isinstance(what, records.TruncateResult):
         content = {"length": what.length, "num_chunks": what.num_chunks}
     elif isinstance(what, records.AppendResult):

@@ -5,6 +5,7 @@ Does not know: how a call came to its record.
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any, Literal, Self
 
@@ -148,28 +149,32 @@ class Recall(Body):
     @classmethod
     def of(cls, recall: records.Recall, *, query: bool = False) -> Self:
         """The view of a record."""
-        rows = recall.recalled
-        return cls(
-            at=when(recall.at),
-            request_id=recall.request_id,
-            note=recall.note,
-            is_masked=recall.is_masked,
-            model=recall.model,
-            model_hash=recall.model_hash,
-            length=recall.length,
-            start=recall.start,
-            stop=recall.stop,
-            top_k=recall.top_k,
-            num_queries=recall.num_queries,
-            query=recall.query.tolist() if query and recall.query is not None else None,
-            episodes=None if recall.episodes is None else list(recall.episodes),
-            chunks=Chunks(index=recall.chunk_index.tolist(), weight=recall.chunk_weight.tolist()),
-            recalled=None if rows is None else [[_recalled(item) for item in row] for row in rows],
-        )
+        content = content_of(recall)
+        if query and recall.query is not None:
+            content["query"] = recall.query.tolist()
+        return cls(**content)
 
 
-def _recalled(item: records.Recalled) -> RecalledToken:
-    return RecalledToken(position=item.position, weight=item.weight, score=item.score, chunk=item.chunk)
+def content_of(recall: records.Recall) -> dict[str, Any]:
+    """The fields of `Recall`, without its query: for events, of which there are too many to be checked one by one."""
+    rows = recall.recalled
+    return {
+        "at": when(recall.at),
+        "request_id": recall.request_id,
+        "note": recall.note,
+        "query": None,
+        "episodes": None if recall.episodes is None else list(recall.episodes),
+        "is_masked": recall.is_masked,
+        "model": recall.model,
+        "model_hash": recall.model_hash,
+        "length": recall.length,
+        "start": recall.start,
+        "stop": recall.stop,
+        "top_k": recall.top_k,
+        "num_queries": recall.num_queries,
+        "chunks": {"index": recall.chunk_index.tolist(), "weight": recall.chunk_weight.tolist()},
+        "recalled": None if rows is None else [[asdict(item) for item in row] for row in rows],
+    }
 
 
 class Recalls(Body):

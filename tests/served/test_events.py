@@ -13,6 +13,7 @@ from typing import Any
 import httpx
 from htm_client import HTMClient
 
+from api.schemas.views import Recall
 from tests.served.server import Server
 
 DIM = 7
@@ -49,6 +50,7 @@ def test_a_stream_tells_what_happens_and_ends_with_the_server(server: Server) ->
         (account,) = client.recalls("s")
         assert recalled[0] == "recall" and recalled[1]["note"] == account.note == "what was it?"
         assert recalled[1]["at"] == account.at and recalled[1]["chunks"] == account.chunks
+        assert set(recalled[1]) == {"session", *Recall.model_fields}, "what /recalls has of one"
         began = time.monotonic()
         assert server.end(signal.SIGTERM) == 0
         assert time.monotonic() - began < 4, "a stream does not hold up the stop"
