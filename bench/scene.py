@@ -76,6 +76,13 @@ def make_tokens(length: int, dim: int = DIM) -> Tensor:
     return torch.randn(length, dim, generator=torch.Generator().manual_seed(1))
 
 
+def make_clustered(length: int, dim: int = DIM) -> Tensor:
+    """Unit vectors [n, D], 500 neighbours at a time about as like each other as texts on one subject."""
+    random = torch.Generator().manual_seed(4)
+    centres = torch.randn(-(-length // 500), dim, generator=random).repeat_interleave(500, dim=0)[:length]
+    return torch.nn.functional.normalize(centres + torch.randn(length, dim, generator=random))
+
+
 def check(got: npt.NDArray[np.float32], expected: Tensor, most: float = 5e-5) -> float:
     """The relative error of an answer. Raises AssertionError when it is above `most`."""
     error = float(np.linalg.norm(got - expected.numpy()) / np.linalg.norm(expected.numpy()))

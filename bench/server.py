@@ -83,14 +83,14 @@ class Timings:
         """Time its store's writes and its kernel, from the first time that somebody asks."""
         if not isinstance(engine.worker.runner.kernel, TimedKernel):
             engine.store.write = self.of("write", engine.store.write)  # type: ignore[method-assign]
-            engine.worker.use(TimedKernel(engine.worker.runner.kernel, self))
+            engine.worker.runner.kernel = TimedKernel(engine.worker.runner.kernel, self)  # searches keep theirs
 
 
 class TimedKernel:
     """A kernel, step by step, each step timed."""
 
     def __init__(self, kernel: Kernel, timings: Timings) -> None:
-        self.name = f"timed {kernel.name}"  # searches are not timed, and want a kernel's own kind
+        self.name = f"timed {kernel.name}"
         self.warm_up = kernel.warm_up
         self.select = kernel.select
         self.fold = timings.of("kernel.fold", kernel.fold)

@@ -44,8 +44,9 @@ def main() -> None:
             say("layers of a write, growth")
             layers = writes.layers(stage, options.quick)
             growths = [growth.over_connections(stage, port, NUM_SESSIONS, options.quick)]
-        say("one attend, one append")
-        profiles[:0] = [parts.one_attend(stage, options.quick), parts.one_append(stage, options.quick)]
+        say("one attend, one append, one search")
+        ones = (parts.one_attend, parts.one_append, parts.one_search)
+        profiles[:0] = [one(stage, options.quick) for one in ones]
         growths = [*scene.run(growth.in_process(stage, options.quick)), *growths]
         say("searches")
         growths += scene.run(growth.of_searches(stage, options.quick))

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch.nn import functional
 
 from bench import over_http, scene
 from bench.scene import CHUNK_SIZE, DIM, LENGTH, Scene, named
@@ -73,7 +72,7 @@ async def of_searches(stage: Scene, quick: bool) -> list[Growth]:
     async with scene.running_engine(stage, "memory://") as engine:
 
         async def fill(name: str, length: int, dim: int = DIM) -> None:
-            await scene.fill(engine, name, _clustered(length, dim), "retrieval")
+            await scene.fill(engine, name, scene.make_clustered(length, dim), "retrieval")
             while _num_sketched(engine, name) < length // CHUNK_SIZE:
                 await engine.search(named(name), SearchRequest(np.zeros(dim, np.float32)))
 
@@ -102,13 +101,6 @@ async def of_searches(stage: Scene, quick: bool) -> list[Growth]:
     return growths
 
 
-def _clustered(length: int, dim: int) -> torch.Tensor:
-    """Unit vectors [length, dim], 500 neighbours at a time about as like each other as texts on one subject."""
-    random = torch.Generator().manual_seed(4)
-    centres = torch.randn(-(-length // 500), dim, generator=random).repeat_interleave(500, dim=0)[:length]
-    return functional.normalize(centres + torch.randn(length, dim, generator=random))
-
-
 def _num_sketched(engine: Engine, name: str) -> int:
     """Chunks of a session that have sketches."""
     (session,) = [session for session in engine.directory.sessions() if session.id == name]
@@ -120,7 +112,9 @@ async def _median_search_ms(
     engine: Engine, sessions: Sequence[str], repeats: int, *, num_queries: int = 1, dim: int = DIM, **fields: Any
 ) -> float:
     """Of searching all the sessions at once, for neighbours of their tokens."""
-    queries = _clustered(LENGTH, dim)[:: LENGTH // num_queries][:num_queries] + 0.02 * torch.randn(num_queries, dim)
+    queries = scene.make_clustered(LENGTH, dim)[:: LENGTH // num_queries][:num_queries] + 0.02 * torch.randn(
+        num_queries, dim
+    )
     request = SearchRequest(queries.numpy(), **{"num_wanted": 8, **fields})
     took: list[float] = []
     for _ in range(repeats + 3):

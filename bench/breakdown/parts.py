@@ -15,6 +15,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
+from htm_client import HTMClient
+from htm_client.calls import Codec, attend_parts
 
 from bench import over_http, scene
 from bench.figures import machine
@@ -58,6 +60,36 @@ def of_attend(seen: Mapping[str, float]) -> Profile:
         ("sockets, HTTP, the client", seen["client"] - seen["server"]),
     ]
     return Profile("One attend over HTTP, one client", "µs", parts)
+
+
+def one_search(stage: Scene, quick: bool) -> Profile:
+    """One query of one client through all tokens of a session, the best 8 with payloads, in microseconds."""
+    tokens = scene.make_clustered(LENGTH)
+    query = tokens[LENGTH // 2] + 0.02 * torch.randn(DIM, generator=torch.Generator().manual_seed(2))
+    with over_http.serving(stage, "--timed", data="one-search") as port:
+        with HTMClient(f"http://127.0.0.1:{port}", timeout=120) as client:
+            client.create_session("s", dim=DIM, chunk_size=CHUNK_SIZE)
+            client.append("s", tokens, [{"text": f"the token at position {at}"} for at in range(LENGTH)])
+            while "on its way" in client.info()["kernel_reason"]:  # the reference serves until it is compiled
+                time.sleep(0.5)
+            for _ in range(LENGTH // CHUNK_SIZE):  # sketches come by and by
+                found = client.search("s", query, 8)
+        assert found[0].position == LENGTH // 2, found
+        call = Codec(binary=True).search("s", *attend_parts(query, n=8, returns=["payloads"]))
+        return of_search(
+            watch(port, (call.path, call.headers["Content-Type"], call.content or b""), 50 if quick else 1_000)
+        )
+
+
+def of_search(seen: Mapping[str, float]) -> Profile:
+    """What `watch` saw of searches, as parts."""
+    parts = [
+        ("device thread: the kernel, plan, results", seen["compute"]),
+        ("the way to the device thread", seen["queue"]),
+        ("event loop: parse, check, payloads, encode, the way back", seen["server"] - seen["compute"] - seen["queue"]),
+        ("sockets, HTTP, the client", seen["client"] - seen["server"]),
+    ]
+    return Profile("One search over HTTP, one client", "µs", parts)
 
 
 def one_append(stage: Scene, quick: bool) -> Profile:

@@ -354,6 +354,7 @@ class BranchMachine(RuleBasedStateMachine):
         if name in self.sessions:
             self.run(self.engine.delete(named(name)))
             del self.sessions[name]
+            self.tainted.discard(name)
 
     @rule(name=names, seed=seeds, part=parts | st.none(), episode=st.none() | st.integers(0, 2))
     def attend(self, name: str, seed: int, part: float | None, episode: int | None) -> None:
