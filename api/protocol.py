@@ -15,7 +15,8 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 from api.errors import answer
 
 MAX_HEAD_BYTES = 64 << 10
-"""Of a request line and its headers, besides what came together with the end of the request before."""
+"""Of a request line and its headers, or of what is neither head nor body, trailers and the like, besides what came
+together with the piece before."""
 MAX_SILENCE_S = 30.0
 """How long a client may send nothing of what it has begun, or read nothing of its answer."""
 MAX_HEAD_S = 30.0
@@ -43,7 +44,7 @@ class BoundedProtocol(HttpToolsProtocol):
         super().__init__(*arguments, **named)
         self._num_bytes = 0
         self._head_from = 0
-        """`_num_bytes` where the head began that is not whole yet."""
+        """`_num_bytes` where the head began that is not whole yet, or where there was a body last."""
         self._head_since: float | None = None
         self._seen = (0, 0)
         """What had come, and what had not gone, when that changed last."""
@@ -60,7 +61,7 @@ class BoundedProtocol(HttpToolsProtocol):
         """More of a request."""
         self._num_bytes += len(data)
         super().data_received(data)
-        if self._head_since is not None and self._num_bytes - self._head_from > MAX_HEAD_BYTES:
+        if self._num_bytes - self._head_from > MAX_HEAD_BYTES:
             self._refuse("headers_too_large", f"the request's head has more than {MAX_HEAD_BYTES} bytes")
 
     def on_message_begin(self) -> None:
@@ -71,8 +72,14 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         """A head is whole."""
-        self._head_since = None
+        self._head_since, self._head_from = None, self._num_bytes
         super().on_headers_complete()
+        self.headers = []  # trailers come here: they are nobody's headers (RFC 9110, 6.5.1)
+
+    def on_body(self, body: bytes) -> None:
+        """Some of a body."""
+        self._head_from = self._num_bytes
+        super().on_body(body)
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is refused as everything else is."""

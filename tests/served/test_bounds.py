@@ -112,6 +112,33 @@ def test_headers_of_any_size_are_refused(lasting_server: Server, before: bytes, 
     check_alive(lasting_server)
 
 
+@pytest.mark.parametrize(
+    "piece",
+    [b"X-1: 1\r\n" * 8_000, b"X-Long: " + b"x" * MAX_HEAD_BYTES, b"5;extension=" + b"x" * MAX_HEAD_BYTES],
+    ids=["trailers", "a trailer", "a chunk's extension"],
+)
+def test_what_is_neither_head_nor_body_has_an_end(lasting_server: Server, piece: bytes) -> None:
+    """Whoever had no key either could fill the memory: what follows the last chunk was taken for headers, and kept."""
+    with connected(lasting_server) as connection:
+        connection.sendall(b"POST /v1/nothing HTTP/1.1\r\nHost: localhost\r\nTransfer-Encoding: chunked\r\n\r\n")
+        connection.recv(1 << 16)
+        connection.sendall(b"" if piece.startswith(b"5") else b"0\r\n")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            for _ in range(1_000):
+                connection.sendall(piece)
+            pytest.fail("it may send for ever")
+    check_alive(lasting_server)
+
+
+def test_a_trailer_is_no_header(lasting_server: Server) -> None:
+    """It counted as one of the request's, though it comes after it was looked at who asks."""
+    with connected(lasting_server) as connection:
+        head = b"POST /v1/sessions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+        connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
+        connection.sendall(b'9\r\n{"dim":2}\r\n0\r\nContent-Encoding: gzip\r\n\r\n')
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 201 ")
+
+
 def test_what_is_no_http_is_refused_as_all_else(lasting_server: Server) -> None:
     with connected(lasting_server) as connection:
         connection.sendall(b"\x16\x03\x01 a greeting of TLS\r\n\r\n")
