@@ -15,13 +15,15 @@ from htm_service.records import Event
 EVENTS_KEPT = 128
 """Events that wait for one reader."""
 MAX_READERS = 64
+"""Of one namespace, so that no other's are turned away."""
 
 
 class Feed:
     """See the head of this module."""
 
     def __init__(self) -> None:
-        self._readers: set[Reader] = set()
+        self._readers: dict[str, set[Reader]] = {}
+        """By namespace, of those that have some."""
 
     @property
     def is_read(self) -> bool:
@@ -31,11 +33,11 @@ class Feed:
     @property
     def num_readers(self) -> int:
         """How many read along."""
-        return len(self._readers)
+        return sum(map(len, self._readers.values()))
 
     def tell(self, event: Event) -> None:
-        """Tell all readers."""
-        for reader in self._readers:
+        """Tell all readers of the event's namespace."""
+        for reader in self._readers.get(event.key.namespace, ()):
             reader.tell(event)
 
     def read(self, namespace: str, session_id: str | None) -> Reader:
@@ -43,31 +45,33 @@ class Feed:
 
         Raises Overloaded.
         """
-        if len(self._readers) >= MAX_READERS:
-            raise Overloaded(f"{len(self._readers)} read the events, the limit is {MAX_READERS}")
+        others = self._readers.get(namespace, set())
+        if len(others) >= MAX_READERS:
+            raise Overloaded(f"{len(others)} read the events, the limit is {MAX_READERS}")
         reader = Reader(self, namespace, session_id)
-        self._readers.add(reader)
+        self._readers[namespace] = others | {reader}
         return reader
 
     def drop(self, reader: Reader) -> None:
         """Tell this one no more."""
-        self._readers.discard(reader)
+        if left := self._readers.pop(reader.namespace, set()) - {reader}:
+            self._readers[reader.namespace] = left
 
 
 class Reader:
     """One who reads along: what has come since it last took, of one session of a namespace or of all of them."""
 
     def __init__(self, feed: Feed, namespace: str, session_id: str | None) -> None:
+        self.namespace = namespace
         self._feed = feed
-        self._namespace = namespace
         self._session_id = session_id
         self._events: deque[Event] = deque(maxlen=EVENTS_KEPT)
         self._num_dropped = 0
         self._has_come = asyncio.Event()
 
     def tell(self, event: Event) -> None:
-        """Keep an event until it is taken, or until too many others have come."""
-        if event.key.namespace != self._namespace or self._session_id not in (None, event.key.id):
+        """Keep an event of its namespace until it is taken, or until too many others have come."""
+        if self._session_id not in (None, event.key.id):
             return
         self._num_dropped += len(self._events) == EVENTS_KEPT
         self._events.append(event)

@@ -19,11 +19,13 @@ async def test_a_reader_gets_what_happens_to_its_session() -> None:
     feed = Feed()
     assert not feed.is_read
     of_all, of_one = feed.read(DEFAULT_NAMESPACE, None), feed.read(DEFAULT_NAMESPACE, "b")
+    elsewhere = feed.read("blue", "b")
     for name in ("a", "b"):
         feed.tell(event(name))
     assert [one.key.id for one in (await of_all.take(0.1))[0]] == ["a", "b"]
     assert [one.key.id for one in (await of_one.take(0.1))[0]] == ["b"]
-    assert await of_all.take(0.01) == ([], 0)
+    assert await of_all.take(0.01) == await elsewhere.take(0.01) == ([], 0)
+    elsewhere.close()
     of_all.close()
     of_one.close()
     of_one.close()
@@ -51,5 +53,7 @@ def test_readers_have_a_limit() -> None:
     readers = [feed.read(DEFAULT_NAMESPACE, None) for _ in range(MAX_READERS)]
     with pytest.raises(Overloaded, match=f"{MAX_READERS} read the events, the limit is {MAX_READERS}"):
         feed.read(DEFAULT_NAMESPACE, None)
+    other = feed.read("blue", None)  # one namespace's many readers took the places of all others
+    other.close()
     readers[0].close()
     assert feed.read(DEFAULT_NAMESPACE, None) is not None and feed.num_readers == MAX_READERS
