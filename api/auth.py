@@ -98,6 +98,12 @@ class Caller:
     """The namespace that a caller of all namespaces named."""
     is_known: bool = True
     """False on a server without keys, which asks nobody who they are."""
+    digest: bytes | None = None
+    """What its key is found by; None of a key that the server was started with, or of none."""
+
+    def still_counts(self, keys: Keys) -> bool:
+        """Whether its key has been neither taken back nor expired."""
+        return self.digest is None or keys.counts(self.digest)
 
     def check(self, operation: str) -> None:
         """Raise Forbidden for a call that this caller may not make."""
@@ -180,7 +186,7 @@ class Auth:
             raise Unauthenticated("the key is not known: it is another server's, was taken back, or has expired")
         if key.requests_per_second is not None:
             self._count(key.digest, key.requests_per_second)
-        return _in_namespace(_caller(key.role, key.namespace), named)
+        return _in_namespace(_caller(key.role, key.namespace, digest), named)
 
     def _count(self, digest: bytes, per_second: float) -> None:
         now = time.monotonic()
@@ -213,10 +219,11 @@ def _secret(authorization: bytes | None) -> bytes:
     return authorization[7:].strip()
 
 
-@lru_cache
-def _caller(role: str, namespace: str) -> Caller:
+@lru_cache(maxsize=1_024)
+def _caller(role: str, namespace: str, digest: bytes) -> Caller:
     """Who has a key; a role that nobody knows allows the least."""
-    return Caller("admin" if role == "admin" else "write" if role == "write" else "read", namespace)
+    known: Role = "admin" if role == "admin" else "write" if role == "write" else "read"
+    return Caller(known, namespace, digest=digest)
 
 
 def _in_namespace(caller: Caller, named: bytes | None) -> Caller:

@@ -46,7 +46,10 @@ def router() -> APIRouter:
         operation_id="events",
         response_class=Response,
         responses={
-            200: {"description": "Events, until the client goes or the server stops.", "content": told},
+            200: {
+                "description": "Events, until the client goes, its key counts no more or the server stops.",
+                "content": told,
+            },
             **problems(("overloaded", "unhealthy", "draining", "internal_error")),
         },
     )
@@ -64,10 +67,14 @@ async def events(
     `forked`, `updated`, `deleted`); each with `session` and `at`. A reader that does not keep up loses the oldest, and
     `dropped` says how many.
     """
-    engine = engine_of(request)
-    reader = engine.listen(caller_of(request).space, session)
+    engine, caller = engine_of(request), caller_of(request)
+    reader = engine.listen(caller.space, session)
     ends_at = float("inf") if seconds is None else time.monotonic() + seconds
-    return EventStream(reader, lambda: engine.is_draining or time.monotonic() >= ends_at)
+
+    def is_over() -> bool:
+        return engine.is_draining or time.monotonic() >= ends_at or not caller.still_counts(engine.keys)
+
+    return EventStream(reader, is_over)
 
 
 class EventStream(StreamingResponse):
@@ -97,8 +104,10 @@ async def pieces(reader: Reader, is_over: Callable[[], bool]) -> AsyncIterator[b
     """The text of a stream: at once a comment, so that the client knows that it reads; then events as they come."""
     yield b": htm-service\n\n"
     told_at = time.monotonic()
-    while not is_over():
+    while True:
         happened, num_dropped = await reader.take(LOOK_EVERY_S)
+        if is_over():  # asked last, so that nobody is told what came after the end
+            return
         if happened:
             told = [_text("dropped", {"num_dropped": num_dropped})] if num_dropped else []
             yield b"".join([*told, *map(text_of, happened)])

@@ -75,6 +75,13 @@ class Keys:
         self._used_at[digest] = now
         return row
 
+    def counts(self, digest: bytes) -> bool:
+        """Whether a key that was found counts still, for who asked with it and is not done; that is use, too."""
+        try:
+            return self.find(digest) is not None
+        except Unhealthy:
+            return False
+
     async def find_again(self, digest: bytes) -> KeyRow | None:
         """As `find`, of a key that is not known here: it may have been made elsewhere a moment ago."""
         if time.monotonic() - self._read_at > UNKNOWN_S:

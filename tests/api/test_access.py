@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from typing import Any
 
@@ -260,6 +261,25 @@ async def test_events_are_those_of_the_own_namespace(client: httpx.AsyncClient) 
     told, _ = await asyncio.gather(client.get("/v1/events?seconds=1", headers=mine), work())
     assert MARK not in told.text
     assert [line for line in told.text.splitlines() if line.startswith("event")] == ["event: session", "event: append"]
+
+
+@pytest.mark.parametrize("end", ["revoked", "expired"])
+async def test_a_stream_of_events_ends_with_its_key(client: httpx.AsyncClient, clock: Clock, end: str) -> None:
+    """It told all that happened for as long as its reader liked, whatever became of the key."""
+    mine = {"Authorization": f"Bearer {await make_key(client, 'mine', 'read', expires_in_s=60)}"}
+
+    async def work() -> float:
+        await asyncio.sleep(0.3)
+        if end == "revoked":
+            await client.delete("/v1/keys/mine")
+        else:
+            clock.now += 60
+        await client.put("/v1/sessions/later", json={"dim": 3})
+        return time.monotonic()
+
+    told, ended_at = await asyncio.gather(client.get("/v1/events?seconds=9", headers=mine), work())
+    assert time.monotonic() - ended_at < 2
+    assert told.status_code == 200 and "later" not in told.text
 
 
 async def test_an_admin_of_all_names_the_namespace(client: httpx.AsyncClient) -> None:
