@@ -219,7 +219,7 @@ def _secret(authorization: bytes | None) -> bytes:
     return authorization[7:].strip()
 
 
-@lru_cache(maxsize=1_024)
+@lru_cache
 def _caller(role: str, namespace: str, digest: bytes) -> Caller:
     """Who has a key; a role that nobody knows allows the least."""
     known: Role = "admin" if role == "admin" else "write" if role == "write" else "read"

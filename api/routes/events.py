@@ -67,7 +67,8 @@ async def events(
     `forked`, `updated`, `deleted`); each with `session` and `at`. A reader that does not keep up loses the oldest, and
     `dropped` says how many.
     """
-    engine, caller = engine_of(request), caller_of(request)
+    engine = engine_of(request)
+    caller = caller_of(request)
     reader = engine.listen(caller.space, session)
     ends_at = float("inf") if seconds is None else time.monotonic() + seconds
 
