@@ -25,6 +25,7 @@ from api.routes.hot import batch, calls
 from api.routes.hot import openapi as hot_openapi
 from api.settings import Settings
 from api.tracing import Traces
+from api.wire.body import Room
 from htm_service.config import EngineConfig
 from htm_service.errors import HTMError
 from htm_service.version import __version__
@@ -90,6 +91,7 @@ def create_app(
         },
     )
     app.state.settings = settings
+    app.state.room = Room(settings.max_held_bytes)
     app.state.watch = Watch()
     app.state.metrics = Metrics()
     if engine is not None:  # in-process tests need no lifespan

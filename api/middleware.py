@@ -61,6 +61,13 @@ class Front:
             return
         if scope["method"] == "HEAD":  # as GET, without the body (RFC 9110, 9.3.2)
             scope, send = {**scope, "method": "GET"}, without_body(send)
+        try:
+            await self._serve(scope, receive, send)
+        finally:
+            if "htm.held" in scope:
+                self._owner.state.room.leave(scope)
+
+    async def _serve(self, scope: Scope, receive: Receive, send: Send) -> None:
         request_id = scope["htm.request_id"] = incoming_id(scope) or next(self._ids)
         REQUEST_ID.set(request_id)
         measured = scope["htm.measured"] = Measured()

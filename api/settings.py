@@ -140,6 +140,12 @@ class Settings(BaseSettings):
         ge=1 << 10,
         description="Most bytes of tensors, payloads and recalled tokens that one answer may hold; more is refused.",
     )
+    max_held_bytes: Bytes = Field(
+        default_factory=lambda: memory_bytes() // 8,
+        ge=1 << 10,
+        description="Most bytes of large bodies and answers at one time; more is answered 503. Default: an eighth of "
+        "what the process may use.",
+    )
     keep_alive_seconds: int = Field(
         default=75,
         ge=1,

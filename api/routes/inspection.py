@@ -66,6 +66,7 @@ async def chunks(
     keys = "keys" in included(request, ("keys",))
     page = await engine_of(request).chunks(key_of(request), cursor, limit, keys=keys)
     return await respond_json(
+        request,
         lambda raw: {"chunks": [_view(info, raw) for info in page.chunks], "cursor": page.cursor},
         settings_of(request).max_answer_bytes,
     )
@@ -82,7 +83,7 @@ async def chunk(
     detail = await engine_of(request).chunk(
         key_of(request), index, embeddings="embeddings" in parts, key="key" in parts
     )
-    return await respond_json(lambda raw: _detail(detail, raw), settings_of(request).max_answer_bytes)
+    return await respond_json(request, lambda raw: _detail(detail, raw), settings_of(request).max_answer_bytes)
 
 
 def _detail(detail: records.ChunkDetail, raw: Raw) -> Params:
@@ -119,6 +120,7 @@ async def recalls(
     query = "query" in included(request, ("query",))
     found = await engine_of(request).recalls(key_of(request), limit)
     return await respond_json(
+        request,
         lambda raw: {"recalls": [raw(to_json(Recall.of(recall, query=query))) for recall in found]},
         settings_of(request).max_answer_bytes,
     )

@@ -128,6 +128,7 @@ async def list_sessions(
         caller_of(request).space, prefix, parse_labels(label or []), cursor, limit, by_use=order == "last_used"
     )
     return await respond_json(
+        request,
         lambda raw: {"sessions": [raw(to_json(Session.of(info))) for info in page.sessions], "cursor": page.cursor},
         settings_of(request).max_answer_bytes,
     )

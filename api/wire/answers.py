@@ -19,10 +19,11 @@ import numpy.typing as npt
 import orjson
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
 
 from api.errors import shorten, status_of
 from api.wire import safetensors
-from api.wire.body import THREAD_BYTES
+from api.wire.body import THREAD_BYTES, hold
 from api.wire.hot_bodies import Asked, Selected, Wire
 from api.wire.tensors import to_base64, to_lists
 from htm_service.errors import HTMError, InvalidArgument
@@ -48,6 +49,9 @@ FOUND_BYTES = 80
 """About what a found token takes in an answer, without its payload."""
 Reply = Literal["lists", "b64", "safetensors"]
 """How an answer is written."""
+
+PIECE_BYTES = 1 << 20
+"""Of a large answer that is handed over before the client has read most of the one before."""
 
 Header = tuple[bytes, bytes]
 """Name and value as they go out."""
@@ -76,6 +80,17 @@ class Answer(Response):
         self.status_code, self.background = 200, None
         self.body = body
         self.raw_headers = [(b"content-length", b"%d" % len(body)), *headers]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """The answer; a large one is over when its client has read it, but for the last piece."""
+        if len(self.body) <= PIECE_BYTES:
+            await super().__call__(scope, receive, send)
+            return
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        for start in range(0, len(self.body), PIECE_BYTES):
+            piece = bytes(self.body[start : start + PIECE_BYTES])
+            more = start + PIECE_BYTES < len(self.body)
+            await send({"type": "http.response.body", "body": piece, "more_body": more})
 
 
 def reply_of(request: Request, wire: Wire = "json") -> Reply:
@@ -165,17 +180,29 @@ def render_large(reply: Reply, parts: Parts) -> bytes:
     return b"".join(pieces.dump(nest(reply, tensors, params, pieces.raw)))
 
 
-async def respond(reply: Reply, parts: Parts, num_bytes: int, headers: Sequence[Header] = ()) -> Answer:
-    """The answer made of `parts`; one of many bytes is put together in a thread."""
+async def respond(
+    request: Request,
+    reply: Reply,
+    parts: Parts,
+    num_bytes: int,
+    headers: Sequence[Header] = (),
+    *,
+    has_written: bool = False,
+) -> Answer:
+    """The answer made of `parts`; one of many bytes is put together in a thread. Raises Overloaded, unless the call has
+    written something.
+    """
     if num_bytes > THREAD_BYTES:
+        hold(request, num_bytes, must=has_written)
         body = await asyncio.to_thread(render_large, reply, parts)
+        hold(request, max(0, len(body) - num_bytes), must=has_written)
     else:
         body = render(reply, parts)
     return Answer(body, _SAFETENSORS if reply == "safetensors" else _JSON, *headers)
 
 
-async def respond_json(build: Callable[[Raw], Params], max_bytes: int) -> Response:
-    """An answer of many items, put together in a thread. Raises InvalidArgument beyond `max_bytes`."""
+async def respond_json(request: Request, build: Callable[[Raw], Params], max_bytes: int) -> Response:
+    """An answer of many items, put together in a thread. Raises InvalidArgument beyond `max_bytes`, Overloaded."""
 
     def whole() -> bytes:
         pieces = Pieces(max_bytes)
@@ -184,6 +211,8 @@ async def respond_json(build: Callable[[Raw], Params], max_bytes: int) -> Respon
     body = await asyncio.to_thread(whole)
     if len(body) > max_bytes:
         raise InvalidArgument(f"the answer has {len(body)} bytes, the limit of one answer is {max_bytes}: ask for less")
+    if len(body) > THREAD_BYTES:
+        hold(request, len(body))
     return Answer(body, _JSON)
 
 

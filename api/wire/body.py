@@ -1,6 +1,7 @@
 """A request's body and its content type: reads within limits, and lets the client read the refusal.
 
-Does not know: what is in the body.
+Large bodies and answers share the room that there is for them: else a few requests could fill the memory, with bodies
+that are announced and do not come, or answers that nobody reads. Does not know: what is in the body.
 """
 
 from __future__ import annotations
@@ -10,11 +11,12 @@ import time
 from collections.abc import AsyncIterator
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.types import Scope
 
 from api.errors import shorten
 from api.wire import safetensors
 from api.wire.hot_bodies import Wire
-from htm_service.errors import BodyTooLarge, UnsupportedMediaType
+from htm_service.errors import BodyTooLarge, Overloaded, UnsupportedMediaType
 
 THREAD_BYTES = 256 << 10
 """Bodies and answers above this are parsed and built in a thread; below, the hop costs more than it saves:
@@ -24,6 +26,32 @@ DISCARD_BYTES = 512 << 20
 DISCARD_SECONDS = 10.0
 
 _WIRES: dict[str, Wire] = {"application/json": "json", safetensors.MEDIA_TYPE: "safetensors"}
+
+
+class Room:
+    """How many bytes large bodies and answers may take at one time, all together; the first always fits."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held_bytes = 0
+
+    def take(self, scope: Scope, num_bytes: int, *, must: bool) -> None:
+        """Let a request hold so many bytes more. Raises Overloaded, unless it must."""
+        own = scope.get("htm.held", 0)
+        if not must and self._held_bytes > own and self._held_bytes + num_bytes > self._max_bytes:
+            raise Overloaded(f"others' large bodies and answers leave no room in {self._max_bytes} (--max-held-bytes)")
+        self._held_bytes += num_bytes
+        scope["htm.held"] = own + num_bytes
+
+    def leave(self, scope: Scope) -> None:
+        """A request is over."""
+        self._held_bytes -= scope.pop("htm.held", 0)
+
+
+def hold(request: Request, num_bytes: int, *, must: bool = False) -> None:
+    """Let a request hold so many bytes more until it is over. Raises Overloaded, unless it must."""
+    room: Room = request.app.state.room
+    room.take(request.scope, num_bytes, must=must)
 
 
 def wire_of(request: Request) -> Wire:
@@ -60,8 +88,12 @@ async def stream_body(request: Request, limit: int) -> AsyncIterator[bytes]:
 
 
 async def read_body(request: Request, limit: int, advice: str = "") -> bytes | bytearray:
-    """The whole body. Raises BodyTooLarge beyond `limit` bytes, ClientDisconnect when the client is gone."""
+    """The whole body. Raises BodyTooLarge beyond `limit` bytes, Overloaded, ClientDisconnect when nobody is there."""
     num_declared = await _check_declared(request, limit, advice)
+    num_held = THREAD_BYTES
+    if num_declared > num_held:
+        hold(request, num_declared)
+        num_held = num_declared
     # Joining 40 MB at the end would hold the event loop for 30 ms; copying each part as it comes does not.
     whole = bytearray(num_declared) if num_declared > THREAD_BYTES else bytearray()
     num_bytes = 0
@@ -80,6 +112,9 @@ async def read_body(request: Request, limit: int, advice: str = "") -> bytes | b
             if more:
                 await _discard(request, num_bytes)
             raise BodyTooLarge(f"the body has more than {limit} bytes, which is the limit{advice}")
+        if num_bytes > num_held:
+            hold(request, num_bytes - num_held)
+            num_held = num_bytes
         if not more:
             del whole[num_bytes:]
             return whole

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from starlette.requests import Request
 
 from api.wire import safetensors
 from api.wire.answers import Raw, respond_json
@@ -160,5 +161,5 @@ async def test_an_answer_that_becomes_too_large_is_not_made_to_its_end() -> None
         return {}
 
     with pytest.raises(InvalidArgument, match="more than 1099 bytes, the limit of one answer is 1000"):
-        await respond_json(build, 1_000)
+        await respond_json(Request({"type": "http"}), build, 1_000)
     assert len(made) == 11

@@ -146,6 +146,38 @@ def test_what_is_no_http_is_refused_as_all_else(lasting_server: Server) -> None:
     assert head.startswith(b"HTTP/1.1 400 ") and json.loads(content)["code"] == "malformed_body"
 
 
+def test_large_bodies_and_answers_have_room_for_so_many(tmp_path: Path) -> None:
+    """Each body of 64 MiB that was announced took them at once, each answer that nobody read as long as it was not."""
+    size = 10_000_000
+    options = ("--max-held-bytes", "25MB", "--max-json-body-bytes", "15MB")
+    server = ForkedServer(tmp_path, *options, program="api.cli")
+    server.start()
+    announced = BODY.replace(b"1000", b"%d" % size)
+    asked = b"GET /v1/sessions/s/memories HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    large = {"embeddings": [1, 0], "payloads": [{"text": "x" * size}]}
+    try:
+        with httpx.Client(base_url=f"{server.url}/v1/sessions/s", trust_env=False, timeout=20) as client:
+            client.put(f"{server.url}/v1/sessions/s", json={"dim": 2})
+            for begun, of_get in ((HEAD + announced, 200), (asked, 503)):  # at first there is nothing to be read
+                with contextlib.ExitStack() as stack:
+                    for _ in range(2):
+                        connection = stack.enter_context(connected(server))
+                        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4_096)
+                        connection.sendall(begun)
+                    time.sleep(1)
+                    refused = client.post("/memories", json=large)
+                    assert refused.status_code == 503 and refused.json()["code"] == "overloaded"
+                    assert client.get("/memories").status_code == of_get
+                    assert client.post("/attend", json={"queries": [1, 0]}).status_code == 200
+                deadline = time.monotonic() + 20
+                while (answer := client.post("/memories", json=large)).status_code != 200:
+                    assert answer.status_code == 503 and time.monotonic() < deadline
+                    time.sleep(0.1)
+                assert len(client.get("/memories?start=0&stop=1").content) > size
+    finally:
+        server.close()
+
+
 def test_too_many_connections_are_refused_and_the_others_served(tmp_path: Path) -> None:
     """All files of the process were theirs, and the store could open none."""
     most = 40

@@ -56,7 +56,7 @@ async def append(request: Request) -> Response:
     found = await watch_of(request).unless_gone(request, engine_of(request).batch_append(items_of(request, batch)))
     timing = measured_of(request).worked(sum_of(one.timing for one in found if isinstance(one, AppendResult)))
     return await answers.respond(
-        reply, lambda raw: answers.batch_append_parts(found), 0, answers.timing_headers(timing)
+        request, reply, lambda raw: answers.batch_append_parts(found), 0, answers.timing_headers(timing)
     )
 
 
@@ -71,6 +71,7 @@ async def attend(request: Request) -> Response:
     found = await watch_of(request).unless_gone(request, engine_of(request).batch_attend(items_of(request, batch)))
     timing = measured_of(request).worked(sum_of(one.timing for one in found if isinstance(one, AttendResult)))
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.batch_attend_parts(found, batch.requests[0], asked, raw),
         answers.batch_bytes(found),
@@ -89,6 +90,7 @@ async def search(request: Request) -> Response:
     found = await watch_of(request).unless_gone(request, engine_of(request).batch_search(items_of(request, batch)))
     done = [one for one in found if isinstance(one, SearchResult)]
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.batch_search_parts(found, batch.requests[0], reply, raw),
         sum(map(answers.search_bytes, done)),
@@ -108,10 +110,12 @@ async def step(request: Request) -> Response:
     done = [one for one in found if isinstance(one, StepResult)]
     attended, appended = (sum_of(one.attended.timing for one in done), sum_of(one.appended.timing for one in done))
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.batch_step_parts(found, batch.requests[0].attend, asked, raw),
         answers.batch_bytes([one if isinstance(one, HTMError) else one.attended for one in found]),
         answers.timing_headers(measured_of(request).worked(attended, appended)),
+        has_written=True,
     )
 
 
@@ -127,6 +131,7 @@ async def select(request: Request) -> Response:
     found = await watch_of(request).unless_gone(request, work)
     timing = measured_of(request).worked(sum_of(one.timing for one in found if isinstance(one, SelectResult)))
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.batch_select_parts(found, batch.requests[0], asked),
         answers.batch_select_bytes(found),
@@ -144,7 +149,7 @@ async def truncate(request: Request) -> Response:
     found = await watch_of(request).unless_gone(request, engine_of(request).batch_truncate(items_of(request, batch)))
     timing = measured_of(request).worked(sum_of(one.timing for one in found if isinstance(one, TruncateResult)))
     return await answers.respond(
-        reply, lambda raw: answers.batch_truncate_parts(found), 0, answers.timing_headers(timing)
+        request, reply, lambda raw: answers.batch_truncate_parts(found), 0, answers.timing_headers(timing)
     )
 
 

@@ -58,6 +58,7 @@ async def attend(request: Request) -> Response:
     wanted, asked = await parse(request, wire, lambda body: hot_bodies.attend(body, request_id))
     result = await watch_of(request).unless_gone(request, engine_of(request).attend(key_of(request), wanted))
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.attend_parts(result, asked, wanted.payloads, raw),
         answers.attend_bytes(result),
@@ -75,6 +76,7 @@ async def explain(request: Request) -> Response:
     wanted, asked, limit = await parse(request, wire, lambda body: hot_bodies.explain(body, request_id))
     found = await watch_of(request).unless_gone(request, engine_of(request).explain(key_of(request), wanted, limit))
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.explain_parts(found, asked, wanted.payloads, raw),
         answers.attend_bytes(found.attended) + found.ranking.index.nbytes,
@@ -93,6 +95,7 @@ async def select(request: Request) -> Response:
     work = engine_of(request).select(key_of(request), wanted, keys=asked.keys, tokens=asked.tokens)
     result = await watch_of(request).unless_gone(request, work)
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.select_parts(result, asked),
         answers.select_bytes(result),
@@ -110,6 +113,7 @@ async def search(request: Request) -> Response:
     wanted = await parse(request, wire, lambda body: hot_bodies.search(body, request_id))
     result = await watch_of(request).unless_gone(request, engine_of(request).search(key_of(request), wanted))
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.search_parts(result, reply, raw),
         answers.search_bytes(result),
@@ -128,6 +132,7 @@ async def search_all(request: Request) -> Response:
     work = engine_of(request).search_all(caller_of(request).space, wanted, where.sessions, where.labels, where.prefix)
     result = await watch_of(request).unless_gone(request, work)
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.search_all_parts(result, raw),
         sum(map(answers.search_bytes, result.results)),
@@ -145,7 +150,7 @@ async def append(request: Request) -> Response:
     tokens = await parse(request, wire, lambda body: hot_bodies.append(body, key))
     result = await watch_of(request).unless_gone(request, engine_of(request).append(key_of(request), tokens))
     params, headers = answers.append_params(result), answers.timing_headers(measured_of(request).worked(result.timing))
-    return await answers.respond(reply, lambda raw: ({}, params), 0, headers)
+    return await answers.respond(request, reply, lambda raw: ({}, params), 0, headers)
 
 
 async def step(request: Request) -> Response:
@@ -159,10 +164,12 @@ async def step(request: Request) -> Response:
     work = engine_of(request).step(key_of(request), wanted, tokens)
     attended, appended = await watch_of(request).unless_gone(request, work)
     return await answers.respond(
+        request,
         reply,
         lambda raw: answers.step_parts(attended, appended, asked, wanted.payloads, raw),
         answers.attend_bytes(attended),
         answers.attend_headers(attended, measured_of(request).worked(attended.timing, appended.timing)),
+        has_written=True,
     )
 
 
@@ -180,7 +187,7 @@ async def read(request: Request) -> Response:
         embeddings="embeddings" in include,
         payloads="payloads" in include,
     )
-    return await answers.respond(reply, lambda raw: answers.read_parts(found, raw), answers.read_bytes(found))
+    return await answers.respond(request, reply, lambda raw: answers.read_parts(found, raw), answers.read_bytes(found))
 
 
 async def parse(request: Request, wire: Wire, build: Callable[[HotBody], T]) -> T:
