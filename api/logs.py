@@ -68,4 +68,6 @@ def configure(level: str, form: str) -> None:
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(Objects() if form == "json" else Lines(LINE))
     logging.basicConfig(level=level.upper(), handlers=[handler])
+    # It warns of what strangers send: without a key they could fill the log, some lines for each line of theirs.
+    logging.getLogger("uvicorn.error").addFilter(lambda record: record.levelno != logging.WARNING)
     logging.getLogger("alembic").setLevel(logging.WARNING)  # it tells of each plug-in that it loads

@@ -204,7 +204,9 @@ def test_compose_service(name: str) -> None:
     assert service["cap_drop"] == ["ALL"]
     assert service["tmpfs"] == ["/tmp"]
     scraped = yaml.safe_load((ROOT / "deploy" / "prometheus.yml").read_text())["scrape_configs"][0]["static_configs"]
-    (alias,) = service["networks"]["default"]["aliases"]  # of the GPU's and PostgreSQL's there was only the alarm HtmDown
+    (alias,) = service["networks"]["default"][
+        "aliases"
+    ]  # of the GPU's and PostgreSQL's there was only the alarm HtmDown
     assert scraped == [{"targets": [f"{alias}:{port}"]}]
     drain_seconds = Settings.model_fields["drain_seconds"].default
     assert int(service["stop_grace_period"].removesuffix("s")) > drain_seconds

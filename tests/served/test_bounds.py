@@ -146,6 +146,15 @@ def test_what_is_no_http_is_refused_as_all_else(lasting_server: Server) -> None:
     assert head.startswith(b"HTTP/1.1 400 ") and json.loads(content)["code"] == "malformed_body"
 
 
+def test_what_strangers_send_is_not_logged(lasting_server: Server) -> None:
+    """Each request that was no HTTP, or asked for another protocol, wrote up to two lines."""
+    for request in (b"\x16\x03\x01\r\n\r\n", GET.replace(b"Host", b"Connection: Upgrade\r\nUpgrade: h2c\r\nHost")):
+        with connected(lasting_server) as connection:
+            connection.sendall(request)
+            assert connection.recv(1 << 16).startswith(b"HTTP/1.1 ")
+    assert "WARNING" not in lasting_server.log.read_text()
+
+
 def test_large_bodies_and_answers_have_room_for_so_many(tmp_path: Path) -> None:
     """Each body of 64 MiB that was announced took them at once, each answer that nobody read as long as it was not."""
     size = 10_000_000
