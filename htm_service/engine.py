@@ -199,10 +199,10 @@ class Engine:
             task.cancel()
         await asyncio.gather(*beside, return_exceptions=True)
         if beside:  # so that the next start finds all keys; what is not done in time is computed again
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.compaction.finish(), timeout_s * COMPACTION_SHARE)
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self.keys.note(), timeout_s * COMPACTION_SHARE)
+            for last in (self.compaction.finish, self.keys.note):
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(timeout_s * COMPACTION_SHARE):
+                        await last()
         await self.committer.queue.close(timeout_s)
         await self.worker.queue.close(timeout_s)
         await self.payloads.queue.close(timeout_s)

@@ -142,7 +142,8 @@ async def _discard(request: Request, num_bytes: int) -> None:
     deadline = time.monotonic() + DISCARD_SECONDS
     while num_bytes < DISCARD_BYTES:
         try:
-            message = await asyncio.wait_for(request.receive(), deadline - time.monotonic())
+            async with asyncio.timeout(deadline - time.monotonic()):
+                message = await request.receive()
         except TimeoutError:
             return
         if message["type"] == "http.disconnect" or not message.get("more_body", False):

@@ -80,7 +80,8 @@ class Reader:
     async def take(self, timeout_s: float) -> tuple[list[Event], int]:
         """What has come, oldest first, and how many were dropped before it; nothing after `timeout_s` without any."""
         try:
-            await asyncio.wait_for(self._has_come.wait(), timeout_s)
+            async with asyncio.timeout(timeout_s):  # Python 3.11's `wait_for` may swallow a cancellation
+                await self._has_come.wait()
         except TimeoutError:
             return [], 0
         self._has_come.clear()
