@@ -88,7 +88,12 @@ def is_kept(server: Server, quiet_s: float) -> bool:
     with connected(server) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
         for seconds in (quiet_s, 0.0):
             connection.sendall(GET)
-            if not connection.recv(1 << 16).startswith(b"HTTP/1.1 200"):
+            answer = b""
+            while not answer.endswith(b"}"):  # head and body may come one by one
+                if not (piece := connection.recv(1 << 16)):
+                    return False
+                answer += piece
+            if not answer.startswith(b"HTTP/1.1 200"):
                 return False
             time.sleep(seconds)
         return True
