@@ -343,6 +343,20 @@ class Compact:
 
 
 @dataclass(frozen=True, slots=True)
+class KeepSketches:
+    """Keep the sketches of a session's whole chunks, bytes as those of a summary, instead of what was kept of these.
+
+    Any chunks, in any order: there may be gaps. `version` says how they were made. `chunk_size` is in tokens. What
+    was trimmed meanwhile is not kept. Refused: NoSuchSession.
+    """
+
+    sid: int
+    sketches: Summary
+    chunk_size: int
+    version: int
+
+
+@dataclass(frozen=True, slots=True)
 class AddPayloads:
     """Give the tokens of a staged session from position `start` on their payloads. Refused: NoSuchSession."""
 
@@ -377,7 +391,7 @@ class Fork:
 
 @dataclass(frozen=True, slots=True)
 class Truncate:
-    """Forget the tokens of a session from position `length` on, with their payloads, their summaries, and the
+    """Forget the tokens of a session from position `length` on, with their payloads, summaries and sketches, and the
     idempotency keys whose append reached beyond. What other sessions share stays theirs.
 
     Refused: NoSuchSession, WrongLength (it is not `if_length`, is shorter, or begins later: all of it may always go).
@@ -446,11 +460,12 @@ KeyWrite = CreateKey | DeleteKey | UseKey
 ModelWrite = PutModel | DeleteModel
 StagedWrite = AddPayloads | Publish
 BranchWrite = Fork | Truncate
-SessionWrite = CreateSession | UpdateSession | DeleteSession | Append | Compact | StagedWrite | BranchWrite
+ChunkWrite = Compact | KeepSketches
+SessionWrite = CreateSession | UpdateSession | DeleteSession | Append | ChunkWrite | StagedWrite | BranchWrite
 Write = SessionWrite | KeyWrite | SetQuota | ModelWrite
 WriteResult = SessionRow | Appended | KeyRow | Quota | ModelRow | Refused
-"""CreateSession, UpdateSession, Compact, AddPayloads, Publish and Truncate answer the SessionRow as it is now, Fork the
-new one, DeleteSession the one it was; writes of keys and of models their rows in the same way."""
+"""CreateSession, UpdateSession, Compact, KeepSketches, AddPayloads, Publish and Truncate answer the SessionRow as it is
+now, Fork the new one, DeleteSession the one it was; writes of keys and of models their rows in the same way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -601,6 +616,10 @@ class Store(ABC):
 
         Never all of them in memory at once.
         """
+
+    @abstractmethod
+    def read_sketches(self, sid: int, version: int) -> Iterator[Summary]:
+        """What `KeepSketches` kept under this version, in order; without what is damaged. Never all in memory at once."""
 
     @abstractmethod
     def read_payloads(self, sid: int, positions: Sequence[int], max_bytes: int = NO_LIMIT) -> dict[int, bytes]:

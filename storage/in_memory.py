@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from bisect import bisect_left, bisect_right
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from typing import Any
@@ -28,6 +28,7 @@ from storage.base import (
     DeleteModel,
     DeleteSession,
     Fork,
+    KeepSketches,
     KeyExists,
     KeyReused,
     KeyRow,
@@ -68,12 +69,22 @@ class _Session:
     row: SessionRow
     blocks: list[Block] = field(default_factory=list)
     summaries: list[Summary] = field(default_factory=list)
+    sketches: list[tuple[int, Summary]] = field(default_factory=list)
+    """With their versions, in order."""
     payloads: dict[int, bytes] = field(default_factory=dict)
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
 
     def add_payloads(self, start: int, payloads: Sequence[bytes | None]) -> None:
         """Give tokens from position `start` on their payloads."""
         self.payloads |= {place: body for place, body in enumerate(payloads, start) if body is not None}
+
+    def keep_sketches(self, write: KeepSketches) -> None:
+        """Keep sketches, instead of those that are there of these chunks."""
+        first, last = write.sketches.first, write.sketches.first + write.sketches.num_chunks
+        held = self.row.first_position // write.chunk_size
+        new = [(write.version, one) for one in _within([write.sketches], held, None)]
+        around = ((of, one) for of, kept in self.sketches for one in _without(kept, first, last))
+        self.sketches = sorted([*around, *new], key=lambda entry: entry[1].first)
 
     def trim(self, first_position: int, chunk_size: int) -> SessionRow:
         """Forget what lies before a position, a chunk's begin; as `trimming.trim`."""
@@ -83,11 +94,8 @@ class _Session:
             if (num_cut := max(0, first_position - start)) < num_tokens:
                 rest = data[len(data) // num_tokens * num_cut :]
                 self.blocks.append(Block(start + num_cut, num_tokens - num_cut, rest, episode))
-        summaries, self.summaries = self.summaries, []
-        for summary in summaries:
-            if (num_cut := max(0, first - summary.first)) < summary.num_chunks:
-                rest = summary.data[len(summary.data) // summary.num_chunks * num_cut :]
-                self.summaries.append(Summary(summary.first + num_cut, summary.num_chunks - num_cut, rest))
+        self.summaries = list(_within(self.summaries, first, None))
+        self.sketches = [(of, one) for of, kept in self.sketches for one in _within([kept], first, None)]
         self.payloads = {position: body for position, body in self.payloads.items() if position >= first_position}
         num_bytes = sum(len(block.data) for block in self.blocks)
         self.row = replace(self.row, first_position=first_position, num_bytes=num_bytes)
@@ -103,7 +111,8 @@ class _Session:
         return _Session(
             replace(self.row, length=length, first_position=first, num_bytes=num_bytes),
             blocks,
-            [summary.within(0, last) for summary in self.summaries if summary.first < last],
+            list(_within(self.summaries, 0, last)),
+            [(of, one) for of, kept in self.sketches for one in _within([kept], 0, last)],
             {position: body for position, body in self.payloads.items() if position < length},
             {key: kept for key, kept in self.keys.items() if kept[1].length <= length},
         )
@@ -206,6 +215,13 @@ class MemoryStore(Store):
             session = self._by_sid.get(sid)
             return iter([] if session is None else list(session.summaries))
 
+    def read_sketches(self, sid: int, version: int) -> Iterator[Summary]:
+        """See `Store.read_sketches`."""
+        with self._lock:
+            session = self._by_sid.get(sid)
+            kept = [] if session is None else session.sketches
+            return iter([one for of, one in kept if of == version])
+
     def read_payloads(self, sid: int, positions: Sequence[int], max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
         """See `Store.read_payloads`."""
         return within(max_bytes, self._payloads(sid, positions).items())
@@ -295,6 +311,8 @@ class MemoryStore(Store):
             if write.summary.first != end:
                 return WrongLength(end)
             session.summaries.append(write.summary)
+        elif isinstance(write, KeepSketches):
+            session.keep_sketches(write)
         elif isinstance(write, AddPayloads):
             session.add_payloads(write.start, write.payloads)
         elif isinstance(write, Publish):
@@ -456,6 +474,19 @@ class MemoryStore(Store):
             session.keys = {k: v for k, v in session.keys.items() if v[2] > now - IDEMPOTENCY_SECONDS}
             session.keys[key] = (write.digest, answer, now)
         return answer
+
+
+def _within(kept: Iterable[Summary], first: int, last: int | None) -> Iterator[Summary]:
+    """What there is of the chunks first .. last-1."""
+    for one in kept:
+        if one.first + one.num_chunks > first and (last is None or one.first < last):
+            yield one.within(first, last)
+
+
+def _without(kept: Summary, first: int, last: int) -> Iterator[Summary]:
+    """What there is of other chunks than first .. last-1."""
+    yield from _within([kept], 0, first)
+    yield from _within([kept], last, None)
 
 
 def _is_of(namespace: str, wanted: str | None) -> bool:

@@ -128,6 +128,11 @@ class SqlReader(Store):
         with self._snapshot() as snapshot:
             yield from snapshot.summaries(sid)
 
+    def read_sketches(self, sid: int, version: int) -> Iterator[Summary]:
+        """See `Store.read_sketches`."""
+        with self._snapshot() as snapshot:
+            yield from snapshot.sketches(sid, version)
+
     def read_payloads(self, sid: int, positions: Sequence[int], max_bytes: int = NO_LIMIT) -> dict[int, bytes]:
         """See `Store.read_payloads`."""
         with self._snapshot() as snapshot, contextlib.closing(snapshot.payloads(sid, positions)) as found:

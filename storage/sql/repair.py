@@ -15,10 +15,10 @@ from storage.base import CheckSettings, ModelRow, SessionKey
 from storage.sql.failures import trouble_with
 from storage.sql.namespaces.models import damage_of
 from storage.sql.snapshot import Snapshot, row_of
-from storage.sql.tables import blocks, idempotency, leftovers, models, payloads, sessions, spans, summaries
+from storage.sql.tables import blocks, idempotency, leftovers, models, payloads, sessions, sketches, spans, summaries
 from storage.sql.tokens.branches import delete_branch, truncate
 from storage.sql.tokens.spans import known_logs, layout_of
-from storage.sql.verification import outside, stored
+from storage.sql.verification import damaged_chunks, outside, stored
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,12 +75,13 @@ def carry_out(connection: Connection, repairs: Sequence[Repair | LostModel]) -> 
         row = row_of(connection.execute(select(sessions).where(of_session)).one())
         layout = layout_of(connection, repair.sid)
         assert layout is not None, "it was found damaged"
-        connection.execute(delete(summaries).where(summaries.c.log.in_(layout.logs)))  # they are computed again
+        for table in (summaries, sketches):  # they are computed again
+            connection.execute(delete(table).where(table.c.log.in_(layout.logs)))
         if repair.length < row.length:  # a repeated append must write again what is lost: its key goes too
             truncate(connection, row, repair.length, layout.chunk_size or 1)
         connection.execute(update(sessions).where(of_session).values(length=repair.length, num_bytes=repair.num_bytes))
     connection.execute(delete(spans).where(spans.c.sid.not_in(select(sessions.c.sid))))
-    for table in (blocks, summaries, payloads):
+    for table in (blocks, summaries, sketches, payloads):
         connection.execute(delete(table).where(table.c.log.not_in(known_logs())))
     known = select(sessions.c.sid).union(select(leftovers.c.log))
     connection.execute(delete(idempotency).where(idempotency.c.sid.not_in(known)))
@@ -98,6 +99,8 @@ def _of_session(connection: Connection, row: Row[tuple[object, ...]], check_sett
         lost = f"the tokens {length} to {row.length - 1}, {row.length - length} of {num_tokens}, because {why}"
     elif length > row.length or num_bytes != row.num_bytes:
         lost = "nothing; its record of length or bytes is put right"
+    elif why_again := next(damaged_chunks(connection, row.sid), None):
+        lost = f"nothing; its summaries and sketches are made again, because {why_again}"
     else:
         return None
     return Repair(session, row.sid, length, num_bytes, lost)

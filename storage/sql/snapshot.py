@@ -9,11 +9,11 @@ import zlib
 from collections.abc import Generator, Iterator, Sequence
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, and_, bindparam, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, Table, and_, bindparam, func, or_, select
 
 from storage.base import STAGED, Block, KeyRow, ModelRow, Quota, SessionKey, SessionRow, StoreDamaged, Summary
 from storage.sql.prepared import Prepared
-from storage.sql.tables import blocks, keys, models, payloads, quotas, sessions, summaries
+from storage.sql.tables import blocks, keys, models, payloads, quotas, sessions, sketches, summaries
 from storage.sql.tokens.spans import Span, cut, layout_of
 
 ROWS_AT_ONCE = 64
@@ -81,7 +81,7 @@ class Snapshot:
             return
         end: int | None = None
         for log, first_chunk, last_chunk in layout.chunk_spans(layout.chunk_size):
-            query = _summaries_query(log, first_chunk, last_chunk)
+            query = of_chunks(summaries, log, first_chunk, last_chunk)
             with self.connection.execute(query, **_streamed(ROWS_AT_ONCE)) as rows:
                 for first, num_chunks, checksum, data in rows:
                     if end not in (None, max(first, first_chunk)) or zlib.crc32(data) != checksum:
@@ -91,6 +91,17 @@ class Snapshot:
                     yield summary
             if last_chunk is not None and (first_chunk if end is None else end) < last_chunk:
                 return
+
+    def sketches(self, sid: int, version: int) -> Iterator[Summary]:
+        """See `Store.read_sketches`."""
+        if (layout := layout_of(self.connection, sid)) is None:
+            return
+        for log, first_chunk, last_chunk in layout.chunk_spans(layout.chunk_size):
+            query = of_chunks(sketches, log, first_chunk, last_chunk).where(sketches.c.version == version)
+            with self.connection.execute(query, **_streamed(ROWS_AT_ONCE)) as rows:
+                for first, num_chunks, checksum, data in rows:
+                    if zlib.crc32(data) == checksum:
+                        yield Summary(first, num_chunks, data).within(first_chunk, last_chunk)
 
     def payloads(self, sid: int, positions: Sequence[int]) -> Generator[tuple[int, bytes], None, None]:
         """Those at these positions, one after the other."""
@@ -218,10 +229,10 @@ def _episodes_query(span: Span) -> Select[int, int | None]:
     return select(found.c.start, found.c.episode).where(changed).order_by(found.c.start)
 
 
-def _summaries_query(log: int, first: int, last: int | None) -> Select[int, int, int, bytes]:
-    """The summaries that have chunks of first .. last-1."""
-    table = summaries.c
-    inside = [table.log == log, table.first + table.num_chunks > first]
+def of_chunks(table: Table, log: int, first: int, last: int | None) -> Select[int, int, int, bytes]:
+    """The summaries, or sketches, that have chunks of first .. last-1."""
+    of = table.c
+    inside = [of.log == log, of.first + of.num_chunks > first]
     if last is not None:
-        inside.append(table.first < last)
-    return select(table.first, table.num_chunks, table.checksum, table.data).where(*inside).order_by(table.first)
+        inside.append(of.first < last)
+    return select(of.first, of.num_chunks, of.checksum, of.data).where(*inside).order_by(of.first)

@@ -64,6 +64,18 @@ summaries = Table(
     Column("data", LargeBinary, nullable=False),
 )
 
+# Of sessions that were searched; what has another version than today's is as if it were not there.
+sketches = Table(
+    "sketches",
+    metadata,
+    Column("log", Sid, primary_key=True, autoincrement=False),
+    Column("first", BigInteger, primary_key=True, autoincrement=False),
+    Column("num_chunks", BigInteger, nullable=False),
+    Column("version", BigInteger, nullable=False),
+    Column("checksum", BigInteger, nullable=False),
+    Column("data", LargeBinary, nullable=False),
+)
+
 payloads = Table(
     "payloads",
     metadata,

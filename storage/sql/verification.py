@@ -7,14 +7,14 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Row, Select, String, cast, func, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, String, Table, cast, func, or_, select
 from sqlalchemy.exc import DatabaseError
 
 from storage.base import CheckSettings, Damage, SessionKey
 from storage.sql.failures import is_damage, trouble_with
 from storage.sql.namespaces.models import damage_of
-from storage.sql.snapshot import Snapshot
-from storage.sql.tables import blocks, idempotency, leftovers, payloads, sessions, spans, summaries
+from storage.sql.snapshot import Snapshot, of_chunks
+from storage.sql.tables import blocks, idempotency, leftovers, payloads, sessions, sketches, spans, summaries
 from storage.sql.tokens.spans import Layout, Span, known_logs, layout_of, needs_of, shared_until
 
 
@@ -36,6 +36,7 @@ def problems(
             if (trouble := trouble_with(row.settings, check_settings)) is not None:
                 yield Damage(session, trouble)
             yield from _of_blocks(connection, session, row)
+            yield from (Damage(session, trouble) for trouble in damaged_chunks(connection, row.sid))
             if count := connection.execute(_payloads_outside(connection, row.sid)).scalar_one():
                 yield Damage(session, f"{count} payloads lie outside its tokens, {row.first_position} to {row.length}")
         yield from _of_models(connection)
@@ -57,7 +58,7 @@ def _orphans(connection: Connection) -> Iterator[Damage]:
     """Rows that belong to nobody."""
     known = select(sessions.c.sid)
     for table, column, owners in (
-        *((table, table.c.log, known_logs()) for table in (blocks, summaries, payloads)),
+        *((table, table.c.log, known_logs()) for table in (blocks, summaries, sketches, payloads)),
         (idempotency, idempotency.c.sid, known.union(select(leftovers.c.log))),
         (spans, spans.c.sid, known),
     ):
@@ -94,6 +95,22 @@ def _of_blocks(connection: Connection, session: SessionKey, row: Row[Any]) -> It
         yield Damage(session, f"its blocks end at position {expected}, its length is {length}")
     if total != num_bytes:
         yield Damage(session, f"its blocks hold {total} bytes, {num_bytes} are recorded")
+
+
+def damaged_chunks(connection: Connection, sid: int) -> Iterator[str]:
+    """What is wrong with the summaries and sketches that a session reads: nothing that cannot be made again."""
+    layout = layout_of(connection, sid)
+    assert layout is not None, "in this snapshot it is there"
+    for table in (summaries, sketches):
+        for span in layout.chunk_spans(layout.chunk_size):
+            yield from _damaged_chunks(connection, table, *span)
+
+
+def _damaged_chunks(connection: Connection, table: Table, log: int, first: int, last: int | None) -> Iterator[str]:
+    with connection.execute(of_chunks(table, log, first, last), execution_options={"yield_per": 64}) as rows:
+        for begin, num_chunks, checksum, data in rows:
+            if zlib.crc32(data) != checksum:
+                yield f"the {table.name} of the chunks {begin} to {begin + num_chunks - 1} do not match their checksum"
 
 
 class Stored(NamedTuple):

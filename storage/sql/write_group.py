@@ -26,6 +26,7 @@ from storage.base import (
     DeleteModel,
     DeleteSession,
     Fork,
+    KeepSketches,
     KeyReused,
     NoSuchSession,
     Publish,
@@ -52,7 +53,7 @@ from storage.sql.snapshot import row_of
 from storage.sql.staging import add_payloads, publish
 from storage.sql.tables import idempotency, sessions
 from storage.sql.tokens.branches import delete_branch, fork, held_until, truncate
-from storage.sql.tokens.compaction import compact
+from storage.sql.tokens.compaction import compact, keep_sketches
 from storage.sql.tokens.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, portions
 from storage.sql.tokens.spans import has_branched, own_log
 from storage.sql.tokens.trimming import trim, trim_branch
@@ -213,7 +214,7 @@ class WriteGroup:
     # --- writing ---
 
     def _change(
-        self, write: UpdateSession | DeleteSession | Compact | AddPayloads | Publish | Fork | Truncate
+        self, write: UpdateSession | DeleteSession | Compact | KeepSketches | AddPayloads | Publish | Fork | Truncate
     ) -> WriteResult:
         """A write that looks at rows."""
         row = self._connection.execute(select(sessions).where(sessions.c.sid == write.sid)).first()
@@ -229,6 +230,8 @@ class WriteGroup:
         elif isinstance(write, Compact):
             if (refused := compact(self._connection, write)) is not None:
                 return refused
+        elif isinstance(write, KeepSketches):
+            keep_sketches(self._connection, write)
         elif isinstance(write, AddPayloads):
             add_payloads(self._connection, write)
         elif isinstance(write, Publish):

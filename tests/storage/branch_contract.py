@@ -15,6 +15,7 @@ from storage.base import (
     DeleteSession,
     Fork,
     KeyReused,
+    KeepSketches,
     NoSuchSession,
     Quota,
     QuotaExceeded,
@@ -311,6 +312,35 @@ class BranchContract:
         assert b"".join(one.data for one in store.read_summaries(child)) == b"00112233" + b"44556c7c8c"
         expect(store, "child", 0, (33, 0), (45, 50))
         expect(store, "deep", 0, (33, 0), (38, 50))
+
+    def test_sketches_of_what_is_shared(self, store: Store) -> None:
+        """They belong to logs, as summaries do: what one session had made serves all that share the tokens."""
+
+        def kept(sid: int) -> bytes:
+            return b"".join(one.data for one in store.read_sketches(sid, 1))
+
+        parent = new(store, "parent", 40)
+        write(store, KeepSketches(parent, Summary(0, 4, b"00112233"), SIZE, 1))
+        child = fork(store, parent, "child", 33)
+        grow(store, child, 33, 45, shift=50)
+        assert kept(child) == b"00112233"
+        write(store, KeepSketches(child, Summary(4, 5, b"44556c7c8c"), SIZE, 1))
+        assert kept(child) == b"00112233" + b"44556c7c8c"
+        assert kept(parent).startswith(b"00112233") and b"c" not in kept(parent)
+        write(store, KeepSketches(parent, Summary(2, 6, b"223344556p7p"), SIZE, 1))
+        assert kept(parent) == b"00112233" + b"44556p7p" and kept(child) == b"00112233" + b"44556c7c8c"
+        truncate(store, parent, 31)
+        assert kept(parent) == b"001122334455"
+        grow(store, parent, 31, 40, shift=70)
+        write(store, KeepSketches(parent, Summary(6, 2, b"6t7t"), SIZE, 1))
+        assert kept(parent) == b"001122334455" + b"6t7t" and kept(child) == b"00112233" + b"44556c7c8c"
+        write(store, DeleteSession(parent))
+        purge(store)
+        assert kept(child) == b"00112233" + b"44556c7c8c"
+        truncate(store, child, 0)
+        purge(store)
+        grow(store, child, 0, 45, shift=90)
+        assert kept(child) == b"" and list(store.verify()) == []
 
     def test_episodes_of_a_branch(self, store: Store) -> None:
         parent = new(store, "parent")

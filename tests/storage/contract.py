@@ -24,6 +24,7 @@ from storage.base import (
     DeleteKey,
     DeleteModel,
     DeleteSession,
+    KeepSketches,
     KeyExists,
     KeyReused,
     KeyRow,
@@ -652,6 +653,34 @@ class StoreContract:
         write(store, DeleteSession(created.sid))
         assert list(store.read_summaries(created.sid)) == []
 
+    def test_sketches_take_the_place_of_those_of_the_same_chunks(self, store: Store) -> None:
+        """In any order, with gaps, of another version too; nothing else changes."""
+        created = create(store)
+        append(store, created.sid, 53)
+        row, before = store.get_session(named("a")), read(store, created.sid)
+
+        def keep(first: int, data: bytes, version: int = 2) -> None:
+            write_ = KeepSketches(created.sid, Summary(first, len(data) // 2, data), 5, version)
+            assert write(store, write_) == [row]
+
+        def kept(version: int = 2) -> list[tuple[int, bytes]]:
+            return [(one.first, one.data) for one in store.read_sketches(created.sid, version)]
+
+        assert kept() == []
+        keep(6, b"6677")
+        keep(0, b"00112233")
+        assert kept() == [(0, b"00112233"), (6, b"6677")] and kept(1) == kept(3) == []
+        keep(1, b"xxyy", version=3)
+        assert kept() == [(0, b"00"), (3, b"33"), (6, b"6677")] and kept(3) == [(1, b"xxyy")]
+        keep(2, b"223344556677")
+        assert kept() == [(0, b"00"), (2, b"223344556677")] and kept(3) == [(1, b"xx")]
+        assert read(store, created.sid) == before and list(store.read_summaries(created.sid)) == []
+        assert list(store.verify()) == []
+        (refused,) = write(store, KeepSketches(created.sid + 1, Summary(0, 1, b"x"), 5, 2))
+        assert isinstance(refused, NoSuchSession) and list(store.read_sketches(created.sid + 1, 2)) == []
+        write(store, DeleteSession(created.sid))
+        assert kept() == kept(3) == []
+
     # --- trimming ---
 
     def test_the_oldest_whole_chunks_make_room(self, store: Store) -> None:
@@ -701,9 +730,14 @@ class StoreContract:
         write(store, Compact(sid, Summary(0, 3, b"001122"), 2), Compact(sid, Summary(3, 2, b"3344"), 2))
         append(store, sid, 7, 9, trim_chunk=2, episode=5)
         assert list(store.read_summaries(sid)) == [Summary(4, 1, b"44")]
+        write(store, KeepSketches(sid, Summary(3, 3, b"abc"), 2, 1))
+        assert list(store.read_sketches(sid, 1)) == [Summary(4, 2, b"bc")]
         assert store.read_episodes(sid, 99) == [(8, 3), (16, 5)]
         assert store.read_episodes(sid, 9) == [(8, 3)]
-        append(store, sid, 13, 9, trim_chunk=2)
+        append(store, sid, 3, 9, trim_chunk=2)
+        assert list(store.read_sketches(sid, 1)) == [Summary(5, 1, b"c")]
+        append(store, sid, 10, 9, trim_chunk=2)
+        assert list(store.read_sketches(sid, 1)) == []
         assert list(store.read_summaries(sid)) == [] and store.read_episodes(sid, 99) == [(20, 5), (27, None)]
         (refused,) = write(store, Compact(sid, Summary(5, 3, b"x"), 2))
         assert isinstance(refused, WrongLength) and refused.length == 10

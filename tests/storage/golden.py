@@ -9,6 +9,7 @@ from storage.base import (
     CreateKey,
     CreateSession,
     Fork,
+    KeepSketches,
     KeyRow,
     ModelRow,
     PutModel,
@@ -21,8 +22,8 @@ from storage.resolve import open_store
 
 
 def write(path: Path) -> None:
-    """One session with two blocks, a payload, an idempotency key and a summary; an empty one of its name in another
-    namespace, which has a caller's key and a quota; a model of two parts; and a fork, in a third namespace.
+    """One session with two blocks, a payload, an idempotency key, a summary and sketches; an empty one of its name in
+    another namespace, which has a caller's key and a quota; a model of two parts; and a fork, in a third namespace.
     """
     store = open_store(f"sqlite:///{path}")
     settings = {"dim": 2, "dtype": "float16", "labels": {"kept": "yes"}}
@@ -30,6 +31,7 @@ def write(path: Path) -> None:
     first = Append(1, 2, b"\x00\x3c\x00\x40\x00\x42\x00\x44", [None, '{"text": "ü"}'.encode()], episode=7)
     second = Append(1, 1, b"\x00\x45\x00\x46", idempotency_key="k", digest=b"d")
     store.write([first, second, Compact(1, Summary(0, 1, b"summary"), chunk_size=2)], now=2.0)
+    store.write([KeepSketches(1, Summary(0, 1, b"sketches"), chunk_size=2, version=5)], now=2.0)
     store.write([CreateSession(SessionRow("golden", {"dim": 3}, 1.5, namespace="ana"))], now=1.5)
     store.write([CreateKey(KeyRow("ana", "laptop", bytes(range(32)), "write", 1.0, 9.0, 2.5))], now=1.0)
     store.write([SetQuota(Quota("ana", 5, None, 1_000))], now=1.0)

@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import Append, Compact, DeleteModel, DeleteSession, PutModel, SessionRow, Store, Summary
+from storage.base import (
+    Append,
+    Compact,
+    DeleteModel,
+    DeleteSession,
+    KeepSketches,
+    PutModel,
+    SessionRow,
+    Store,
+    Summary,
+)
 from storage.databases.sqlite import REWRITTEN_BYTES
 from storage.resolve import back_up, open_store
 from tests.names import named
@@ -39,7 +49,7 @@ def found(directory: Path, name: str, first: int = 0, stop: int = 10**6) -> list
     hits = []
     for file in directory.iterdir():
         data = file.read_bytes()
-        for kind in ("text", "embedding", "summary"):
+        for kind in ("text", "embedding", "summary", "sketch"):
             head = f"{kind} of {name} at ".encode()
             numbers = {int(part[:6]) for part in data.split(head)[1:]}
             hits += [(file.name, kind)] * any(first <= number < stop for number in numbers)
@@ -62,10 +72,12 @@ def fill(store: Store, names: dict[str, SessionRow], num_appends: int, seed: int
         lengths[name] = positions.stop
         first = max(compacted[name], appended.first_position // CHUNK)  # type: ignore[union-attr]
         if (num_chunks := positions.stop // CHUNK - first) >= 3:
-            keys = b"".join(
-                secret("summary", name, chunk * CHUNK).ljust(99) for chunk in range(first, first + num_chunks)
+            keys, sketches = (
+                b"".join(secret(kind, name, chunk * CHUNK).ljust(99) for chunk in range(first, first + num_chunks))
+                for kind in ("summary", "sketch")
             )
             write(store, Compact(names[name].sid, Summary(first, num_chunks, keys), CHUNK))
+            write(store, KeepSketches(names[name].sid, Summary(first, num_chunks, sketches), CHUNK, 1))
             compacted[name] = first + num_chunks
     return lengths
 
@@ -85,7 +97,7 @@ def test_a_deleted_session_is_in_no_file(path: Path, sqlite_store: Store, seed: 
     """It stayed in the log for minutes, and in pages of its neighbours for ever, though `secure_delete` was on."""
     rows = sessions(sqlite_store)
     lengths = fill(sqlite_store, rows, 1_500, seed)
-    assert len(found(path.parent, "session2")) >= 3
+    assert len(found(path.parent, "session2")) >= 4
     for name in ("session2", "session5"):
         delete(sqlite_store, rows.pop(name))
     assert sqlite_store.erase()
@@ -107,7 +119,9 @@ def test_what_was_trimmed_is_in_no_file(path: Path, sqlite_store: Store) -> None
         row = sqlite_store.get_session(named(name))
         assert row is not None and row.first_position > 0
         assert found(path.parent, name, 0, row.first_position) == []
-        assert {kind for _, kind in found(path.parent, name, row.first_position)} == {"text", "embedding", "summary"}
+        assert {kind for _, kind in found(path.parent, name, row.first_position)} == {
+            *("text", "embedding", "summary", "sketch")
+        }
     assert list(sqlite_store.verify()) == []
 
 

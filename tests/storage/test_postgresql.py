@@ -47,7 +47,7 @@ from tests.storage.branch_contract import BranchContract
 from tests.storage.contract import StoreContract, append, create, ids, model, read, token, write
 from tests.storage.test_state_machine import SETTINGS, StoreMachine
 
-BLOBS = ("blocks.data", "model_parts.data", "payloads.body", "summaries.data")
+BLOBS = ("blocks.data", "model_parts.data", "payloads.body", "sketches.data", "summaries.data")
 
 
 @pytest.fixture

@@ -12,7 +12,17 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, text
 
-from storage.base import Append, Appended, Compact, PutModel, StoreDamaged, StoreError, StoreUnavailable, Summary
+from storage.base import (
+    Append,
+    Appended,
+    Compact,
+    KeepSketches,
+    PutModel,
+    StoreDamaged,
+    StoreError,
+    StoreUnavailable,
+    Summary,
+)
 from storage.databases import backup
 from storage.resolve import DATABASE_NAME, back_up, open_for_repair, open_readonly, open_store
 from storage.sql.repair import Repair
@@ -29,6 +39,7 @@ def damaged(path: Path, *statements: str) -> None:
                 key = {"idempotency_key": str(value), "digest": b"d"}
                 append(store, sid, 2, value, payloads=[b"{}"] * 2, **key)
             write(store, Compact(sid, Summary(0, 2, b"keys"), 3))
+            write(store, KeepSketches(sid, Summary(0, 4, b"sketches"), 3, 1))
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         # compaction joined the blocks of the first two chunks: 0 to 5, 6 to 7, 8 to 9, 10 to 11
         for statement in statements:
@@ -48,6 +59,12 @@ def damaged(path: Path, *statements: str) -> None:
          "the tokens 10 to 11, 2 of 12, because those from 10 on are missing", 10),
         ("UPDATE sessions SET num_bytes = 5 WHERE sid = 1", "nothing; its record of length or bytes is put right", 12),
         ("UPDATE sessions SET length = 11 WHERE sid = 1", "nothing; its record of length or bytes is put right", 12),
+        ("UPDATE sketches SET data = x'' WHERE log = 1",
+         "nothing; its summaries and sketches are made again, because the sketches of the chunks 0 to 3 do not match their "
+         "checksum", 12),
+        ("UPDATE summaries SET checksum = 7 WHERE log = 1",
+         "nothing; its summaries and sketches are made again, because the summaries of the chunks 0 to 1 do not match their "
+         "checksum", 12),
     ],
 )  # fmt: skip
 def test_the_readable_beginning_is_kept(path: Path, statement: str, message: str, length: int) -> None:
@@ -63,7 +80,9 @@ def test_the_readable_beginning_is_kept(path: Path, statement: str, message: str
         expected = b"".join(token(value) * 2 for value in range(6))
         assert read(store, 1) == expected[: length * 7] and read(store, 2) == expected
         assert store.read_payload_range(1, 0, 99).keys() == set(range(length))
+        assert list(store.read_summaries(1)) == list(store.read_sketches(1, 1)) == []
         assert list(store.read_summaries(2)) == [Summary(0, 2, b"keys")]
+        assert list(store.read_sketches(2, 1)) == [Summary(0, 4, b"sketches")]
         repeated = append(store, 1, 2, 5, idempotency_key="5", digest=b"d")
         assert repeated == (Appended(10, 12, replayed=True) if length == 12 else Appended(length, length + 2))
 

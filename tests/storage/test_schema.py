@@ -28,6 +28,7 @@ from storage.base import (
     SessionFull,
     SessionRow,
     StoreUnavailable,
+    Summary,
 )
 from storage.resolve import open_readonly, open_store
 from storage.sql.tables import metadata
@@ -47,11 +48,12 @@ KEPT = {
     "0010": "575387440385ace7e706377e158854a9db1da08255991d92492a495866e11e17",
     "0011": "8332504e8c612cced4ee97e4cd2e47931e42fa203298f36a5e22a317dfce5afa",
     "0012": "fa02f9048dc998c2a0fc60be0e45585b8f8895d01a95a75116ae8077edfdd136",
+    "0013": "fb0d4a4358f775bbc22ae4ede8ef42c4a8ec3169bfca8fe20577e6377dd51572",
 }
 """Schema versions and the SHA-256 of a database that was made by each, once, with `golden.py`. They stand for the
 databases people have, so they are never made again; a new schema version gets a file of its own. The last append of
 0005 is in the journal that it had; those since 0008 hold a session of another namespace, since 0009 a caller's key,
-since 0010 a quota, since 0011 a model, since 0012 a fork."""
+since 0010 a quota, since 0011 a model, since 0012 a fork, since 0013 sketches."""
 
 
 def definitions(path: Path) -> dict[str, str | None]:
@@ -113,6 +115,8 @@ def test_what_kept_databases_hold_besides_is_still_there(kept: Path, kept_copy: 
         assert isinstance(full, QuotaExceeded) == (version >= "0010")
         models = store.list_models()
         assert [(one.name, store.read_model(one)) for one in models] == [("planner", b"weights")] * (version >= "0011")
+        sketches = [Summary(0, 1, b"sketches")] if version >= "0013" else []
+        assert list(store.read_sketches(1, 5)) == sketches
         forks = store.list_sessions("bea")
         assert [(row.id, row.length) for row in forks] == [("golden", 2)] * (version >= "0012")
         for fork in forks:

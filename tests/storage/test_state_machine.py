@@ -24,6 +24,7 @@ from storage.base import (
     CreateSession,
     DeleteSession,
     Fork,
+    KeepSketches,
     KeyReused,
     KeyWrite,
     ModelWrite,
@@ -65,8 +66,10 @@ class Session:
     keys: dict[str, tuple[bytes, Appended, float]] = field(default_factory=dict)
     num_sealed: int = 0
     """Chunks of which summaries are kept, or were until they were trimmed."""
+    sketches: dict[int, tuple[int, bytes]] = field(default_factory=dict)
+    """By chunk, with their versions."""
     has_branched: bool = False
-    """Whether others may share its tokens: then their compaction is its own too."""
+    """Whether others may share its tokens: then their compaction and sketches are its own too."""
 
 
 UNKNOWN = SessionRow("unknown", {}, 0.0)
@@ -111,6 +114,13 @@ compacts = st.builds(
     st.integers(0, 3),
     st.integers(1, 2),
 )
+sketches = st.builds(
+    lambda sid, first, data, version: KeepSketches(sid, Summary(first, len(data), data), SIZE, version),
+    sids,
+    st.integers(0, 3),
+    st.binary(min_size=1, max_size=3),
+    st.integers(1, 2),
+)
 lengths = st.integers(0, 13)
 forks = st.builds(
     lambda sid, namespace, id_, length: Fork(
@@ -124,7 +134,7 @@ forks = st.builds(
 truncates = st.builds(
     lambda sid, length, if_length: Truncate(sid, length, SIZE, if_length), sids, lengths, lengths | st.none()
 )
-changes = st.one_of(creates, appends, appends, appends, updates, deletes, compacts, forks, truncates)
+changes = st.one_of(creates, appends, appends, appends, updates, deletes, compacts, sketches, forks, truncates)
 groups = st.lists(changes, max_size=9)
 
 
@@ -214,9 +224,19 @@ class StoreMachine(RuleBasedStateMachine):
             assert held == session.tokens[first * len(TOKEN) :]
             assert start in (None, session.row.length)
             assert self.store.read_payload_range(sid, 0, 10**6) == session.payloads
+            if not session.has_branched:
+                assert self.sketches_of(sid) == session.sketches
             row = self.store.get_session(session.row.key)
             assert row is not None and row.num_bytes == sum(len(block.data) for block in self.store.read_blocks(sid))
         assert self.store.totals().num_bytes == num_bytes
+
+    def sketches_of(self, sid: int) -> dict[int, tuple[int, bytes]]:
+        return {
+            kept.first + at: (version, kept.data[at : at + 1])
+            for version in (1, 2)
+            for kept in self.store.read_sketches(sid, version)
+            for at in range(kept.num_chunks)
+        }
 
     def teardown(self) -> None:
         problems = list(self.store.verify())
@@ -251,6 +271,9 @@ class StoreMachine(RuleBasedStateMachine):
             if write.summary.first != end:
                 return WrongLength(end)
             session.num_sealed = end + write.summary.num_chunks
+        elif isinstance(write, KeepSketches):
+            new = {write.sketches.first + at: (write.version, bytes([one])) for at, one in enumerate(write.sketches.data)}
+            session.sketches |= {chunk: kept for chunk, kept in new.items() if chunk >= session.row.first_position // SIZE}
         elif isinstance(write, DeleteSession):
             del self.model[write.sid]
         return session.row
@@ -278,6 +301,7 @@ class StoreMachine(RuleBasedStateMachine):
         session.payloads = {at: body for at, body in session.payloads.items() if at < length}
         session.keys = {key: kept for key, kept in session.keys.items() if kept[1].length <= length}
         session.num_sealed = min(session.num_sealed, length // SIZE)
+        session.sketches = {chunk: kept for chunk, kept in session.sketches.items() if chunk < length // SIZE}
         first = min(row.first_position, length)
         session.row = replace(row, length=length, first_position=first, updated_at=self.now)
         return session.row
@@ -297,6 +321,7 @@ class StoreMachine(RuleBasedStateMachine):
                 return SessionFull(row.length, row.max_tokens)
         session.tokens += write.data
         session.payloads = {at: body for at, body in session.payloads.items() if at >= first}
+        session.sketches = {chunk: kept for chunk, kept in session.sketches.items() if chunk >= first // SIZE}
         for place, payload in enumerate(write.payloads or []):
             if payload is not None:
                 session.payloads[row.length + place] = payload

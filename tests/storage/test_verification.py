@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from storage.base import Damage
+from storage.base import Compact, Damage, KeepSketches, Summary
 from storage.resolve import open_readonly, open_store
 from tests.names import named
-from tests.storage.contract import append, create
+from tests.storage.contract import append, create, write
 
 
 @pytest.mark.parametrize(
@@ -27,6 +27,9 @@ from tests.storage.contract import append, create
         ("UPDATE sessions SET settings = '{'", "a", ["settings cannot be read: they are no JSON object"]),
         ("UPDATE payloads SET position = 6", "a", ["1 payloads lie outside its tokens, 0 to 6"]),
         ("UPDATE payloads SET log = 99", None, ["1 rows of table payloads belong to no session"]),
+        ("UPDATE summaries SET data = x'00'", "a", ["the summaries of the chunks 0 to 1 do not match"]),
+        ("UPDATE sketches SET checksum = 0", "a", ["the sketches of the chunks 1 to 2 do not match their checksum"]),
+        ("UPDATE sketches SET log = 99", None, ["1 rows of table sketches belong to no session"]),
         ("INSERT INTO idempotency VALUES (99, 'k', x'00', 0, 1, 0)", None, ["1 rows of table idempotency belong"]),
         ("UPDATE blocks SET log = 99 WHERE start = 5", None, ["1 rows of table blocks belong to no session"]),
     ],
@@ -37,6 +40,7 @@ def test_each_kind_of_damage_is_found(path: Path, damage: str, session_id: str |
         append(store, sid, 2, 1, payloads=[b"{}", None])
         append(store, sid, 3, 2)
         append(store, sid, 1, 3)
+        write(store, Compact(sid, Summary(0, 2, b"keys"), 2), KeepSketches(sid, Summary(1, 2, b"sketches"), 2, 1))
     with contextlib.closing(sqlite3.connect(path)) as connection, connection:
         assert connection.execute(damage).rowcount == 1
     with contextlib.closing(open_readonly(path)) as store:

@@ -1,7 +1,7 @@
-"""Putting whole chunks in order at rest: their summaries kept, the small blocks that they came in joined.
+"""Putting whole chunks in order at rest: their summaries and sketches kept, the small blocks that they came in joined.
 
 A session that grows token by token is stored token by token; read back that way it would cost a row for each.
-Runs within a write's transaction. Does not know what a summary says.
+Runs within a write's transaction. Does not know what a summary or a sketch says.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from typing import Any
 
 from sqlalchemy import Connection, delete, func, insert, select
 
-from storage.base import Compact, Refused, WrongLength
+from storage.base import Compact, KeepSketches, Refused, Summary, WrongLength
 from storage.sql.prepared import Values
-from storage.sql.tables import blocks, summaries
+from storage.sql.tables import blocks, sketches, summaries
+from storage.sql.tokens.removal import remove_sketches
 from storage.sql.tokens.rows import BLOCK_BYTES, INSERT_BLOCKS
 from storage.sql.tokens.spans import Layout, layout_of
 
@@ -28,19 +29,31 @@ def compact(connection: Connection, write: Compact) -> Refused | None:
     assert layout is not None, "it was looked up"
     if summary.first != (end := _end(connection, layout, size)):
         return WrongLength(end)
-    for log, first_chunk, last_chunk in layout.chunk_spans(size):
-        if summary.first + summary.num_chunks > first_chunk and (last_chunk is None or summary.first < last_chunk):
-            part = summary.within(first_chunk, last_chunk)
-            values = {
-                "log": log,
-                "first": part.first,
-                "num_chunks": part.num_chunks,
-                "checksum": zlib.crc32(part.data),
-                "data": part.data,
-            }
-            connection.execute(insert(summaries).values(values))
-            _join(connection, log, part.first * size, (part.first + part.num_chunks) * size)
+    for log, part in _parts(layout, summary, size):
+        connection.execute(insert(summaries).values(_row(log, part)))
+        _join(connection, log, part.first * size, (part.first + part.num_chunks) * size)
     return None
+
+
+def keep_sketches(connection: Connection, write: KeepSketches) -> None:
+    """Keep sketches, instead of what is there of these chunks: damaged, of another version, or the same."""
+    layout = layout_of(connection, write.sid)
+    assert layout is not None, "it was looked up"
+    for log, part in _parts(layout, write.sketches, write.chunk_size):
+        remove_sketches(connection, log, part.first, part.first + part.num_chunks)
+        connection.execute(insert(sketches).values({**_row(log, part), "version": write.version}))
+
+
+def _parts(layout: Layout, summary: Summary, chunk_size: int) -> Iterator[tuple[int, Summary]]:
+    """What of it belongs to which log; what was trimmed, to none."""
+    for log, first_chunk, last_chunk in layout.chunk_spans(chunk_size):
+        if summary.first + summary.num_chunks > first_chunk and (last_chunk is None or summary.first < last_chunk):
+            yield log, summary.within(first_chunk, last_chunk)
+
+
+def _row(log: int, part: Summary) -> dict[str, Any]:
+    checksum = zlib.crc32(part.data)
+    return {"log": log, "first": part.first, "num_chunks": part.num_chunks, "checksum": checksum, "data": part.data}
 
 
 def _end(connection: Connection, layout: Layout, chunk_size: int) -> int:

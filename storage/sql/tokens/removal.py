@@ -10,11 +10,12 @@ import zlib
 
 from sqlalchemy import Column, Connection, RowMapping, delete, func, insert, select
 
-from storage.sql.tables import blocks, payloads, summaries
+from storage.sql.tables import blocks, payloads, sketches, summaries
 
 ROWS_AT_ONCE = {
     blocks.c.start: 64,  # of at most rows.BLOCK_BYTES each, or one token: 4 MiB
     summaries.c.first: 32,
+    sketches.c.first: 32,
     payloads.c.position: 512,
 }
 """Per table, by the column that is its key within a log: how many rows one step deletes."""
@@ -22,13 +23,14 @@ ROWS_AT_ONCE = {
 ItemsOf = tuple[Column[int], Column[int]]
 """Of a table, what its rows begin with and how many they have."""
 TOKENS: ItemsOf = blocks.c.start, blocks.c.num_tokens
-CHUNKS: ItemsOf = summaries.c.first, summaries.c.num_chunks
+KEYS: ItemsOf = summaries.c.first, summaries.c.num_chunks
+SKETCHES: ItemsOf = sketches.c.first, sketches.c.num_chunks
 
 
 def remove(
     connection: Connection, log: int, start: int, stop: int | None, chunk_size: int | None, *, in_steps: bool = False
 ) -> tuple[int, bool]:
-    """Remove positions start .. stop-1 (to the end when None), and the summaries of chunks that have their last token
+    """Remove positions start .. stop-1 (to the end when None), and what is kept of the chunks that have their last token
     there; in steps, only some rows of many. How many bytes of tokens went, and whether more must.
 
     Without `chunk_size`, nothing of the log may be needed but what was never anybody else's.
@@ -38,10 +40,15 @@ def remove(
     if chunk_size is not None:
         first, last = start // chunk_size, None if stop is None else stop // chunk_size
     if last is None or first < last:
-        _, more = _remove_items(connection, CHUNKS, log, first, last, in_steps)
-        is_left |= more
+        for items in (KEYS, SKETCHES):
+            is_left |= _remove_items(connection, items, log, first, last, in_steps)[1]
     num_bytes, more = _remove_items(connection, TOKENS, log, start, stop, in_steps)
     return num_bytes, is_left or more
+
+
+def remove_sketches(connection: Connection, log: int, first: int, last: int) -> None:
+    """Remove the sketches of the chunks first .. last-1."""
+    _remove_items(connection, SKETCHES, log, first, last, in_steps=False)
 
 
 def _remove_items(
