@@ -619,7 +619,10 @@ class Store(ABC):
 
     @abstractmethod
     def read_sketches(self, sid: int, version: int) -> Iterator[Summary]:
-        """What `KeepSketches` kept under this version, in order; without what is damaged. Never all in memory at once."""
+        """What `KeepSketches` kept under this version, in order; without what is damaged.
+
+        Never all of them in memory at once.
+        """
 
     @abstractmethod
     def read_payloads(self, sid: int, positions: Sequence[int], max_bytes: int = NO_LIMIT) -> dict[int, bytes]:

@@ -19,10 +19,11 @@ from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.chunks import NO_PAGE, Chunks
 from htm_service.memory.reclaim import Reclaim
 from htm_service.memory.resident import EpisodeRun, Extent, NewTokens, Resident, joined
-from htm_service.memory.sketches.code import LEAST_DIM, sketch
+from htm_service.memory.sketches.code import LEAST_DIM, from_bytes, sketch
+from htm_service.memory.sketches.table import SketchTable
 from htm_service.records import Ints
 from htm_service.session_settings import Shape
-from storage.base import Block
+from storage.base import Block, Summary
 
 SKETCHED_BYTES = 8 << 20
 """Contents of the chunks that are sketched between two batches."""
@@ -180,6 +181,29 @@ class Cache:
             self.touch(resident, missing)
             self.num_fetched_pages += len(missing)
 
+    def begin_sketches(self, resident: Resident) -> SketchTable | None:
+        """Have room for the sketches of a session that is searched; where to put those that are stored, if they are to
+        be read: it has had none since it came to the device.
+        """
+        is_new = resident.held.sketches is None
+        return resident.held.sketches if self.have_sketch_room(resident) and is_new else None
+
+    def add_sketches(self, resident: Resident, into: SketchTable, stored: Sequence[Summary]) -> None:
+        """Some of those that are stored, unless they are not wanted any more."""
+        if (chunks := resident.chunks) is None or chunks.sketches is not into:
+            return
+        for one in stored:
+            num_chunks = min(one.num_chunks, chunks.num_sealed - one.first)
+            if num_chunks > 0:
+                bits, factors = from_bytes([one.data], chunks.arena.dim, chunks.chunk_size)
+                into.put_kept(one.first, bits[:num_chunks], factors[:num_chunks])
+
+    def end_sketches(self, resident: Resident, table: SketchTable, num_seen: int) -> None:
+        """All that could be read, as of so many truncations, is here; what lacks is made, or all is read again."""
+        table.is_read = True
+        if not resident.holds(num_seen) and (chunks := resident.chunks) is not None and chunks.sketches is table:
+            chunks.drop_sketches()
+
     def have_sketch_room(self, resident: Resident) -> bool:
         """Have room for sketches of all chunks that a resident session has; False where they are to have none."""
         chunks = resident.held
@@ -201,10 +225,9 @@ class Cache:
         """
         if resident.state != "resident" or resident.is_deleted or resident.chunks is None:
             return False
-        chunks = resident.chunks
-        if not self.have_sketch_room(resident):
+        chunks, table = resident.chunks, resident.chunks.sketches
+        if table is None or not table.is_read or not self.have_sketch_room(resident):
             return False
-        table = chunks.make_sketches()
         if table.num_known >= chunks.num_sealed - chunks.first_chunk:
             return False
         pages = np.array(chunks.pages, dtype=np.int64)
@@ -218,10 +241,10 @@ class Cache:
 
     def sketch_contents(self, resident: Resident, contents: Mapping[int, torch.Tensor]) -> None:
         """Make sketches of chunks by their contents [C, D], which were fetched, where they have none."""
-        chunks = resident.held
-        if not self.have_sketch_room(resident):
+        chunks, table = resident.held, resident.held.sketches
+        if table is None or not table.is_read or not self.have_sketch_room(resident):
             return
-        missing = set(chunks.make_sketches().missing(chunks.num_sealed).tolist())
+        missing = set(table.missing(chunks.num_sealed).tolist())
         if some := [chunk for chunk in contents if chunk in missing]:
             tokens = torch.stack([contents[chunk] for chunk in some])
             self._put_sketches(chunks, torch.tensor(some, device=self.device), tokens.to(self.device))

@@ -1,8 +1,8 @@
 """Reading sessions and chunks back from the store, in a thread of its own, while the device goes on.
 
-Two kinds of work: to load a cold session (its stored summary keys, then the tokens after them in pieces), and to
-fetch the contents of chunks that attends wait for. Fetches go first, also between the pieces of a load: they are
-small, and whoever waits for one has already been planned.
+Three kinds of work: to load a cold session (its stored summary keys, then the tokens after them in pieces), to read
+the stored sketches of a session that is searched, and to fetch the contents of chunks that attends wait for. Fetches
+go first, also between the pieces of the others: they are small, and whoever waits for one has already been planned.
 What a load reads is put into the cache piece by piece, by the device thread between its batches. Who waited goes back
 into the device's queue, with what was fetched in hand. Does not know attention, nor what waits.
 """
@@ -25,6 +25,8 @@ from htm_service.dtypes import TORCH_DTYPES, from_bytes
 from htm_service.errors import HTMError, Unhealthy
 from htm_service.memory.cache import Cache
 from htm_service.memory.resident import EpisodeRun, NewTokens, Resident, joined
+from htm_service.memory.sketches.code import FORMAT
+from htm_service.memory.sketches.table import SketchTable
 from htm_service.store_errors import unreadable
 from htm_service.threads.batcher import Batcher, Ticket
 from storage.base import Block, Store, StoreError, Summary
@@ -70,7 +72,7 @@ class Loader:
         self._cache = cache
         self._queue = queue
         self._changed = threading.Condition()
-        self._loads: deque[Resident] = deque()
+        self._loads: deque[Callable[[], None]] = deque()
         self._fetches: deque[Fetch] = deque()
         self._is_closed = False
         self._thread = threading.Thread(target=self._work, name="htm-loader", daemon=True)
@@ -81,8 +83,17 @@ class Loader:
 
     def load(self, resident: Resident) -> None:
         """Begin to load a session; what is parked there goes back into the queue when it is complete, or is told."""
+        self._begin(partial(self._load, resident))
+
+    def load_sketches(self, resident: Resident, into: SketchTable) -> None:
+        """Begin to read the stored sketches of a resident session; what is parked there goes back when they are here
+        (the device thread).
+        """
+        self._begin(partial(self._load_sketches, resident, into, resident.num_seen))
+
+    def _begin(self, load: Callable[[], None]) -> None:
         with self._changed:
-            self._loads.append(resident)
+            self._loads.append(load)
             self._changed.notify()
 
     def fetch(self, fetch: Fetch) -> None:
@@ -111,11 +122,8 @@ class Loader:
                     self._changed.wait_for(lambda: self._is_closed or self._fetches or self._loads)
                     if self._is_closed:
                         return
-                    resident = None if self._fetches else self._loads.popleft()
-                if resident is None:
-                    self._run_fetches()
-                else:
-                    self._load(resident)
+                    load = self._run_fetches if self._fetches else self._loads.popleft()
+                load()
                 self.busy_since = None
         except BaseException as error:
             logging.getLogger(__name__).critical("the loader thread died", exc_info=error)
@@ -129,16 +137,7 @@ class Loader:
     def _load(self, resident: Resident) -> None:
         error: HTMError | None = None
         try:
-            self.busy_since = time.monotonic()
-            wait: Callable[[], None] | None = None
-            for piece in self._pieces(resident):
-                self.busy_since = time.monotonic()
-                if wait is not None:
-                    wait()
-                    self._run_fetches()
-                wait = self._hand_over(piece)  # while the next one is read
-            if wait is not None:
-                wait()
+            self._hand_all_over(self._pieces(resident))
         except HTMError as reason:
             error = reason
         except StoreError as reason:
@@ -154,11 +153,31 @@ class Loader:
 
     def _end_load(self, resident: Resident, error: HTMError | None) -> None:
         """Put who waited for the session back into the queue, or tell them what went wrong (the device thread)."""
-        error = self._cache.end_load(resident, error)
+        if (error := self._cache.end_load(resident, error)) is None:
+            self._wake(resident)
+            return
         parked, resident.parked = resident.parked, []
-        if error is not None:
-            self._queue.finish((ticket, error) for ticket in parked)
-        elif parked:
+        self._queue.finish((ticket, error) for ticket in parked)
+
+    def _load_sketches(self, resident: Resident, into: SketchTable, num_seen: int) -> None:
+        try:
+            stored = _gathered(self._store.read_sketches(resident.sid, FORMAT), KEYS_AT_ONCE)
+            self._hand_all_over(partial(self._cache.add_sketches, resident, into, some) for some in stored)
+        except Exception as reason:  # whoever needs them makes them again
+            logging.getLogger(__name__).warning("stored sketches of session %s are not used: %r", resident.key, reason)
+        try:
+            self._hand_over(partial(self._end_sketches, resident, into, num_seen))()
+        except HTMError:
+            logging.getLogger(__name__).warning("sketches of session %s were read too late", resident.key)
+
+    def _end_sketches(self, resident: Resident, table: SketchTable, num_seen: int) -> None:
+        self._cache.end_sketches(resident, table, num_seen)
+        self._wake(resident)
+
+    def _wake(self, resident: Resident) -> None:
+        """Put what is parked at a session back into the queue (the device thread)."""
+        parked, resident.parked = resident.parked, []
+        if parked:
             self._queue.requeue(parked)
 
     def _pieces(self, resident: Resident) -> Iterable[Callable[[], None]]:
@@ -225,6 +244,19 @@ class Loader:
         """Where the session begins in the store, which may be ahead of the device."""
         row = self._store.get_session(resident.key) if resident.settings.trims else None
         return 0 if row is None or row.sid != resident.sid else row.first_position
+
+    def _hand_all_over(self, pieces: Iterable[Callable[[], object]]) -> None:
+        """Have the device thread do one after the other, each while the next one is read."""
+        self.busy_since = time.monotonic()
+        wait: Callable[[], None] | None = None
+        for piece in pieces:
+            self.busy_since = time.monotonic()
+            if wait is not None:
+                wait()
+                self._run_fetches()
+            wait = self._hand_over(piece)
+        if wait is not None:
+            wait()
 
     def _hand_over(self, action: Callable[[], object]) -> Callable[[], None]:
         """Have the device thread do something; the answer waits for that, and raises what went wrong."""

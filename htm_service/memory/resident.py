@@ -116,7 +116,7 @@ class Resident:
     chunks: Chunks | None = None
     episodes: list[EpisodeRun] = field(default_factory=list)
     parked: list[Any] = field(default_factory=list)
-    """Tickets that wait until the session is resident."""
+    """Tickets that wait until the session is resident, or its stored sketches are here."""
     token_bytes: int = field(init=False)
     """Bytes of one token, looked at by every append and attend."""
 

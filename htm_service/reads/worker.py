@@ -26,6 +26,7 @@ from htm_service.memory.cache import Cache
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch, Loader
 from htm_service.memory.resident import Resident
+from htm_service.memory.sketches.table import SketchTable
 from htm_service.reads.runner import Attend, Missing, Runner
 from htm_service.reads.search.finder import Find, Finder
 from htm_service.reads.visibility import Trimmed, Truncated, ends_of, keys_of, plan_visibility
@@ -99,6 +100,10 @@ class DeviceWorker:
         if not self.queue.post(act):  # it holds nothing any more that anybody could take
             then()
 
+    def have_kept(self, table: SketchTable, first: int, last: int) -> None:
+        """Note that the store has the sketches of the chunks first .. last-1 (any thread)."""
+        self.queue.post(partial(table.have_kept, first, last))
+
     def use(self, kernel: Kernel) -> None:
         """Have the batches after the one at hand computed with another kernel (any thread)."""
 
@@ -159,6 +164,9 @@ class DeviceWorker:
                 outcomes[ticket] = LATER
             elif isinstance(job, Probe):
                 outcomes[ticket] = job.ask(resident.held)
+            elif isinstance(job, Find) and not self._has_sketches(resident):
+                resident.parked.append(ticket)
+                outcomes[ticket] = LATER
             else:
                 try:
                     job.weights.bind(served)
@@ -170,6 +178,13 @@ class DeviceWorker:
                     if isinstance(job, Find):
                         self._want_sketches(resident)
         return ready
+
+    def _has_sketches(self, resident: Resident) -> bool:
+        """Whether the stored sketches of what is searched are here, if it is to have any; else they are being read."""
+        if (table := self.cache.begin_sketches(resident)) is not None:
+            self.loader.load_sketches(resident, table)
+        table = resident.held.sketches
+        return table is None or table.is_read
 
     def _want_sketches(self, resident: Resident) -> None:
         """Have room for sketches of what is searched, and have them made, by one for all that search it."""

@@ -1,4 +1,5 @@
-"""Background order: the summary keys of sealed chunks are kept in the store, and their small blocks are joined there.
+"""Background order: summary keys of sealed chunks are kept in the store, and their small blocks are joined there; of
+sessions that are searched, the sketches too.
 
 A session whose keys are kept is ready as soon as these are read; its contents come by page, when they are taken.
 Nothing here is needed for an answer: what was not kept is computed again. Runs on the event loop, so much at a time
@@ -12,11 +13,13 @@ import logging
 
 from htm_service.errors import HTMError, OutOfMemory, SessionDamaged
 from htm_service.memory.chunks import Chunks
+from htm_service.memory.sketches.code import FORMAT, to_bytes
+from htm_service.memory.sketches.table import SketchTable
 from htm_service.reads.worker import DeviceWorker
 from htm_service.sessions.directory import Directory
 from htm_service.sessions.session import Session
 from htm_service.writes.committer import Committer
-from storage.base import Compact, Refused, Summary, WrongLength
+from storage.base import Compact, KeepSketches, Refused, Summary, WrongLength
 
 PORTION_BYTES = 4 << 20
 """Contents of the chunks that are compacted by one write."""
@@ -57,20 +60,21 @@ class Compaction:
         num_compacted = 0
         for session in list(self._directory.sessions()):
             size = _portion_chunks(session)
+            least = min(size, at_least or size)
             waiting = session.length // session.settings.chunk_size - _first_without(session)
-            if session.resident.state == "resident" and waiting >= min(size, at_least or size):
+            if session.resident.state == "resident" and max(waiting, _num_unkept(session)) >= least:
                 try:
-                    num_compacted += await self._compact(session, min(size, waiting))
+                    async with self._directory.lock(session.key):  # no truncation comes between
+                        if waiting >= least:
+                            num_compacted += await self._compact(session, min(size, waiting))
+                        if _num_unkept(session) >= least:
+                            num_compacted += await self._keep_sketches(session, least, size)
                 except (SessionDamaged, OutOfMemory) as error:  # its own trouble: the others' turn is now
                     logging.getLogger(__name__).info("session %s is compacted later: %s", session.key, error)
         return num_compacted
 
     async def _compact(self, session: Session, num_chunks: int) -> bool:
-        """The next chunks of a session; whether there is a next time for it. No truncation comes between."""
-        async with self._directory.lock(session.key):
-            return await self._compact_locked(session, num_chunks)
-
-    async def _compact_locked(self, session: Session, num_chunks: int) -> bool:
+        """The next chunks of a session; whether there is a next time for it."""
         first = _first_without(session)
 
         def copy_keys(chunks: Chunks) -> bytes | None:
@@ -92,10 +96,38 @@ class Compaction:
             session.num_stored_keys = first + num_chunks
         return True
 
+    async def _keep_sketches(self, session: Session, least: int, most: int) -> bool:
+        """Sketches of some chunks, at least and at most so many; whether there were such."""
+
+        def copy(chunks: Chunks) -> tuple[SketchTable, Summary] | None:
+            table = chunks.sketches
+            if table is None or (some := table.unkept(least, most)) is None:
+                return None
+            return table, Summary(some[0], some[1] - some[0], to_bytes(*table.tables(*some)))
+
+        copied = await self._worker.ask(session.resident, copy)
+        if copied is None:
+            return False
+        table, sketches = copied
+        try:
+            write = KeepSketches(session.sid, sketches, session.settings.chunk_size, FORMAT)
+            await self._committer.write(write, session.resident)
+        except Refused:  # deleted
+            return False
+        self._worker.have_kept(table, sketches.first, sketches.first + sketches.num_chunks)
+        return True
+
 
 def _first_without(session: Session) -> int:
     """The first chunk whose key the store does not have."""
     return max(session.num_stored_keys, session.first_chunk)
+
+
+def _num_unkept(session: Session) -> int:
+    """Chunks whose sketches are on the device and the store does not have."""
+    chunks = session.resident.chunks
+    table = None if chunks is None else chunks.sketches
+    return 0 if table is None else table.num_unkept
 
 
 def _portion_chunks(session: Session) -> int:

@@ -348,19 +348,19 @@ async def test_a_search_is_no_recall_and_has_a_deadline(make_engine: MakeEngine)
         await engine.search(SessionKey("default", "nobody"), SearchRequest(tokens[:1]))
 
 
-@pytest.mark.parametrize("url", ["memory://", "sqlite"])
+@pytest.mark.parametrize("url", ["memory://", "sqlite", "postgresql"])
 async def test_branches_truncations_and_searches_in_any_order(
-    make_engine: MakeEngine, sqlite_url: str, url: str
+    make_engine: MakeEngine, request: pytest.FixtureRequest, url: str
 ) -> None:
     """Positions are given again: neither sketches nor payloads of what was there before may be found."""
     draw = np.random.default_rng(11)
-    engine = await make_engine(open_store(sqlite_url if url == "sqlite" else url))
+    engine = await make_engine(open_store(url if url == "memory://" else request.getfixturevalue(f"{url}_url")))
     held: dict[str, tuple[Any, list[bytes | None]]] = {"s0": (np.zeros((0, DIM), np.float32), [])}
     await engine.create(named("s0"), CreateRequest(dim=DIM, chunk_size=SIZE))
     for turn in range(120):
         name = str(draw.choice(list(held)))
         tokens, payloads = held[name]
-        what = draw.choice(["append", "append", "truncate", "fork", "search", "search", "search", "cold"])
+        what = draw.choice(["append", "append", "truncate", "fork", "search", "search", "search", "cold", "keep"])
         if what == "append":
             new = draw.standard_normal((int(draw.integers(1, 60)), DIM)).astype(np.float32)
             texts = [None if draw.random() < 0.3 else b'{"turn":%d,"at":%d}' % (turn, at) for at in range(len(new))]
@@ -377,11 +377,13 @@ async def test_branches_truncations_and_searches_in_any_order(
             held[child] = tokens[:length], payloads[:length]
         elif what == "cold":
             await go_cold(engine, name)
+        elif what == "keep":
+            await engine.compaction.finish()
         elif what == "search" and len(tokens):
-            request = SearchRequest(
+            asked = SearchRequest(
                 draw.standard_normal((2, DIM)).astype(np.float32), num_wanted=5, exact=bool(draw.random() < 0.5)
             )
-            result = await engine.search(named(name), request)
-            check(result._replace(payloads=None), tokens, request, np.ones(len(tokens), bool), least=0.6)
+            result = await engine.search(named(name), asked)
+            check(result._replace(payloads=None), tokens, asked, np.ones(len(tokens), bool), least=0.6)
             for at in result.position[result.position >= 0].tolist():
                 assert (result.payloads or {}).get(at) == payloads[at], (turn, name, at)

@@ -8,7 +8,16 @@ import torch
 
 from htm_service.errors import OutOfMemory
 from htm_service.memory.arena import Budget
-from htm_service.memory.sketches.code import ERROR, Rotation, num_words, sketch, sketch_bytes
+from htm_service.memory.sketches.code import (
+    ERROR,
+    FORMAT,
+    Rotation,
+    from_bytes,
+    num_words,
+    sketch,
+    sketch_bytes,
+    to_bytes,
+)
 from htm_service.memory.sketches.table import SketchTable
 
 CPU = torch.device("cpu")
@@ -89,3 +98,40 @@ def test_what_sketches_take_is_counted_and_follows_trims_and_cuts() -> None:
     assert table.missing(12).tolist() == [9, 10, 11]
     table.free()
     assert budget.used_bytes == 0
+
+
+def test_sketches_at_rest_are_as_they_were_and_of_one_format() -> None:
+    """Databases hold them: whoever changes the rotation, or the order of the bytes, must change FORMAT too."""
+    tokens = torch.from_numpy(np.sin(np.arange(3 * 5 * 200, dtype=np.float64) ** 1.5)).float().view(3, 5, 200)
+    bits, factors = sketch(tokens, tokens.mean(dim=1), Rotation(200, CPU))
+    data = to_bytes(bits, factors)
+    assert len(data) == 3 * 5 * sketch_bytes(200)
+    again = from_bytes([data[: len(data) // 3], data[len(data) // 3 :]], 200, 5)
+    assert torch.equal(again[0], bits) and torch.equal(again[1], factors)
+    first = data[: 8 * num_words(200) * 5]
+    assert (FORMAT, hashlib.sha256(first).hexdigest()[:16]) == (1, "06d5f8a71751a9a4")
+
+
+def test_a_table_knows_what_the_store_has() -> None:
+    table = SketchTable(128, 5, CPU, Budget(1 << 20), first_chunk=10)
+    table.reserve(60)
+    bits, factors = torch.ones(30, 2, 5, dtype=torch.int64), torch.full((30, 5), 0.25)
+    table.put(torch.arange(20, 50), bits, factors)
+    assert table.num_unkept == 30 and table.unkept(31, 99) is None and table.unkept(30, 99) == (20, 50)
+    table.put_kept(5, 3 * bits[:20], factors[:20])
+    assert (table.num_known, table.num_unkept) == (40, 25) and table.unkept(1, 10) == (25, 35)
+    assert table.tables(24, 26)[0][:, 0, 0].tolist() == [3, 1]
+    table.put_kept(55, bits, factors)
+    assert (table.num_known, table.num_unkept) == (45, 25), "there is room for so many"
+    table.have_kept(30, 40)
+    assert table.num_unkept == 15 and table.unkept(6, 99) == (40, 50) and table.unkept(1, 99) == (25, 30)
+    table.trim(28)
+    table.have_kept(20, 30)
+    assert table.num_unkept == 10 and table.unkept(1, 99) == (40, 50)
+    table.reserve(80)
+    assert table.num_unkept == 10 and table.unkept(1, 99) == (40, 50)
+    table.cut(45)
+    table.put(torch.arange(45, 60), bits[:15], factors[:15])
+    assert table.num_unkept == 20 and table.unkept(1, 99) == (40, 60)
+    table.free()
+    assert (table.num_known, table.num_unkept) == (0, 0) and table.unkept(1, 99) is None

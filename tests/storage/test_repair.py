@@ -60,11 +60,11 @@ def damaged(path: Path, *statements: str) -> None:
         ("UPDATE sessions SET num_bytes = 5 WHERE sid = 1", "nothing; its record of length or bytes is put right", 12),
         ("UPDATE sessions SET length = 11 WHERE sid = 1", "nothing; its record of length or bytes is put right", 12),
         ("UPDATE sketches SET data = x'' WHERE log = 1",
-         "nothing; its summaries and sketches are made again, because the sketches of the chunks 0 to 3 do not match their "
-         "checksum", 12),
+         "nothing; its summaries and sketches are made again, because the sketches of the chunks 0 to 3 do not match "
+         "their checksum", 12),
         ("UPDATE summaries SET checksum = 7 WHERE log = 1",
-         "nothing; its summaries and sketches are made again, because the summaries of the chunks 0 to 1 do not match their "
-         "checksum", 12),
+         "nothing; its summaries and sketches are made again, because the summaries of the chunks 0 to 1 do not match "
+         "their checksum", 12),
     ],
 )  # fmt: skip
 def test_the_readable_beginning_is_kept(path: Path, statement: str, message: str, length: int) -> None:

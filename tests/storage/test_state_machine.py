@@ -272,8 +272,12 @@ class StoreMachine(RuleBasedStateMachine):
                 return WrongLength(end)
             session.num_sealed = end + write.summary.num_chunks
         elif isinstance(write, KeepSketches):
-            new = {write.sketches.first + at: (write.version, bytes([one])) for at, one in enumerate(write.sketches.data)}
-            session.sketches |= {chunk: kept for chunk, kept in new.items() if chunk >= session.row.first_position // SIZE}
+            new = {
+                write.sketches.first + at: (write.version, bytes([one])) for at, one in enumerate(write.sketches.data)
+            }
+            session.sketches |= {
+                chunk: kept for chunk, kept in new.items() if chunk >= session.row.first_position // SIZE
+            }
         elif isinstance(write, DeleteSession):
             del self.model[write.sid]
         return session.row

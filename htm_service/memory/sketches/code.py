@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+FORMAT = 1
+"""Of sketches at rest: what another rotation, or another order of the bytes, made has another number."""
 WORD_BITS = 64
 LEAST_DIM = 128
 """Of narrower tokens no sketches are made: their estimates are worse, and reading all tokens is cheap."""
@@ -100,6 +103,24 @@ def sketch(chunks: Tensor, keys: Tensor, rotation: Rotation) -> tuple[Tensor, Te
     return bits, factors
 
 
+def to_bytes(bits: Tensor, factors: Tensor) -> bytes:
+    """Sketches [m, W, C] and [m, C] at rest: chunk by chunk, as many bytes for each."""
+    records = np.empty(len(bits), _record(bits.shape[1], bits.shape[2]))
+    records["bits"], records["factors"] = bits.cpu().numpy(), factors.cpu().numpy()
+    return records.tobytes()
+
+
+def from_bytes(data: Sequence[bytes], dim: int, chunk_size: int) -> tuple[Tensor, Tensor]:
+    """What `to_bytes` made of the sketches of chunks that follow each other."""
+    records = np.frombuffer(b"".join(data), _record(num_words(dim), chunk_size))
+    bits, factors = (records[name].astype(records[name].dtype.newbyteorder("=")) for name in ("bits", "factors"))
+    return torch.from_numpy(bits), torch.from_numpy(factors)
+
+
+def _record(words: int, chunk_size: int) -> np.dtype[np.void]:
+    return np.dtype([("bits", "<i8", (words, chunk_size)), ("factors", "<f4", (chunk_size,))])
+
+
 def _packed(flags: Tensor) -> Tensor:
     """Flags [N, W x 64] as words [N, W] int64."""
     if flags.device.type == "cpu":
@@ -118,6 +139,6 @@ def _cosines(size: int) -> Tensor:
 
 def _signs(num_rounds: int, dim: int) -> Tensor:
     """+1 and -1 [num_rounds, dim], from a hash, so that no library's generator decides what is on disk."""
-    digest = hashlib.shake_256(b"htm-service sketches 1").digest(num_rounds * dim // 8)
+    digest = hashlib.shake_256(f"htm-service sketches {FORMAT}".encode()).digest(num_rounds * dim // 8)
     bits = np.unpackbits(np.frombuffer(digest, np.uint8)).reshape(num_rounds, dim)
     return torch.from_numpy(bits.astype(np.float32) * 2 - 1)

@@ -30,7 +30,7 @@ SKETCHES: ItemsOf = sketches.c.first, sketches.c.num_chunks
 def remove(
     connection: Connection, log: int, start: int, stop: int | None, chunk_size: int | None, *, in_steps: bool = False
 ) -> tuple[int, bool]:
-    """Remove positions start .. stop-1 (to the end when None), and what is kept of the chunks that have their last token
+    """Remove positions start .. stop-1 (to the end when None), and what is kept of chunks that have their last token
     there; in steps, only some rows of many. How many bytes of tokens went, and whether more must.
 
     Without `chunk_size`, nothing of the log may be needed but what was never anybody else's.
