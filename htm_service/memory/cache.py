@@ -103,6 +103,7 @@ class Cache:
     def begin_load(self, resident: Resident) -> None:
         """A cold session is loading from now on. Raises OutOfMemory, changing nothing."""
         resident.chunks = self._new_chunks(resident)
+        resident.chunks.has_stored_sketches = True
         resident.episodes = []
         resident.num_seen = resident.extent.num_truncated
         resident.state = "loading"
@@ -183,10 +184,13 @@ class Cache:
 
     def begin_sketches(self, resident: Resident) -> SketchTable | None:
         """Have room for the sketches of a session that is searched; where to put those that are stored, if they are to
-        be read: it has had none since it came to the device.
+        be read now.
         """
         is_new = resident.held.sketches is None
-        return resident.held.sketches if self.have_sketch_room(resident) and is_new else None
+        if not self.have_sketch_room(resident):
+            return None
+        table = resident.held.make_sketches()
+        return table if is_new and not table.is_read else None
 
     def add_sketches(self, resident: Resident, into: SketchTable, stored: Sequence[Summary]) -> None:
         """Some of those that are stored, unless they are not wanted any more."""

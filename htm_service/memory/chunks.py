@@ -40,6 +40,8 @@ class Chunks:
         """Chunks without a page."""
         self.sketches: SketchTable | None = None
         """Those of a session that is searched."""
+        self.has_stored_sketches = False
+        """Whether the store may have some that are not here: the chunks came from there, or had some before."""
         self._budget = budget
         self._num_trimmed = 0
         """Rows at the beginning of the tables below, of chunks that were trimmed."""
@@ -242,6 +244,7 @@ class Chunks:
         if num_left and self._page_of(chunk) == NO_PAGE:
             return None
         child = Chunks(self.arena, self._budget, self.first_chunk)
+        child.has_stored_sketches = True
         num_sealed = chunk - self.first_chunk
         try:
             child.reserve(num_sealed + (num_left > 0))
@@ -302,13 +305,14 @@ class Chunks:
             self.sketches = SketchTable(
                 self.arena.dim, self.chunk_size, self.arena.device, self._budget, self.first_chunk
             )
+            self.sketches.is_read = not self.has_stored_sketches
         return self.sketches
 
     def drop_sketches(self) -> None:
         """Give what the sketches take back."""
         if self.sketches is not None:
             self.sketches.free()
-            self.sketches = None
+            self.sketches, self.has_stored_sketches = None, True
 
     def contents(self, chunks: Tensor) -> Tensor:
         """A copy of the contents of chunks [N] (int64 indexes) that have pages: [N, C, D].

@@ -108,6 +108,7 @@ async def test_who_does_not_search_reads_and_writes_no_sketches(
     for name in ("searched", "attended"):
         await fill(engine, name)
     await search(engine, "searched")
+    assert reads.num_sketched == 0, "there can be none"
     await engine.compaction.finish()
     kept = {name: list(store.read_sketches(session_of(engine, name).sid, FORMAT)) for name in ("searched", "attended")}
     assert sum(one.num_chunks for one in kept["searched"]) == NUM_CHUNKS and kept["attended"] == []
