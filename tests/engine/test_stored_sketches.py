@@ -10,10 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
 from htm_service.engine import Engine
-from htm_service.memory.sketches.code import FORMAT
+from htm_service.memory.chunks import Chunks
+from htm_service.memory.sketches.code import FORMAT, Rotation, sketch
 from htm_service.memory.sketches.table import SketchTable
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest, SearchRequest
 from storage.base import Block, Store, Summary
@@ -271,3 +275,69 @@ async def test_what_comes_while_they_are_read(
         table = table_of(engine)
         assert table is not None and table.num_known == NUM_CHUNKS
         assert (table.num_unkept == 0) == (what == "cold"), "else they were made of the tokens that are there now"
+
+
+async def expect_sketches_of(engine: Engine, name: str, tokens: Any) -> None:
+    """Those on the device are what these tokens, all that the session ever had, give."""
+
+    def look(chunks: Chunks) -> tuple[int, int, Tensor, Tensor, Tensor] | None:
+        first, last, table = chunks.first_chunk, chunks.num_sealed, chunks.sketches
+        if table is None:
+            return None
+        bits, factors = table.tables(first, last)
+        return first, last, chunks.keys[: last - first].clone(), bits.clone(), factors.clone()
+
+    looked = await engine.worker.ask(session_of(engine, name).resident, look)
+    assert looked is not None
+    first, last, keys, bits, factors = looked
+    held = torch.from_numpy(tokens[first * SIZE : last * SIZE]).view(-1, SIZE, DIM)
+    wanted, wanted_factors = sketch(held, keys, Rotation(DIM, torch.device("cpu")))
+    is_known = ~factors[:, 0].isnan()
+    assert torch.equal(bits[is_known], wanted[is_known])
+    torch.testing.assert_close(factors[is_known], wanted_factors[is_known])
+
+
+@pytest.mark.parametrize("seed", range(2))
+async def test_in_any_order_of_everything_they_are_those_of_the_tokens(
+    make_engine: MakeEngine, url: str, seed: int
+) -> None:
+    draw = np.random.default_rng(seed)
+    store = open_store(url)
+    engine = await make_engine(store, memory_budget_bytes=120 * SIZE * DIM * 4)
+    held = {"s0": np.zeros((0, DIM), np.float32), "s1": np.zeros((0, DIM), np.float32)}
+    await engine.create(named("s0"), CreateRequest(dim=DIM, chunk_size=SIZE))
+    trims: dict[str, Any] = {"max_tokens": 20 * SIZE, "on_full": "evict_oldest"}
+    await engine.create(named("s1"), CreateRequest(dim=DIM, chunk_size=SIZE, **trims))
+    num_read = 0
+    for _ in range(150):
+        name = str(draw.choice(list(held)))
+        tokens = held[name]
+        what = draw.choice(["append", "append", "truncate", "fork", *["search"] * 3, "cold", "keep", "restart"])
+        first = (await engine.inspect(named(name))).first_position
+        length = int(draw.integers(first, len(tokens) + 1))
+        if what == "append":
+            new = draw.standard_normal((int(draw.integers(1, 70)), DIM)).astype(np.float32)
+            await engine.append(named(name), AppendRequest(embeddings=new))
+            held[name] = np.concatenate([tokens, new])
+        elif what == "truncate":
+            await engine.truncate(named(name), length)
+            held[name] = tokens[:length]
+        elif what == "fork" and len(held) < 6:
+            held[child := f"s{len(held)}"] = tokens[:length]
+            await engine.fork(named(name), named(child), length)
+        elif what == "cold":
+            await go_cold(engine, name)
+        elif what == "keep":
+            await engine.compaction.finish()
+        elif what == "restart" and url.startswith("sqlite"):
+            await engine.close()
+            store.close()
+            store = open_store(url)
+            engine = await make_engine(store, memory_budget_bytes=120 * SIZE * DIM * 4)
+        elif what == "search" and len(tokens):
+            await engine.search(named(name), SearchRequest(draw.standard_normal((1, DIM)).astype(np.float32)))
+            await expect_sketches_of(engine, name, tokens)
+            table = table_of(engine, name)
+            num_read += table is not None and table.num_known > table.num_unkept
+    assert num_read > 10
+    assert list(store.verify()) == []
