@@ -98,7 +98,9 @@ def test_what_was_truncated_is_in_no_file(path: Path, sqlite_store: Store) -> No
     assert sqlite_store.erase()
     assert found(path.parent, "session3") == found(path.parent, "session1", 19) == []
     assert found(path.parent, "session2", shared) == []
-    assert {kind for _, kind in found(path.parent, "session2", 11, shared)} == {"text", "embedding", "summary"}
+    assert {kind for _, kind in found(path.parent, "session2", 11, shared)} == {
+        *("text", "embedding", "summary", "sketch")
+    }
     write(sqlite_store, DeleteSession(child.sid))
     purge(sqlite_store)
     assert sqlite_store.erase()
