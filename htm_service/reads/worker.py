@@ -180,17 +180,15 @@ class DeviceWorker:
         return ready
 
     def _has_sketches(self, resident: Resident) -> bool:
-        """Whether the stored sketches of what is searched are here, if it is to have any; else they are being read."""
+        """Have room for sketches of what is searched; whether those that are stored are here, or else being read."""
         if (table := self.cache.begin_sketches(resident)) is not None:
             self.loader.load_sketches(resident, table)
         table = resident.held.sketches
         return table is None or table.is_read
 
     def _want_sketches(self, resident: Resident) -> None:
-        """Have room for sketches of what is searched, and have them made, by one for all that search it."""
-        if resident in self._sketching:
-            self.cache.have_sketch_room(resident)
-        else:
+        """Have what lacks of the sketches made, by one for all that search."""
+        if resident not in self._sketching:
             self._sketch(resident)
 
     def _sketch(self, resident: Resident) -> None:

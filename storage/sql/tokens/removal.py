@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import zlib
 
-from sqlalchemy import Column, Connection, RowMapping, delete, func, insert, select
+from sqlalchemy import Column, Connection, RowMapping, bindparam, delete, exists, func, insert, select
 
+from storage.sql.prepared import Prepared
 from storage.sql.tables import blocks, payloads, sketches, summaries
 
 ROWS_AT_ONCE = {
@@ -26,6 +27,9 @@ TOKENS: ItemsOf = blocks.c.start, blocks.c.num_tokens
 KEYS: ItemsOf = summaries.c.first, summaries.c.num_chunks
 SKETCHES: ItemsOf = sketches.c.first, sketches.c.num_chunks
 
+_HAS_SKETCHES = Prepared(select(exists(select(sketches.c.first).where(sketches.c.log == bindparam("log")))), "log")
+"""Asked first, because most sessions have none, and those that trim come here with every few appends."""
+
 
 def remove(
     connection: Connection, log: int, start: int, stop: int | None, chunk_size: int | None, *, in_steps: bool = False
@@ -40,8 +44,9 @@ def remove(
     if chunk_size is not None:
         first, last = start // chunk_size, None if stop is None else stop // chunk_size
     if last is None or first < last:
-        for items in (KEYS, SKETCHES):
-            is_left |= _remove_items(connection, items, log, first, last, in_steps)[1]
+        is_left |= _remove_items(connection, KEYS, log, first, last, in_steps)[1]
+        if _HAS_SKETCHES.first(connection, (log,))[0]:
+            is_left |= _remove_items(connection, SKETCHES, log, first, last, in_steps)[1]
     num_bytes, more = _remove_items(connection, TOKENS, log, start, stop, in_steps)
     return num_bytes, is_left or more
 
