@@ -19,9 +19,16 @@ import typer
 from api.settings import Settings
 
 TIMEOUT_S = 30.0
-LOCAL = "http://127.0.0.1:8000"
+LOCAL = ""
+"""The server that the settings of this environment start, as in its container, on this machine."""
 
-Url = Annotated[str, typer.Option(help="Where the server is; its admin's key is HTM_API_KEY, or in HTM_API_KEY_FILE.")]
+Url = Annotated[
+    str,
+    typer.Option(
+        help="Where the server is; by default on this machine, at HTM_PORT. Its admin's key is HTM_API_KEY, or in "
+        "HTM_API_KEY_FILE."
+    ),
+]
 
 
 def ask(
@@ -33,6 +40,7 @@ def ask(
     headers: Mapping[str, str] | None = None,
 ) -> Any:
     """The server's answer. Raises OSError with what it says, or why there is none."""
+    url = url or local_url()
     content = json.dumps(body).encode() if isinstance(body, dict) else body
     with opened(
         url, method, path, content, {"Content-Type": "application/json", **(headers or {})}, namespace
@@ -66,6 +74,7 @@ def opened(
     timeout_s: float = TIMEOUT_S,
 ) -> Iterator[http.client.HTTPResponse]:
     """The server's answer, to be read. Raises Refused, Unreachable, and OSError where it breaks off."""
+    url = url or local_url()
     sent = dict(headers or {})
     if (key := Settings().admin_key) is not None:
         sent["Authorization"] = f"Bearer {key}"
@@ -86,6 +95,12 @@ def opened(
         raise Unreachable(f"{url} cannot be reached: {error.reason}") from None
     except http.client.HTTPException as error:
         raise OSError(f"{url} is no htm-service, or the connection broke off: {error!r}") from None
+
+
+def local_url() -> str:
+    """Where the server of this environment's settings is."""
+    settings = Settings()
+    return f"{'http' if settings.tls_cert is None else 'https'}://127.0.0.1:{settings.port}"
 
 
 class NoRedirect(urllib.request.HTTPRedirectHandler):

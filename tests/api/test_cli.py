@@ -296,6 +296,8 @@ def test_keys_are_made_listed_and_revoked(keyed_server: str, monkeypatch: pytest
     (tmp_path / "key").write_text(KEY)
     monkeypatch.setenv("HTM_API_KEY_FILE", str(tmp_path / "key"))
     assert run("keys", "list", *where).stdout == ""
+    monkeypatch.setenv("HTM_PORT", keyed_server.rpartition(":")[2])
+    assert run("keys", "list").exit_code == 0, "as in a container with another port: it asked 8000"
     options = ("--role", "write", "--namespace", "team", "--expires", "30d", "--requests-per-second", "5")
     made = run("keys", "create", "agent", *options, *where)
     assert made.exit_code == 0, made.stderr
