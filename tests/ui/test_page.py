@@ -312,8 +312,15 @@ def test_a_server_that_asks_for_a_key_gets_one(troubled_page: Page, guarded: Ser
             expect(page.get_by_role("button", name=name)).to_be_hidden()
         admin.delete("/v1/keys/bob").raise_for_status()
         expect(page.get_by_text("The server does not take this key.")).to_be_visible(timeout=10_000)
+        of_other = {"name": "eve", "role": "read", "namespace": "other"}
+        field.fill(admin.post("/v1/keys", json=of_other).raise_for_status().json()["key"])
+        page.get_by_role("button", name="Sign in").click()
+        where = page.get_by_role("button", name="namespace other", disabled=True)
+        expect(where).to_have_css("opacity", "1")  # it was as pale as what is of no use
+        page.get_by_role("button", name="Sign out").click()
         field.fill(ADMIN_KEY)
         page.get_by_role("button", name="Sign in").click()
+        page.goto(f"{guarded.url}/ui#/session/a")
         expect(page.get_by_role("button", name="Delete…")).to_be_visible()
         page.get_by_role("button", name="namespace default").click()
         page.get_by_role("textbox", name="Namespace").fill("other")
