@@ -277,7 +277,7 @@ def engine_calls(function: ast.AST) -> int:
     return len(asked)
 
 
-ENGINE_FREE = {"memories", "parse", "to_ui"}
+ENGINE_FREE = {"_while_known", "memories", "parse", "to_ui"}
 """Functions of routes that take a request and ask the engine for nothing: they pass it on, or read it."""
 
 

@@ -5,6 +5,7 @@ Does not know: any call in particular.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, get_args, get_origin
 
@@ -21,13 +22,15 @@ from api.metrics import Measured, Metrics
 from api.settings import Settings
 from api.wire.body import check_encoding, read_body
 from api.wire.query import check_names
-from htm_service.errors import MalformedBody, UnsupportedMediaType
+from htm_service.errors import MalformedBody, Unauthenticated, UnsupportedMediaType
 from htm_service.records import SessionKey
 
 if TYPE_CHECKING:  # torch takes seconds to import, and `--help` needs none
     from htm_service.engine import Engine
 
 
+SLOW_S = 0.5
+"""Whose body takes longer is asked once more who it is: a key may have been taken back meanwhile."""
 MAX_BODY_BYTES = 256 << 10
 """Of calls whose bodies hold no tensors: they are parsed and checked on the event loop."""
 
@@ -48,6 +51,13 @@ def caller_of(request: Request) -> Caller:
     """Who asks."""
     caller: Caller = request.scope["htm.caller"]
     return caller
+
+
+def check_still(request: Request) -> None:
+    """Raise Unauthenticated where the caller's key was taken back or expired while its body came."""
+    is_slow = time.perf_counter() - measured_of(request).began > SLOW_S
+    if is_slow and not caller_of(request).still_counts(engine_of(request).keys):
+        raise Unauthenticated("the key was taken back, or has expired, while the body came")
 
 
 def key_of(request: Request) -> SessionKey:
@@ -105,6 +115,7 @@ class JsonRoute(APIRoute):
                 raise UnsupportedMediaType(f"{found}; use application/json")
             check_encoding(request)
             body = await read_body(request, min(MAX_BODY_BYTES, settings_of(request).max_json_body_bytes))
+            check_still(request)
             try:  # FastAPI would answer 422, and take NaN, which is not JSON
                 orjson.loads(body)
             except orjson.JSONDecodeError as error:

@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 
 from api.errors import shorten
 from api.openapi import SESSION_CODES, WRITE_CODES, problems
-from api.routes.context import JsonRoute, engine_of, key_of, settings_of, watch_of
+from api.routes.context import JsonRoute, check_still, engine_of, key_of, settings_of, watch_of
 from api.schemas.views import Session
 from api.wire import safetensors
 from api.wire.body import check_encoding, declared_bytes, stream_body
@@ -77,7 +77,7 @@ async def import_session(request: Request, session_id: str, response: Response) 
         found = f"the content type is {shorten(header)}" if header else "there is no content type"
         raise UnsupportedMediaType(f"{found}; use {safetensors.MEDIA_TYPE}")
     check_encoding(request)
-    body = stream_body(request, settings_of(request).max_import_bytes)
+    body = _while_known(request, stream_body(request, settings_of(request).max_import_bytes))
     info = await engine_of(request).import_session(key_of(request), body, declared_bytes(request))
     response.headers["Location"] = f"/v1/sessions/{info.id}"
     return Session.of(info)
@@ -105,6 +105,12 @@ class Download(StreamingResponse):
             raise ClientDisconnect from None  # the head is sent, so that nothing else can be told
         finally:
             self._export.close()
+
+
+async def _while_known(request: Request, parts: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    async for part in parts:
+        check_still(request)
+        yield part
 
 
 async def _unless_closed(export: Export) -> AsyncIterator[bytes]:

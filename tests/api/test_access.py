@@ -282,6 +282,32 @@ async def test_a_stream_of_events_ends_with_its_key(client: httpx.AsyncClient, c
     assert told.status_code == 200 and "later" not in told.text
 
 
+@pytest.mark.parametrize("name", ["append", "update_session", "import_session", "put_model"])
+async def test_a_body_that_comes_slowly_ends_with_its_key(client: httpx.AsyncClient, name: str) -> None:
+    """Whoever had begun to send could go on for hours, and write with a key that was taken back."""
+    mine = {"Authorization": f"Bearer {await make_key(client, 'mine', 'admin')}"}
+    before = await state(client)
+    exported = (await client.get("/v1/sessions/s/export")).content
+    kinds = {
+        "append": ("POST", "/v1/sessions/s/memories", b'{"embeddings": [1, 0, 0]}', "json"),
+        "update_session": ("PATCH", "/v1/sessions/s", b'{"labels": {"a": "b"}}', "json"),
+        "import_session": ("PUT", "/v1/sessions/new/import", exported, "x-safetensors"),
+        "put_model": ("PUT", "/v1/models/new", exported, "x-safetensors"),
+    }
+    method, path, whole, kind = kinds[name]
+
+    async def slowly() -> AsyncIterator[bytes]:
+        yield whole[:10]
+        await client.delete("/v1/keys/mine")
+        await asyncio.sleep(0.6)
+        yield whole[10:]
+
+    headers = {**mine, "Content-Type": f"application/{kind}"}
+    check_problem(await client.request(method, path, content=slowly(), headers=headers), 401, "unauthenticated")
+    await make_key(client, "mine", "admin")
+    assert await state(client) == before
+
+
 async def test_an_admin_of_all_names_the_namespace(client: httpx.AsyncClient) -> None:
     assert (await client.put("/v1/sessions/s", json={"dim": 4}, headers=admin("blue"))).status_code == 201
     assert (await client.get("/v1/sessions/s", headers=admin("blue"))).json()["dim"] == 4

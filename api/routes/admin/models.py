@@ -10,7 +10,7 @@ from starlette.responses import Response
 
 from api.errors import shorten
 from api.openapi import WRITE_CODES, problems
-from api.routes.context import JsonRoute, caller_of, engine_of, settings_of
+from api.routes.context import JsonRoute, caller_of, check_still, engine_of, settings_of
 from api.schemas.views import Model, Models
 from api.wire import safetensors
 from api.wire.body import check_encoding, read_body
@@ -100,6 +100,7 @@ async def put(request: Request, name: str, response: Response) -> Model:
         raise UnsupportedMediaType(f"{found}; a model is sent as {safetensors.MEDIA_TYPE}")
     check_encoding(request)
     data = await read_body(request, settings_of(request).max_body_bytes, " (--max-body-bytes)")
+    check_still(request)
     info, is_new = await engine_of(request).put_model(caller_of(request).space, name, data, wanted)
     if is_new:
         response.status_code = 201

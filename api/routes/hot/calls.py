@@ -17,7 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from api.errors import request_id_of, shorten
-from api.routes.context import begin, caller_of, engine_of, key_of, measured_of, settings_of, watch_of
+from api.routes.context import begin, caller_of, check_still, engine_of, key_of, measured_of, settings_of, watch_of
 from api.wire import answers, hot_bodies, query
 from api.wire.body import THREAD_BYTES, read_body, wire_of
 from api.wire.fields import HotBody
@@ -199,6 +199,7 @@ async def parse(request: Request, wire: Wire, build: Callable[[HotBody], T]) -> 
         body = await read_body(request, header_limit, advice)
     else:
         body = await read_body(request, settings.max_body_bytes)
+    check_still(request)
     if len(body) <= THREAD_BYTES:
         parsed = build(hot_bodies.read_body(body, wire, header_limit))
     else:
