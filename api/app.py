@@ -163,6 +163,7 @@ def engine_config(settings: Settings) -> EngineConfig:
         oversample=settings.oversample,
         payload_cache_bytes=settings.payload_cache_bytes,
         recalls_per_session=settings.recalls_per_session,
+        max_recall_bytes=settings.max_recall_bytes,
         create_on_append=settings.create_on_append,
         stuck_s=settings.stuck_seconds,
         models_dir=settings.directory_of_models,

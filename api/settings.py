@@ -177,6 +177,11 @@ class Settings(BaseSettings):
     recalls_per_session: int = Field(
         default=64, ge=0, le=10_000, description="Recalls kept per session for inspection."
     )
+    max_recall_bytes: Bytes = Field(
+        default=256 << 20,
+        ge=0,
+        description="Host memory for the recalls of all sessions; beyond it those of sessions used longest ago go.",
+    )
     retrieval_summary_scale: float = Field(
         default=20.0, gt=0, allow_inf_nan=False, description="`summary_scale` of the built-in model `retrieval`."
     )

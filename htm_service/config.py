@@ -61,6 +61,8 @@ class EngineConfig:
     payload_cache_bytes: int = 256 << 20
     """Of payloads in host memory, those that came last."""
     recalls_per_session: int = 64
+    max_recall_bytes: int = 256 << 20
+    """Of all sessions' recalls in host memory: beyond it those of sessions used longest ago are forgotten."""
     create_on_append: bool = False
     models_dir: Path | None = None
     kernel_cache: Path | None = None

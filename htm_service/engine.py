@@ -140,7 +140,7 @@ class Engine:
         self.feed = Feed()
         """What happens to sessions, for whoever reads along."""
         cached = PayloadCache(config.payload_cache_bytes)
-        self._accounts = Accounts(config.recalls_per_session, self.feed)
+        self._accounts = Accounts(config.recalls_per_session, config.max_recall_bytes, self.feed)
         self.directory = Directory(store, self.committer.write, clock, self._accounts, self.feed, cached)
 
         self.catalog = Catalog(models, store, self.committer, self.device)
@@ -186,6 +186,7 @@ class Engine:
             self.keys.run(),
             self.imports.run(),
             self.catalog.run(),
+            self._accounts.run(self.directory.sessions),
             self._supervisor.run(),
             self._change_kernel(),
         )

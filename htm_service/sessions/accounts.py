@@ -11,12 +11,17 @@ Does not know how attention is computed.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Collection
 
 from htm_service.records import AttendRequest, AttendResult, Event
 from htm_service.sessions.feed import Feed
 from htm_service.sessions.recalls import RecallLog, account
 from htm_service.sessions.session import Session
 
+LOOK_EVERY_S = 1.0
+"""How often it is looked at what all accounts take."""
+KEPT_SHARE = 0.75
+"""Of what they may take, where it was too much, so that not all sessions are looked at every time."""
 Answered = tuple[Session, AttendRequest, AttendResult, str, float, bool]
 """With which model, when, and whether the account is kept."""
 
@@ -24,8 +29,12 @@ Answered = tuple[Session, AttendRequest, AttendResult, str, float, bool]
 class Accounts:
     """See the head of this module. Of a session the last `max_recalls` are kept; with none, only readers are told."""
 
-    def __init__(self, max_recalls: int, feed: Feed) -> None:
+    def __init__(self, max_recalls: int, max_bytes: int, feed: Feed) -> None:
         self._max_recalls = max_recalls
+        self._max_bytes = max_bytes
+        """Of all sessions' accounts together."""
+        self._new_bytes = 0
+        """By which they have grown since all of them were counted."""
         self._feed = feed
         self._waiting: list[Answered] = []
 
@@ -48,6 +57,27 @@ class Accounts:
         for session, request, result, model, now, is_kept in waiting:
             recall = account(request, result, model, now)
             if is_kept:
+                before = session.recalls.num_bytes
                 session.recalls.add(recall, request, result)
+                self._new_bytes += session.recalls.num_bytes - before
             if self._feed.is_read:
                 self._feed.tell(Event("recall", session.key, now, recall))
+
+    async def run(self, sessions: Callable[[], Collection[Session]]) -> None:
+        """Look after the memory of the accounts of `sessions`, those used longest ago first, for ever."""
+        while True:
+            await asyncio.sleep(LOOK_EVERY_S)
+            if self._new_bytes > self._max_bytes * (1 - KEPT_SHARE):
+                self.trim(sessions())
+
+    def trim(self, sessions: Collection[Session]) -> None:
+        """Forget the accounts of the first sessions, where all together take more than they may."""
+        self._new_bytes = 0
+        num_bytes = sum(session.recalls.num_bytes for session in sessions)
+        if num_bytes <= self._max_bytes:
+            return
+        for session in sessions:
+            if num_bytes <= self._max_bytes * KEPT_SHARE:
+                break
+            num_bytes -= session.recalls.num_bytes
+            session.recalls.forget()

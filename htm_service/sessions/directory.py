@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import re
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
@@ -88,8 +88,8 @@ class Directory:
         self._expired: OrderedDict[SessionKey, None] = OrderedDict()
         self.num_expired = 0
 
-    def sessions(self) -> Iterable[Session]:
-        """Those that were used since the start."""
+    def sessions(self) -> Collection[Session]:
+        """Those that were used since the start, the last used last."""
         return self._sessions.values()
 
     def totals(self) -> dict[str, int]:

@@ -22,6 +22,11 @@ QUERIES_KEPT = 8
 """Queries of one attend whose rows the ring keeps."""
 TOKENS_KEPT = 16
 """Recalled tokens per query that the ring keeps."""
+EPISODES_KEPT = 64
+"""Of one attend that was asked for some; of one asked for more none are kept, as of masks."""
+ACCOUNT_BYTES = 700
+TOKEN_BYTES = 150
+"""About what an account takes in memory besides what is counted, and each of its recalled tokens."""
 QUERY_BYTES_KEPT = 64 << 10
 """Of all first queries, which are kept so that the last recalls can be explained later."""
 COUNTED_TOGETHER = 48
@@ -37,6 +42,8 @@ class RecallLog:
 
     def __init__(self, max_recalls: int, first_chunk: int = 0, settle: Callable[[], None] = lambda: None) -> None:
         """`settle` adds what is still to be added."""
+        self.num_bytes = 0
+        """About what the accounts take in memory, their queries included."""
         self._settle = settle
         self._ring: deque[Recall] = deque(maxlen=max_recalls)
         self._num_uncounted = 0
@@ -60,7 +67,10 @@ class RecallLog:
             self._add_up(index, weight, np.full(len(index), recall.at))
         else:
             self._num_uncounted += 1
+        if len(self._ring) == self._ring.maxlen:
+            self.num_bytes -= bytes_of(self._ring[0])
         self._ring.append(recall)
+        self.num_bytes += bytes_of(recall)
         self._keep_query(request.queries[0])
         if self._num_uncounted >= min(COUNTED_TOGETHER, self._ring.maxlen or 0):
             self._add_up_ring()
@@ -70,6 +80,7 @@ class RecallLog:
             self._query_bytes = query.nbytes
             most = min(self._ring.maxlen or 0, QUERY_BYTES_KEPT // query.nbytes)
             self._queries = np.empty(most * query.nbytes, np.uint8).data
+            self.num_bytes += len(self._queries)
         if self._queries:
             at = self._num_kept * self._query_bytes % len(self._queries)
             self._queries[at : at + self._query_bytes] = query.tobytes()  # numpy's own copy lets another thread in
@@ -135,6 +146,7 @@ class RecallLog:
         kept = [(recall, query) for recall, query in self._with_queries() if recall.stop <= length]
         self._ring.clear()
         self._ring.extend(recall for recall, _ in kept)
+        self.num_bytes = len(self._queries) + sum(map(bytes_of, self._ring))
         self._num_kept = 0
         for _, query in kept:
             if query is not None:
@@ -143,6 +155,13 @@ class RecallLog:
         gone = slice(-(-length // chunk_size) - self._first_chunk, None)
         for counters in (self._num_recalls, self._mass, self._last_at):
             counters[gone] = 0
+
+    def forget(self) -> None:
+        """Forget the accounts; what they took stays counted."""
+        self._count()
+        self._ring.clear()
+        self._queries = memoryview(b"")
+        self.num_bytes = self._num_kept = self._query_bytes = 0
 
     def _with_queries(self) -> list[tuple[Recall, bytes | None]]:
         """The accounts, oldest first, the last of them with their queries."""
@@ -185,10 +204,20 @@ class RecallLog:
         self._last_at = np.pad(self._last_at, (0, more))
 
 
+def bytes_of(recall: Recall) -> int:
+    """About what an account takes in memory, without its query."""
+    num_tokens = 0 if recall.recalled is None else sum(map(len, recall.recalled))
+    text = recall.note or ""
+    return ACCOUNT_BYTES + len(recall.index_bytes) + len(recall.weight_bytes) + len(text) + TOKEN_BYTES * num_tokens
+
+
 def account(request: AttendRequest, result: AttendResult, model: str, now: float) -> Recall:
     """The account of one attend, without its query. `result` is without payloads."""
     index, weight, rows = result.chunk_index, result.chunk_weight, result.recalled
     num_queries = len(index)
+    episodes, is_masked = request.episodes, request.is_masked
+    if episodes is not None and len(episodes) > EPISODES_KEPT:
+        episodes, is_masked = None, True
     if num_queries > QUERIES_KEPT:
         index, weight = index[:QUERIES_KEPT], weight[:QUERIES_KEPT]
     return Recall(
@@ -196,8 +225,8 @@ def account(request: AttendRequest, result: AttendResult, model: str, now: float
         request.request_id,
         request.note,
         None,
-        request.episodes,
-        request.is_masked,
+        episodes,
+        is_masked,
         model,
         result.model_hash,
         result.length,

@@ -1,6 +1,7 @@
 """Explanations: the choice is the attend's, for every model, mask and range; the ranking is by the definition."""
 
 import asyncio
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -195,3 +196,20 @@ async def test_heat_of_a_session_that_was_trimmed(engine: Engine) -> None:
     assert session_of(engine, "s").first_chunk == 5
     heat = await engine.heat(named("s"))
     assert heat.num_chunks == 9 and heat.mass[5:].sum() > 0 and heat.num_resident.tolist() == [0] * 5 + [1] * 4
+
+
+async def test_accounts_of_sessions_used_longest_ago_are_forgotten(make_engine: MakeEngine) -> None:
+    """They stayed for as long as the server ran, of however many sessions."""
+    engine = await make_engine(max_recall_bytes=40_000)
+    for number in range(6):
+        await fill(engine, f"s{number}", vectors(number, 5, DIM))
+    for number in range(6):
+        for _ in range(10):
+            await engine.attend(named(f"s{number}"), AttendRequest(queries=vectors(1, 1, DIM)))
+    deadline = time.monotonic() + 5
+    while session_of(engine, "s0").recalls.num_bytes:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+    kept = [session_of(engine, f"s{number}").recalls for number in range(6)]
+    assert sum(log.num_bytes for log in kept) <= 40_000 and len(kept[-1].latest(20)) == 10
+    assert kept[0].of_chunk(0)[0] == 10, "what was taken stays counted"

@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 
 from htm_service.records import AttendRequest, AttendResult
-from htm_service.sessions.recalls import QUERIES_KEPT, QUERY_BYTES_KEPT, TRIMMED_TOGETHER, RecallLog, account
+from htm_service.sessions.recalls import (
+    EPISODES_KEPT,
+    QUERIES_KEPT,
+    QUERY_BYTES_KEPT,
+    TRIMMED_TOGETHER,
+    RecallLog,
+    account,
+)
 
 
 @pytest.fixture
@@ -98,6 +105,42 @@ def test_the_last_recalls_keep_their_queries_within_bounds() -> None:
     assert len(recalls) == 40 and len(kept) == 10
     assert [query[0] for query in kept] == list(range(39, 29, -1))
     assert all(query.shape == (width,) for query in kept)
+
+
+def test_accounts_say_what_they_take_and_can_be_forgotten(traced: None) -> None:
+    """Nobody knew what those of all sessions took: some dozens of batches filled the memory."""
+    log = RecallLog(64)
+    index = np.arange(8 * 256).reshape(8, 256)
+    add(log, index)
+    before, held = log.num_bytes, held_bytes()
+    for _ in range(40):
+        add(log, index)
+    assert 0.8 < (held_bytes() - held) / (log.num_bytes - before) < 1.25
+    for _ in range(40):
+        add(log, index[:1, :2])
+    taken = log.num_bytes
+    log.truncate(100, 1)
+    assert log.num_bytes == taken, "none saw what was cut off"
+    log.truncate(0, 1)
+    assert log.latest(100) == [] and log.num_bytes < 1_000
+    add(log, index)
+    log.forget()
+    assert log.num_bytes == 0 and log.latest(100) == [] and log.of_chunk(3)[0] == 1, "what was taken stays counted"
+    add(log, index[:1, :2])
+    (recall,) = log.latest(100)
+    assert recall.query is not None
+
+
+def test_an_account_keeps_few_episodes() -> None:
+    """As many as a body could name, some megabytes in each account, so that one session's took half a gigabyte."""
+    result = AttendResult(
+        np.zeros((1, 3), np.float32), np.zeros((1, 1), np.int64), np.ones((1, 1), np.float32), None, 7
+    )
+    queries = np.zeros((1, 3), np.float32)
+    for num_episodes, is_kept in ((EPISODES_KEPT, True), (EPISODES_KEPT + 1, False)):
+        episodes = list(range(num_episodes))
+        recall = account(AttendRequest(queries=queries, episodes=episodes), result, "retrieval", 5.0)
+        assert recall.episodes == (episodes if is_kept else None) and recall.is_masked is not is_kept
 
 
 def test_attends_of_any_number_of_queries_are_counted_once(traced: None) -> None:
