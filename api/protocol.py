@@ -21,6 +21,8 @@ MAX_SILENCE_S = 30.0
 """How long a client may send nothing of what it has begun, or read nothing of its answer."""
 MAX_HEAD_S = 30.0
 """How long a head may take in all."""
+MAX_PIPELINED = 64
+"""Requests of one connection that may wait for those before them."""
 FILES_LEFT = 256
 """Of the files that a process may open, those that connections may not have: the store's, models, the log."""
 
@@ -65,7 +67,10 @@ class BoundedProtocol(HttpToolsProtocol):
             self._refuse("headers_too_large", f"the request's head has more than {MAX_HEAD_BYTES} bytes")
 
     def on_message_begin(self) -> None:
-        """A head begins."""
+        """A head begins; one too many ends the connection, in the middle of what has come."""
+        if len(self.pipeline) >= MAX_PIPELINED:
+            self.transport.abort()
+            raise ConnectionAbortedError(f"{MAX_PIPELINED} requests wait on one connection, which is the limit")
         super().on_message_begin()
         if self._head_since is None:
             self._head_since, self._head_from = self.loop.time(), self._num_bytes
@@ -80,6 +85,12 @@ class BoundedProtocol(HttpToolsProtocol):
         """Some of a body."""
         self._head_from = self._num_bytes
         super().on_body(body)
+
+    def on_response_complete(self) -> None:
+        """An answer is sent; more is read when no request waits any longer."""
+        super().on_response_complete()
+        if self.pipeline:
+            self.flow.pause_reading()
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is refused as everything else is."""

@@ -13,7 +13,7 @@ import httpx
 import pytest
 from htm_client import HTMClient
 
-from api.protocol import FILES_LEFT, MAX_HEAD_BYTES
+from api.protocol import FILES_LEFT, MAX_HEAD_BYTES, MAX_PIPELINED
 from tests.served.forked import ForkedServer
 from tests.served.server import Server
 
@@ -142,6 +142,22 @@ def test_a_trailer_is_no_header(lasting_server: Server) -> None:
         connection.sendall(head + b"Transfer-Encoding: chunked\r\n\r\n")
         connection.sendall(b'9\r\n{"dim":2}\r\n0\r\nContent-Encoding: gzip\r\n\r\n')
         assert connection.recv(1 << 16).startswith(b"HTTP/1.1 201 ")
+
+
+def test_few_requests_wait_on_one_connection(lasting_server: Server) -> None:
+    """All that came at once did, and more was read with each answer: without a key, 50 MB of them took 4 GB and held up
+    everybody for half a minute.
+    """
+    with connected(lasting_server) as connection:
+        connection.sendall(GET * MAX_PIPELINED)
+        answers = b""
+        while answers.count(b"HTTP/1.1 200") < MAX_PIPELINED:
+            answers += connection.recv(1 << 16)
+    with connected(lasting_server) as connection, contextlib.suppress(BrokenPipeError, ConnectionResetError):
+        for _ in range(20):
+            connection.sendall(GET * 10_000)
+        pytest.fail("it may send for ever")
+    check_alive(lasting_server)
 
 
 def test_what_is_no_http_is_refused_as_all_else(lasting_server: Server) -> None:
