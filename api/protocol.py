@@ -17,6 +17,8 @@ from api.errors import answer
 MAX_HEAD_BYTES = 64 << 10
 """Of a request line and its headers, or of what is neither head nor body, trailers and the like, besides what came
 together with the piece before."""
+MAX_HEADERS = 256
+"""Of one request: each takes some 200 bytes, however few it has."""
 MAX_SILENCE_S = 30.0
 """How long a client may send nothing of what it has begun, or read nothing of its answer."""
 MAX_HEAD_S = 30.0
@@ -65,6 +67,8 @@ class BoundedProtocol(HttpToolsProtocol):
         super().data_received(data)
         if self._num_bytes - self._head_from > MAX_HEAD_BYTES:
             self._refuse("headers_too_large", f"the request's head has more than {MAX_HEAD_BYTES} bytes")
+        elif self.headers is not None and len(self.headers) > MAX_HEADERS:
+            self._refuse("headers_too_large", f"the request has more than {MAX_HEADERS} headers")
 
     def on_message_begin(self) -> None:
         """A head begins; one too many ends the connection, in the middle of what has come."""
@@ -76,7 +80,9 @@ class BoundedProtocol(HttpToolsProtocol):
             self._head_since, self._head_from = self.loop.time(), self._num_bytes
 
     def on_headers_complete(self) -> None:
-        """A head is whole."""
+        """A head is whole; one of too many headers ends the parsing, and is then refused."""
+        if len(self.headers) > MAX_HEADERS:
+            raise ValueError
         self._head_since, self._head_from = None, self._num_bytes
         super().on_headers_complete()
         self.headers = []  # trailers come here: they are nobody's headers (RFC 9110, 6.5.1)
@@ -94,7 +100,8 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def send_400_response(self, msg: str) -> None:
         """What is no HTTP is refused as everything else is."""
-        self._refuse("malformed_body", "the request is not HTTP/1.1")
+        if self.headers is None or len(self.headers) <= MAX_HEADERS:
+            self._refuse("malformed_body", "the request is not HTTP/1.1")
 
     def end_if_stuck(self) -> None:
         """Close the connection where its client does nothing of what it has begun; asked every few seconds."""

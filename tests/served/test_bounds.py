@@ -13,7 +13,7 @@ import httpx
 import pytest
 from htm_client import HTMClient
 
-from api.protocol import FILES_LEFT, MAX_HEAD_BYTES, MAX_PIPELINED
+from api.protocol import FILES_LEFT, MAX_HEAD_BYTES, MAX_HEADERS, MAX_PIPELINED
 from tests.served.forked import ForkedServer
 from tests.served.server import Server
 
@@ -115,6 +115,18 @@ def test_headers_of_any_size_are_refused(lasting_server: Server, before: bytes, 
         answer = read_all(connection)
     assert not answer or b'"headers_too_large"' in answer  # the end may overtake the answer: not all was read
     check_alive(lasting_server)
+
+
+@pytest.mark.parametrize("end", [b"\r\n", b""], ids=["whole", "not yet"])
+def test_a_head_has_so_many_headers(lasting_server: Server, end: bytes) -> None:
+    """16,000 fit into its bytes, and took 50 times as much for half a minute."""
+    with connected(lasting_server) as connection:
+        connection.sendall(GET[:-2] + b"a:\r\n" * (MAX_HEADERS - 1) + b"\r\n")
+        assert connection.recv(1 << 16).startswith(b"HTTP/1.1 200 ")
+    with connected(lasting_server) as connection:
+        connection.sendall(GET[:-2] + b"a:\r\n" * (MAX_HEADERS + 1) + end)
+        head, content = read_all(connection).split(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 431 ") and json.loads(content)["code"] == "headers_too_large"
 
 
 @pytest.mark.parametrize(
