@@ -202,7 +202,11 @@ class SqlReader(Store):
         """A snapshot on a connection of its own."""
         self._check_open()
         with translated(), self._readers.connect() as connection:
-            yield Snapshot(connection)
+            try:
+                yield Snapshot(connection)
+            finally:
+                if self._is_closed:  # so is the pool, which closed what it had: this one would stay open
+                    connection.detach()
 
 
 def _end_of(prefix: str) -> str | None:

@@ -385,6 +385,20 @@ def test_a_connection_that_is_lost_while_idle_is_not_noticed(postgresql_url: str
         assert postgresql_store.get_session(named("a")) is not None
 
 
+def test_a_read_that_outlives_its_store_leaves_no_connection(postgresql_url: str) -> None:
+    """What looks after sessions beside requests reads in a thread, which nobody waits for when a server stops."""
+    store = open_store(postgresql_url)
+    sid = create(store).sid
+    for number in range(3):
+        append(store, sid, 1, number)
+    reading = store.read_blocks(sid)
+    next(reading)
+    store.close()
+    assert len(list(reading)) == 2
+    del reading, store
+    gc.collect()  # an open one warns here, which is an error
+
+
 def test_a_connection_that_is_lost_at_work_is_an_error_once(postgresql_url: str, postgresql_store: Store) -> None:
     """How far it came is not known."""
     sid = create(postgresql_store).sid
