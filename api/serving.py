@@ -42,9 +42,6 @@ ORDERLY = frozenset({signal.SIGTERM, signal.SIGHUP})
 EXIT_UNHEALTHY = 70
 """Exit code when a thread of the engine died or is stuck, or a stop did not end (EX_SOFTWARE of sysexits.h)."""
 
-YOUNG_OBJECTS = 50_000
-"""Objects more than at the last time have the collector look for cycles: a request of hundreds of sessions makes
-thousands, which go by themselves; by the default, 700, it would look at all of them again and again meanwhile."""
 STOP_MARGIN_S = 1.5
 """How long a stop may take beyond the time to drain: with the default of that, less than Docker's 10 s in all."""
 
@@ -186,7 +183,6 @@ def serve(settings: Settings, app: FastAPI | None = None) -> None:
                 # thousand requests, nobody would be answered for a quarter of a second.
                 gc.collect()
                 gc.freeze()
-                gc.set_threshold(YOUNG_OBJECTS)
                 server.engine = app.state.engine
                 await server.serve([listener])
 
