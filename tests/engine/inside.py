@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import TypeVar
 
 from htm_service.engine import Engine
 from htm_service.memory.resident import Resident
 from htm_service.sessions.session import Session
 from storage.base import Block
+
+Answer = TypeVar("Answer")
 
 
 def session_of(engine: Engine, name: str) -> Session:
@@ -17,22 +20,30 @@ def session_of(engine: Engine, name: str) -> Session:
     return session
 
 
-async def on_device_thread(engine: Engine, act: Callable[[], object]) -> None:
-    """Have the device thread do something, and wait for it."""
-    done, loop = asyncio.Event(), asyncio.get_running_loop()
+async def on_device_thread(engine: Engine, act: Callable[[], Answer]) -> Answer:
+    """Have the device thread do something, and wait for what it answers."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Answer] = loop.create_future()
 
     def call() -> None:
-        act()
-        loop.call_soon_threadsafe(done.set)
+        loop.call_soon_threadsafe(done.set_result, act())
 
     engine.worker.queue.post(call)
-    await done.wait()
+    return await done
 
 
 async def go_cold(engine: Engine, name: str = "s") -> Session:
-    """A session, taken off the device."""
+    """A session, taken off the device; one that is loading, for somebody who has gone since, once that is over."""
     session = session_of(engine, name)
-    await on_device_thread(engine, lambda: engine.worker.cache.offload(session.resident))
+
+    def offload() -> bool:
+        if session.resident.state == "loading":
+            return False
+        engine.worker.cache.offload(session.resident)
+        return True
+
+    while not await on_device_thread(engine, offload):
+        await asyncio.sleep(0.001)
     return session
 
 
