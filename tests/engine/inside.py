@@ -42,9 +42,10 @@ async def go_cold(engine: Engine, name: str = "s") -> Session:
         engine.worker.cache.offload(session.resident)
         return True
 
-    while not await on_device_thread(engine, offload):
-        await asyncio.sleep(0.001)
-    return session
+    if await on_device_thread(engine, offload):
+        return session
+    await asyncio.sleep(0.001)
+    return await go_cold(engine, name)
 
 
 def publish(engine: Engine, resident: Resident, new: Block, first_position: int) -> None:
