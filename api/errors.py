@@ -20,7 +20,7 @@ from starlette.routing import BaseRoute, Match
 from starlette.types import Scope
 
 from htm_service.config import NAME_PATTERN
-from htm_service.errors import HTMError, Unavailable, clipped, quoted
+from htm_service.errors import HTMError, Unavailable, clipped, quoted, without_frames
 
 MEDIA_TYPE = "application/problem+json"
 
@@ -156,7 +156,9 @@ def domain_answer(scope: Scope, error: HTMError) -> Response:
     if error.code not in PROBLEMS or error.code == "internal_error":
         raise error
     retry = error.retry_after_s if isinstance(error, Unavailable) else Unavailable.retry_after_s
-    return answer(scope, error.code, error.detail, extra=error.extra, retry_after_s=retry)
+    told = answer(scope, error.code, error.detail, extra=error.extra, retry_after_s=retry)
+    without_frames(error)
+    return told
 
 
 async def on_validation_error(request: Request, error: Exception) -> Response:

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 from typing import TypeVar
 
-from htm_service.errors import HTMError
+from htm_service.errors import HTMError, without_frames
 from htm_service.records import SessionKey
 from htm_service.sessions.session import Session
 
@@ -56,7 +56,8 @@ async def each(
     if ready:
         for place, outcome in zip(places, await act(ready), strict=True):
             outcomes[place] = _unexpected(outcome) if isinstance(outcome, Exception) else outcome
-    return [outcomes[place] for place in range(len(items))]
+    in_order = [outcomes[place] for place in range(len(items))]
+    return [without_frames(outcome) if isinstance(outcome, HTMError) else outcome for outcome in in_order]
 
 
 def _unexpected(error: Exception) -> HTMError:

@@ -63,6 +63,18 @@ class HTMError(Exception):
         """Machine-readable fields that belong to the error, such as `length` of a LengthConflict."""
 
 
+def without_frames(error: HTMError) -> HTMError:
+    """The same error as an answer: without its traceback, nor that of what led to it.
+
+    The frames there hold the request, and some of them the error: together a cycle, which would keep every refused
+    body in memory until the garbage collector comes by.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__, cause = None, cause.__context__
+    return error
+
+
 class InvalidArgument(HTMError):
     """A value is out of its range, shape or type."""
 

@@ -233,8 +233,7 @@ class Attends:
             cost, at_once, room = self._cost(session, attend)
             try:
                 if len(request.queries) <= (room if was_torn else at_once):
-                    future = self._worker.submit(attend, cost * len(request.queries))
-                    return await within(future, deadline, timeout_s)
+                    return await within(self._worker.submit(attend, cost * len(request.queries)), deadline, timeout_s)
                 result = await self._in_parts(attend, length, cost, at_once, deadline, timeout_s)
                 if result is not None:
                     return result
@@ -278,7 +277,7 @@ class Attends:
         try:
             for part in parts:
                 futures.append(self._worker.submit(part, cost * len(part.request.queries)))
-            results = [await within(future, deadline, timeout_s) for future in futures]
+            results = [await within(futures.pop(0), deadline, timeout_s) for _ in parts]
         except BaseException:
             for future in futures:
                 future.cancel()

@@ -117,9 +117,8 @@ class Selects:
             length=result.length,
             num_truncated=result.num_truncated,
         )
-        future = self._worker.submit(select, chunk_mask.size * session.settings.dim)
         try:
-            brought = await within(future, *limit)
+            brought = await within(self._worker.submit(select, chunk_mask.size * session.settings.dim), *limit)
             assert isinstance(brought, SelectResult) and brought.taken is not None
             result = result._replace(taken=brought.taken, timing=result.timing.plus(brought.timing))
             is_whole = len(brought.taken.index) == len(chunks)

@@ -288,18 +288,25 @@ class Batcher(Generic[Item, Result]):
 
     def _work(self) -> None:
         try:
-            while (turn := self._take()) is not None:
-                actions, tickets = turn
-                for action in actions:
-                    self.busy_since = time.monotonic()
-                    action()
-                for requeued in self._take_requeued():  # after the actions, which may have put some back
-                    self._run_batch(requeued)
-                if tickets:
-                    self._run_batch(tickets)
+            while self._turn():
                 self.busy_since = None
         except BaseException as error:
             self._die(error)
+
+    def _turn(self) -> bool:
+        """One round of work, of which nothing is held while the next is waited for; False when there is none left."""
+        turn = self._take()
+        if turn is None:
+            return False
+        actions, tickets = turn
+        for action in actions:
+            self.busy_since = time.monotonic()
+            action()
+        for requeued in self._take_requeued():  # after the actions, which may have put some back
+            self._run_batch(requeued)
+        if tickets:
+            self._run_batch(tickets)
+        return True
 
     def _take(self) -> tuple[list[Callable[[], None]], list[Ticket[Item, Result]]] | None:
         """All actions and the next batch of what waits; None when there is nothing left and never will be."""
@@ -419,13 +426,14 @@ async def within(future: asyncio.Future[Result], deadline: float, timeout_s: flo
 
     The work is skipped if it has not begun by then.
     """
-
-    def expire() -> None:
-        if not future.done():
-            future.set_exception(_too_late(timeout_s))
-
-    timer = asyncio.get_running_loop().call_at(deadline, expire)
+    timer = asyncio.get_running_loop().call_at(deadline, _expire, future, timeout_s)
     try:
         return await future
     finally:
         timer.cancel()
+        del future  # it holds its error, whose traceback holds this frame
+
+
+def _expire(future: asyncio.Future[Any], timeout_s: float) -> None:
+    if not future.done():
+        future.set_exception(_too_late(timeout_s))

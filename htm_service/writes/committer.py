@@ -117,6 +117,8 @@ class Committer:
             raise
         except StoreError as error:
             raise write_failure(error) from error
+        finally:
+            del future  # it holds its error, whose traceback holds this frame
 
     # --- the store thread ---
 

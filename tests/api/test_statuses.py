@@ -17,6 +17,7 @@ from api.wire.tensors import to_base64
 from tests.api.conftest import ADMIN_KEY, Serve, fill, make_key, put_model, talk_to
 from tests.api.exercised import CALLS, ON_SESSION, WITH_BODY, Call, FailingEngine, domain_error
 from tests.api.test_errors import check_problem
+from tests.garbage import collected
 from tests.session_files import parsed, session_file
 
 INJECTED = {
@@ -202,7 +203,9 @@ async def test_real_failures(serve: Serve, code: str) -> None:
         for name, changes in WRONG[code].items():
             status = next((status for op, status, one in DOCUMENTED if (op, one) == (name, code)), None)
             assert status is not None, f"{name} does not document {code}"
-            check_problem(await CALLS[name].send(client, **changes), status, code)
+            async with collected() as found:
+                check_problem(await CALLS[name].send(client, **changes), status, code)
+            assert not found, name
         after = (await client.get("/v1/sessions/s")).json()
         changing = ("last_used_at", "num_attends", "num_queries")  # a step attends before its append is refused
         assert {key: value for key, value in after.items() if key not in changing} == {
