@@ -228,9 +228,9 @@ class Engine:
         self._check_open()
         validation.check_key(name)
         model_name = RETRIEVAL if settings.model is None else settings.model
-        model = await self.catalog.get(name.namespace, model_name)
-        wanted = validation.resolve_settings(settings, model_name, model, self.config.dtype)
-        session, is_new = await self.directory.create(name, wanted)
+        async with self.catalog.named(name.namespace, model_name) as model:
+            wanted = validation.resolve_settings(settings, model_name, model, self.config.dtype)
+            session, is_new = await self.directory.create(name, wanted)
         if not is_new:
             named = {field for field in ("labels", "ttl_s", "model") if getattr(settings, field) is not None}
             compare(session, wanted, frozenset(named))
@@ -265,10 +265,12 @@ class Engine:
         if change.labels is not None:
             change = replace(change, labels=validation.check_labels(change.labels))
         validation.check_ttl(change.ttl_s)
-        if change.model is not None:
-            model = await self.catalog.get(name.namespace, change.model)
-            validation.check_model_dim(change.model, model, session.settings.dim)
-        await self.directory.update(session, change)
+        if change.model is None:
+            await self.directory.update(session, change)
+        else:
+            async with self.catalog.named(name.namespace, change.model) as model:
+                validation.check_model_dim(change.model, model, session.settings.dim)
+                await self.directory.update(session, change)
         return session.info()
 
     async def delete(self, name: SessionKey) -> None:

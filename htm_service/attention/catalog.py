@@ -15,7 +15,8 @@ import dataclasses
 import logging
 import secrets
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections import defaultdict
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from functools import partial
 from typing import Any, NamedTuple, Protocol
 from weakref import WeakValueDictionary
@@ -81,6 +82,9 @@ class Catalog:
         self._loaded: dict[Name, Loaded] = {}
         self._locks: WeakValueDictionary[Name, asyncio.Lock] = WeakValueDictionary()
         """A model is put, loaded or deleted by one at a time."""
+        self._num_named: dict[str, int] = defaultdict(int)
+        """What is being written that names a model, by the model's name."""
+        self._is_named = asyncio.Condition()
         self._folding = asyncio.Semaphore(1)
         """One at a time, for it takes all cores there are."""
         self._unfinished: set[int] = set()
@@ -106,6 +110,33 @@ class Catalog:
                 break
             await self.read()
         raise self._registry.missing(namespace, name)
+
+    @contextlib.asynccontextmanager
+    async def named(self, namespace: str, name: str) -> AsyncIterator[Model]:
+        """The model, loaded, for a session that is written meanwhile and names it: until then it is neither deleted nor
+        replaced, nor is another one put before it. Raises InvalidArgument and ModelNotFound.
+        """
+        await self.get(namespace, name)
+        async with contextlib.AsyncExitStack() as until_changed:
+            for space in sorted({namespace, SHARED_NAMESPACE}):
+                await until_changed.enter_async_context(self._lock((space, name)))
+            model = self._registry.served.find(namespace, name)
+            if model is None:
+                raise self._registry.missing(namespace, name)
+            self._num_named[name] += 1
+        try:
+            yield model
+        finally:
+            async with self._is_named:
+                self._num_named[name] -= 1
+                if not self._num_named[name]:
+                    del self._num_named[name]
+                self._is_named.notify_all()
+
+    async def _until_unnamed(self, name: str) -> None:
+        """Wait for what is being written; who holds the model's lock lets nothing more begin."""
+        async with self._is_named:
+            await self._is_named.wait_for(lambda: name not in self._num_named)
 
     def names(self, namespace: str) -> list[str]:
         """Of the models that can be named in a namespace and are served, in order."""
@@ -191,6 +222,7 @@ class Catalog:
             if (row := self._rows.get(key)) is None:
                 raise ModelNotFound(f"no model is named {name!r} in this namespace", model=name)
             self._check(key, row, wanted)
+            await self._until_unnamed(name)
             try:
                 await self._writer.write(DeleteModel(*key, everywhere=namespace == SHARED_NAMESPACE), None)
             except base.ModelInUse:
@@ -221,6 +253,7 @@ class Catalog:
             for number, start in enumerate(range(0, len(data), MODEL_PART_BYTES)):
                 part = bytes(memoryview(data)[start : start + MODEL_PART_BYTES])
                 await self._writer.upkeep(partial(self._add, row, number, part))
+            await self._until_unnamed(row.name)
             await self._writer.write(PutModel(row, must_fit, everywhere=row.namespace == SHARED_NAMESPACE), None)
         except base.ModelInUse as error:
             raise ModelInUse(f"model {row.name!r} cannot be replaced: {error}", model=row.name) from None

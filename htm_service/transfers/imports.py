@@ -299,7 +299,9 @@ class Imports:
 
     async def _publish(self, key: SessionKey, sid: int, settings: SessionSettings) -> Session:
         try:
-            return await self._directory.publish(key, sid, settings)
+            async with self._models.named(key.namespace, settings.model) as model:
+                validation.check_model_dim(settings.model, model, settings.dim)  # it may be another one by now
+                return await self._directory.publish(key, sid, settings)
         except HTMError:
             await self._discard(sid)
             raise

@@ -22,7 +22,15 @@ from htm_service.attention.model_file import model_bytes
 from htm_service.attention.modules import HTMAttention, HTMBlock
 from htm_service.config import MAX_MODELS
 from htm_service.engine import Engine
-from htm_service.errors import InvalidArgument, ModelConflict, ModelInUse, ModelNotFound, QuotaExceeded
+from htm_service.errors import (
+    HTMError,
+    InvalidArgument,
+    ModelConflict,
+    ModelInUse,
+    ModelNotFound,
+    QuotaExceeded,
+    SessionNotFound,
+)
 from htm_service.records import (
     AppendRequest,
     AttendRequest,
@@ -38,8 +46,10 @@ from storage.base import MODEL_PART_BYTES, ModelRow, Store
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
+from tests.engine.test_transfers import stream
 from tests.names import named
 from tests.reference import htm_reference, relative_error
+from tests.session_files import session_file
 
 DIM, SIZE = 13, 5
 
@@ -395,3 +405,50 @@ def files_of_many() -> Iterator[bytes]:
     _, tensors = from_module(HTMAttention(2, heads=1, dim_head=1))
     while True:
         yield model_bytes(config, {name: torch.randn_like(tensor) for name, tensor in tensors.items()})
+
+
+@pytest.mark.parametrize("naming", ["create", "update", "import"])
+@pytest.mark.parametrize("change", ["deleted", "of another width"])
+async def test_a_model_stays_while_a_session_that_names_it_is_written(
+    make_engine: MakeEngine, naming: str, change: str
+) -> None:
+    """One was deleted in between, and another put that did not fit: the session named what could not serve it."""
+    engine, is_free = await make_engine(MemoryStore()), threading.Event()
+    await engine.create(named("old"), CreateRequest(dim=DIM, chunk_size=SIZE))
+
+    async def name() -> None:
+        if naming == "create":
+            await engine.create(named("new"), CreateRequest(dim=DIM, model="m"))
+        elif naming == "update":
+            await engine.update(named("old"), SessionChange(model="m"))
+        else:
+            file = session_file(vectors(4, 3, DIM), dim=DIM, model="m")
+            await engine.import_session(named("new"), stream(file))
+
+    async def change_it() -> None:
+        if change == "deleted":
+            await engine.delete_model("default", "m")
+        else:
+            await engine.put_model("default", "m", Made(2, DIM + 1).file)
+
+    def hold() -> None:
+        is_free.wait(20)
+
+    for acts in ([name, change_it], [change_it, name]):
+        await engine.put_model("default", "m", Made(1).file)
+        is_free.clear()
+        engine.committer.queue.post(hold)
+        tasks = []
+        for act in acts:
+            tasks.append(asyncio.create_task(act()))
+            await asyncio.sleep(0.05)
+        is_free.set()
+        outcomes = await asyncio.gather(*tasks, return_exceptions=True)
+        assert sum(isinstance(outcome, HTMError) for outcome in outcomes) == 1, outcomes
+        for key in (named("new"), named("old")):
+            with contextlib.suppress(SessionNotFound):
+                await engine.attend(key, AttendRequest(queries=vectors(3, 1, DIM)))
+        await engine.delete_sessions("default", prefix="new")
+        await engine.update(named("old"), SessionChange(model="retrieval"))
+        with contextlib.suppress(ModelNotFound):
+            await engine.delete_model("default", "m")
