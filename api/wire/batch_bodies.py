@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Generic, NamedTuple, TypeVar
 
+import numpy as np
+
 from api.errors import shorten
 from api.wire import fields, hot_bodies
 from api.wire.fields import HotBody, Reader, Table
@@ -183,7 +185,7 @@ def _attends(body: HotBody, num_sessions: int, request_id: str) -> tuple[list[At
 
 def _asked(per_item: dict[str, Each], shared: dict[str, Any], request_id: str) -> tuple[list[AttendRequest], Asked]:
     # Copies: a recall is kept for a while, and would keep the queries of all.
-    per_item["queries"] = [queries.copy() for queries in per_item["queries"]]
+    per_item["queries"] = [np.array(queries, ndmin=2) for queries in per_item["queries"]]
     one, asked = hot_bodies.asked({**shared, "queries": per_item["queries"][0]}, request_id)
     if (starts := per_item.get("start")) is not None:
         per_item["start"] = [0 if start is None else start for start in starts]

@@ -73,6 +73,8 @@ class Arena:
         self._reserved: mmap.mmap | None = None
         self.contents: torch.Tensor | None = None
         """All pages [P, C, D] on a CPU, None on other devices."""
+        self.floats: npt.NDArray[np.float32] | None = None
+        """The same for numpy, of float32 alone."""
         if device.type == "cpu":
             num_slabs = max(1, budget.limit_bytes // self.slab_bytes)
             num_bytes = num_slabs * self.slab_bytes
@@ -85,6 +87,7 @@ class Arena:
                 self._reserved.madvise(mmap.MADV_HUGEPAGE)
             flat = torch.frombuffer(self._reserved, dtype=dtype)
             self.contents = flat.view(num_slabs * self.slab_pages, chunk_size, dim)
+            self.floats = self.contents.numpy() if dtype == torch.float32 else None
         self._num_more: dict[int, int] = {}
         """Of pages that several sessions hold: how many but one."""
         self._slabs: list[torch.Tensor | None] = []

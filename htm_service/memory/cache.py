@@ -21,6 +21,7 @@ from htm_service.memory.reclaim import Reclaim
 from htm_service.memory.resident import EpisodeRun, Extent, NewTokens, Resident, joined
 from htm_service.memory.sketches.code import LEAST_DIM, from_bytes, sketch
 from htm_service.memory.sketches.table import SketchTable
+from htm_service.memory.summary import Slot, fill_slots
 from htm_service.records import Ints
 from htm_service.session_settings import Shape
 from storage.base import Block, Summary
@@ -99,6 +100,19 @@ class Cache:
             except HTMError as error:
                 logging.getLogger(__name__).warning("session %s goes cold: %s", resident.key, error)
                 self.offload(resident)
+
+    def fill_all(self, residents: Sequence[Resident]) -> None:
+        """The same for several. One token more, as it waits in lock-step, takes a fifth of the time so."""
+        filled: list[tuple[Slot, bytes]] = []
+        for resident in residents:
+            block = _one_token(resident)
+            slot = None if block is None else resident.held.next_slot()
+            if block is None or slot is None:
+                self.fill(resident)
+            else:
+                resident.pending.popleft()
+                filled.append((slot, block.data))
+        fill_slots(filled)
 
     def begin_load(self, resident: Resident) -> None:
         """A cold session is loading from now on. Raises OutOfMemory, changing nothing."""
@@ -373,6 +387,17 @@ class Cache:
 def _first_position(resident: Resident, extent: Extent) -> int:
     """Where the session begins; its chunks may be ahead of `extent` by a group or two."""
     return max(extent.first_position, resident.settings.first_position(resident.held.length))
+
+
+def _one_token(resident: Resident) -> Block | None:
+    """The token that is all that waits, and that changes nothing else of a resident session."""
+    if resident.state != "resident" or resident.is_deleted or len(resident.pending) != 1:
+        return None
+    (extent, block, *_), chunks, runs = resident.pending[0], resident.chunks, resident.episodes
+    if block is None or block.num_tokens != 1 or chunks is None or block.start != chunks.length:
+        return None
+    is_of_now = extent.num_truncated == resident.num_seen and extent.first_position <= chunks.first_position
+    return block if is_of_now and runs and runs[-1].episode == block.episode else None
 
 
 def _by_time(extent: Extent) -> tuple[int, int]:

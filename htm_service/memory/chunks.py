@@ -22,7 +22,7 @@ from htm_service.errors import OutOfMemory
 from htm_service.memory.arena import Arena, Budget
 from htm_service.memory.device import sent
 from htm_service.memory.sketches.table import SketchTable
-from htm_service.memory.summary import add_token, mean_of, sum_slots
+from htm_service.memory.summary import Slot, add_token, mean_of, sum_slots
 
 KEY_ITEMSIZE = 4
 NO_PAGE = -1
@@ -132,6 +132,17 @@ class Chunks:
             self._add_sealed(tokens[head : head + body].view(-1, size, self.arena.dim))
         if head + body < num_tokens:
             self._fill_open(tokens[head + body :])
+
+    def next_slot(self) -> Slot | None:
+        """Where the next token goes, which counts as held from now on and is the caller's to put there; None where a
+        chunk begins with it, or where numpy cannot put it.
+        """
+        chunk, slot = divmod(self.length, self.chunk_size)
+        if self.arena.floats is None or slot == 0:
+            return None
+        self.length += 1
+        place, key = self.arena.floats[self._page_of(chunk), slot], self._keys.numpy()[self._row(chunk)]
+        return Slot(place, self._open_sum.numpy(), key, slot)
 
     def _add_pages(self, num_new: int) -> None:
         """Take pages for `num_new` chunks more, all or none."""

@@ -9,13 +9,20 @@ Shapes: m chunks, C chunk size, D width. Does not know pages, sessions or reques
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import NamedTuple
+
 import numpy as np
 import torch
 from torch import Tensor
 
+from htm_service.records import Floats
+
 SCALE = 2.0**-13
 """For chunks of up to 4,096 tokens, with room for rounding. Only numbers below 1e-34 lose digits by it, those after the
 43rd decimal place."""
+MOST = np.finfo(np.float32).max
+"""In a key: of tokens that large, the rounding of the sum alone may pass it."""
 FEW_NUMBERS = 1 << 18
 """Of chunks that are quicker added up in one call to numpy than by all cores in many calls to torch."""
 
@@ -44,5 +51,27 @@ def mean_of(total: Tensor, num_tokens: Tensor | int, out: Tensor | None = None) 
     count = num_tokens * SCALE
     if isinstance(count, float) and total.is_cuda:  # which would multiply by a number's reciprocal: other bits
         count = torch.full((1,), count, dtype=total.dtype, device=total.device)
-    most = torch.finfo(total.dtype).max  # of tokens that large, the rounding of the sum alone may pass it
-    return torch.div(total, count, out=out).clamp_(-most, most)
+    return torch.div(total, count, out=out).clamp_(-float(MOST), float(MOST))
+
+
+class Slot(NamedTuple):
+    """Where the next token [D] of an open chunk goes: `place` in its page, the sum of the `num_before` that are there,
+    and the key. Views, all [D].
+    """
+
+    place: Floats
+    total: Floats
+    key: Floats
+    num_before: int
+
+
+def fill_slots(filled: Iterable[tuple[Slot, bytes]]) -> None:
+    """Put a float32 token at rest into each slot, of another chunk every time: what `add_token` and `mean_of` do, but
+    by numpy, for torch lets another thread in at each of its calls.
+    """
+    with np.errstate(over="ignore"):
+        for (place, total, key, num_before), data in filled:
+            place[:] = token = np.frombuffer(data, np.float32)
+            total += token * np.float32(SCALE)
+            np.divide(total, np.float32((num_before + 1) * SCALE), out=key)
+            key.clip(-MOST, MOST, out=key)

@@ -83,12 +83,7 @@ class DeviceWorker:
 
     def fill_all(self, residents: Sequence[Resident]) -> None:
         """The same for several."""
-
-        def act() -> None:
-            for resident in residents:
-                self.cache.fill(resident)
-
-        self.queue.post(act)
+        self.queue.post(partial(self.cache.fill_all, residents))
 
     def free(self, resident: Resident, then: Callable[[], None]) -> None:
         """Have what a deleted session holds given back before the next batch, and `then` told (any thread)."""

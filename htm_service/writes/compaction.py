@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 
 from htm_service.errors import HTMError, OutOfMemory, SessionDamaged
 from htm_service.memory.chunks import Chunks
@@ -25,6 +26,8 @@ PORTION_BYTES = 4 << 20
 """Contents of the chunks that are compacted by one write."""
 PORTION_TOKENS = 4_096
 INTERVAL_S = 1.0
+REST = 7.0
+"""How long it rests after each portion, in times of what that took: the store and the cores are others' meanwhile."""
 
 
 class Compaction:
@@ -39,30 +42,31 @@ class Compaction:
         """Compact whole portions as they come, for ever."""
         while True:
             await asyncio.sleep(INTERVAL_S)
-            await self._compact_all()
+            await self._compact_all(rest=REST)
 
     async def finish(self) -> None:
         """Compact what there is, portions that are not whole too."""
         await self._compact_all(at_least=1)
 
-    async def _compact_all(self, at_least: int | None = None) -> None:
+    async def _compact_all(self, at_least: int | None = None, rest: float = 0.0) -> None:
         """Until there is nothing left. Nothing that goes wrong is raised: nobody depends on it."""
         try:
-            while await self.compact_once(at_least):
+            while await self.compact_once(at_least, rest):
                 pass
         except HTMError as error:
             logging.getLogger(__name__).info("compaction goes on later: %s", error)
         except Exception:
             logging.getLogger(__name__).exception("compaction failed and goes on later")
 
-    async def compact_once(self, at_least: int | None = None) -> int:
-        """One portion of each session that has one; how many."""
+    async def compact_once(self, at_least: int | None = None, rest: float = 0.0) -> int:
+        """One portion of each session that has one, with a rest after each; how many."""
         num_compacted = 0
         for session in list(self._directory.sessions()):
             size = _portion_chunks(session)
             least = min(size, at_least or size)
             waiting = session.length // session.settings.chunk_size - _first_without(session)
             if session.resident.state == "resident" and max(waiting, _num_unkept(session)) >= least:
+                began = time.monotonic()
                 try:
                     async with self._directory.lock(session.key):  # no truncation comes between
                         if waiting >= least:
@@ -71,6 +75,7 @@ class Compaction:
                             num_compacted += await self._keep_sketches(session, least, size)
                 except (SessionDamaged, OutOfMemory) as error:  # its own trouble: the others' turn is now
                     logging.getLogger(__name__).info("session %s is compacted later: %s", session.key, error)
+                await asyncio.sleep(rest * (time.monotonic() - began))
         return num_compacted
 
     async def _compact(self, session: Session, num_chunks: int) -> bool:

@@ -430,6 +430,33 @@ def test_sealing_joins_what_came_in_small_pieces(path: Path) -> None:
         assert list(store.verify()) == []
 
 
+def test_sealing_leaves_large_blocks_where_they_are(path: Path) -> None:
+    """A few tokens behind a large append had all of it written anew."""
+    with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
+        (row,) = store.write([CreateSession(SessionRow("a", {}, 0.0))], now=0.0)
+        assert isinstance(row, SessionRow)
+        token = bytes(range(256)) * 64  # 16 KiB, so that four fill a block
+        store.write([Append(row.sid, 4, token * 4) for _ in range(2)], now=1.0)
+        store.write([Append(row.sid, 1, token) for _ in range(3)], now=2.0)
+        store.write([Append(row.sid, 4, token * 4), Append(row.sid, 1, token)], now=3.0)
+        with contextlib.closing(sqlite3.connect(path)) as connection, connection:
+            connection.execute("CREATE TABLE touched (what TEXT, start INTEGER)")
+            for what, of in (("INSERT", "NEW"), ("DELETE", "OLD")):
+                connection.execute(
+                    f"CREATE TRIGGER on_{what} AFTER {what} ON blocks "
+                    f"BEGIN INSERT INTO touched VALUES ('{what}', {of}.start); END"
+                )
+        before = b"".join(block.data for block in store.read_blocks(row.sid))
+        store.write([Compact(row.sid, Summary(0, 4, b"s"), 4)], now=4.0)
+        with contextlib.closing(sqlite3.connect(path)) as connection:
+            written = sorted(connection.execute("SELECT what, start FROM touched"))
+        assert written == [("DELETE", 8), ("DELETE", 9), ("DELETE", 10), ("DELETE", 15), ("INSERT", 8), ("INSERT", 15)]
+        blocks = list(store.read_blocks(row.sid))
+        assert [(block.start, block.num_tokens) for block in blocks] == [(0, 4), (4, 4), (8, 3), (11, 4), (15, 1)]
+        assert b"".join(block.data for block in blocks) == before
+        assert list(store.verify()) == []
+
+
 def test_damage_is_not_hidden_by_sealing(path: Path) -> None:
     with contextlib.closing(open_store(f"sqlite:///{path}")) as store:
         (row,) = store.write([CreateSession(SessionRow("a", {}, 0.0))], now=0.0)

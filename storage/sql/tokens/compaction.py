@@ -71,9 +71,10 @@ def _end(connection: Connection, layout: Layout, chunk_size: int) -> int:
 
 
 def _join(connection: Connection, log: int, start: int, stop: int) -> None:
-    """Join the blocks of a log that lie wholly within positions start .. stop-1."""
+    """Join the small blocks of a log that lie wholly within positions start .. stop-1; the others are not touched."""
     columns = blocks.c
-    inside = (columns.log == log, columns.start >= start, columns.start + columns.num_tokens <= stop)
+    is_small = func.length(columns.data) <= BLOCK_BYTES // 2
+    inside = (columns.log == log, columns.start >= start, columns.start + columns.num_tokens <= stop, is_small)
     count, num_bytes = connection.execute(
         select(func.count(), func.coalesce(func.sum(func.length(columns.data)), 0)).where(*inside)
     ).one()
