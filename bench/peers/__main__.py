@@ -25,6 +25,8 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(prog="make bench-peers", description=__doc__)
     parser.add_argument("--only", default=",".join(SYSTEMS), help="systems, separated by commas: htm,chroma")
+    parser.add_argument("--num", type=int, default=NUM, help=f"how many memories, {NUM:,} unless told")
+    parser.add_argument("--minilm", action="store_true", help="embeddings of MiniLM, of the extra `minilm`")
     parser.add_argument("--quick", action="store_true", help="4,000 tokens and single seconds: a look, no figure")
     parser.add_argument("--environment", type=Path, default=Path(".venv-peers"), help="where the peers are installed")
     options = parser.parse_args()
@@ -35,7 +37,10 @@ def main() -> None:
     seconds = 1.0 if options.quick else 2.0
     began = time.perf_counter()
     say("memories are made")
-    memories = make_memories(4_000 if options.quick else NUM, DIM)
+    try:
+        memories = make_memories(min(options.num, 4_000) if options.quick else options.num, DIM, minilm=options.minilm)
+    except (OSError, ValueError) as error:
+        parser.error(str(error))
     rows: list[Row] = []
     not_measured: dict[str, str] = {}
     with tempfile.TemporaryDirectory() as name:
@@ -51,7 +56,8 @@ def main() -> None:
                 say(f"{system} is not measured: {reason}")
             else:
                 rows += peer.measure(environment, memories, directory, seconds)
-    print(f"{len(memories.texts):,} x {DIM}, {len(memories.queries)} queries; a raw log with a sync for each record:")
+    num, dim = memories.vectors.shape
+    print(f"{num:,} x {dim}, {len(memories.queries)} queries; a raw log with a sync for each record:")
     print(f"{log_per_s:,.0f} records/s\n")
     print(table(rows))
     figures = verdicts(rows)
@@ -63,7 +69,9 @@ def main() -> None:
         "date": datetime.date.today().isoformat(),
         "quick": options.quick,
         "seconds": round(time.perf_counter() - began),
-        "num_tokens": len(memories.texts),
+        "num_tokens": num,
+        "dim": dim,
+        "minilm": options.minilm,
         "log_per_s": log_per_s,
         "not_measured": not_measured,
     }

