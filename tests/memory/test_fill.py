@@ -10,6 +10,7 @@ import torch
 
 from htm_service.dtypes import to_bytes
 from htm_service.memory.cache import Cache
+from htm_service.memory.chunks import NO_PAGE
 from htm_service.memory.resident import Extent, Resident
 from htm_service.records import DType
 from htm_service.session_settings import SessionSettings
@@ -93,6 +94,30 @@ def test_large_tokens_overflow_neither_way() -> None:
         twins.fill([0, 1])
     twins.check()
     assert torch.isfinite(twins.sessions[0][0].held.keys).all()
+
+
+def test_room_for_some_is_not_taken_where_others_are_being_written() -> None:
+    """One session needed a page, the page of another one was given to it, whose token then went there."""
+    cache, random = Cache(torch.device("cpu"), 24 << 10), np.random.default_rng(5)
+    sessions = [Resident(SessionKey("default", f"s{at}"), at + 1, SETTINGS, Extent(0, 0)) for at in range(60)]
+    tokens = [np.zeros((0, 13), np.float32) for _ in sessions]
+    for turn in range(30):
+        for at, session in enumerate(sessions):
+            new = random.standard_normal((1 if turn else 1 + at % SIZE, 13)).astype(np.float32)
+            session.publish(Block(len(tokens[at]), len(new), new.tobytes()), 0)
+            tokens[at] = np.concatenate((tokens[at], new))
+        cache.fill_all(sessions)
+        for session, expected in zip(sessions, tokens, strict=True):
+            if session.state != "resident":
+                continue
+            held = session.held
+            assert held.length == len(expected)
+            for chunk in range(held.num_chunks):
+                of_chunk = torch.from_numpy(expected[chunk * SIZE : (chunk + 1) * SIZE])
+                if held.pages[chunk] != NO_PAGE:
+                    assert torch.equal(held.page(chunk)[: len(of_chunk)], of_chunk)
+                torch.testing.assert_close(held.keys[chunk], of_chunk.mean(dim=0), rtol=1e-5, atol=1e-6)
+    assert 0 < cache.reclaim.num_offloaded_sessions < len(sessions)
 
 
 def test_what_is_not_here_stays_so() -> None:
