@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from sqlalchemy import Connection, Dialect, Insert, Select, Update
+from sqlalchemy import Connection, Delete, Dialect, Insert, Select, Update
 from sqlalchemy.exc import DBAPIError
 
 Values = tuple[Any, ...]
@@ -32,7 +32,7 @@ def execute(connection: Connection, sql: str, rows: Sequence[Values] = ((),)) ->
 class Prepared:
     """A statement with parameters. `names` says in which order their values come; it must be that of the SQL."""
 
-    def __init__(self, statement: Insert | Update | Select[Any], *names: str) -> None:
+    def __init__(self, statement: Insert | Update | Delete | Select[Any], *names: str) -> None:
         self._statement = statement
         self._names = names
         self._sql: dict[str, str] = {}

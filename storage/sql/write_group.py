@@ -48,7 +48,7 @@ from storage.base import (
 from storage.sql.namespaces.keys import apply_to_key
 from storage.sql.namespaces.models import apply_to_model
 from storage.sql.namespaces.quotas import Usages
-from storage.sql.prepared import Values
+from storage.sql.prepared import Prepared, Values
 from storage.sql.snapshot import row_of
 from storage.sql.staging import add_payloads, publish
 from storage.sql.tables import idempotency, sessions
@@ -69,6 +69,14 @@ MAX_TALLIES = 16_384
 
 _DELETE_KEY = delete(idempotency).where(
     idempotency.c.sid == bindparam("of_sid"), idempotency.c.key == bindparam("of_key")
+)
+_OF_SID = select(sessions).where(sessions.c.sid == bindparam("of_sid"))
+_CUT_COLUMNS = "length", "num_bytes", "updated_at", "first_position"
+_CUT = Prepared(
+    update(sessions)
+    .where(sessions.c.sid == bindparam("of_sid"))
+    .values({name: bindparam(name) for name in _CUT_COLUMNS}),
+    *(*_CUT_COLUMNS, "of_sid"),
 )
 
 
@@ -108,6 +116,7 @@ class WriteGroup:
         self._tallies = tallies
         self._usages = usages
         self._appends = [write for write in writes if isinstance(write, Append)]
+        self._appending = {write.sid for write in self._appends}
         self._gathered: list[tuple[Append, Appended]] = []
         self._touched: dict[int, Tally] = {}
         """Those with tokens that were gathered."""
@@ -145,7 +154,7 @@ class WriteGroup:
         keys = {(write.sid, write.idempotency_key) for write in self._appends if write.idempotency_key is not None}
         if len(self._tallies) > MAX_TALLIES:
             self._tallies.clear()
-        self._look_up({write.sid for write in self._appends}.difference(self._tallies))
+        self._look_up(self._appending.difference(self._tallies))
         self._look_up_keys(keys, horizon)
 
     def _decide(self, write: Append) -> Appended | Refused:
@@ -217,7 +226,7 @@ class WriteGroup:
         self, write: UpdateSession | DeleteSession | Compact | KeepSketches | AddPayloads | Publish | Fork | Truncate
     ) -> WriteResult:
         """A write that looks at rows."""
-        row = self._connection.execute(select(sessions).where(sessions.c.sid == write.sid)).first()
+        row = self._connection.execute(_OF_SID, {"of_sid": write.sid}).first()
         if row is None:
             return NoSuchSession(f"there is no session of key {write.sid}")
         if isinstance(write, UpdateSession):
@@ -226,7 +235,7 @@ class WriteGroup:
                 .where(sessions.c.sid == write.sid)
                 .values(settings=dict(write.settings), model=write.settings.get("model"))
             )
-            row = self._connection.execute(select(sessions).where(sessions.c.sid == write.sid)).one()
+            row = self._connection.execute(_OF_SID, {"of_sid": write.sid}).one()
         elif isinstance(write, Compact):
             if (refused := compact(self._connection, write)) is not None:
                 return refused
@@ -293,12 +302,14 @@ class WriteGroup:
             return refused
         truncate(self._connection, row, write.length, write.chunk_size)
         values = {**held_until(row, write.length), "updated_at": self._now}
-        self._connection.execute(update(sessions).where(sessions.c.sid == row.sid).values(values))
+        _CUT.run(self._connection, [(*(values[name] for name in _CUT_COLUMNS), row.sid)])
         after = replace(row, **values)
         if (usage := self._usages.of(self._connection, row.namespace)) is not None:
             num_lost = row.length - row.first_position - (after.length - after.first_position)
             usage.add(0, -num_lost, after.num_bytes - row.num_bytes)
-        self._look_up({row.sid})
+        self._tallies.pop(row.sid, None)
+        if row.sid in self._appending:
+            self._look_up({row.sid})
         lost = [key for key, (_, answer) in self._keys.items() if key[0] == row.sid and answer.length > write.length]
         for key in lost:
             del self._keys[key]

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from sqlalchemy import Connection, delete
+from sqlalchemy import Connection, bindparam, delete
 
 from storage.base import SessionRow
+from storage.sql.prepared import Prepared
 from storage.sql.tables import idempotency, sessions, spans
 from storage.sql.tokens.deletion import leave
 from storage.sql.tokens.removal import remove
@@ -19,6 +20,12 @@ from storage.sql.tokens.spans import Span, cut, lay, layout_of, new_log, shared_
 TOKENS_AT_ONCE = 4_096
 BYTES_AT_ONCE = 4 << 20
 """A truncation that forgets no more than this deletes it in its own transaction."""
+_DELETE_KEYS = Prepared(
+    delete(idempotency).where(
+        idempotency.c.sid == bindparam("of_sid"), idempotency.c.length > bindparam("beyond_length")
+    ),
+    *("of_sid", "beyond_length"),
+)
 
 
 def held_until(row: SessionRow, length: int) -> dict[str, Any]:
@@ -40,8 +47,7 @@ def truncate(connection: Connection, row: SessionRow, length: int, chunk_size: i
     """Take the tokens from position `length` on from a session, whose row is as it was before."""
     layout = layout_of(connection, row.sid)
     assert layout is not None, "it was looked up"
-    lost = idempotency.c.sid == row.sid, idempotency.c.length > length
-    connection.execute(delete(idempotency).where(*lost))
+    _DELETE_KEYS.run(connection, [(row.sid, length)])
     begin = max(layout.own_start, layout.first_position)
     log, from_, shared = layout.log, max(length, begin), cut(layout.shared, 0, length)
     num_bytes = row.num_bytes - held_until(row, from_)["num_bytes"]
@@ -54,7 +60,7 @@ def truncate(connection: Connection, row: SessionRow, length: int, chunk_size: i
     after = layout._replace(shared=shared, log=log, own_start=min(length, layout.own_start), chunk_size=chunk_size)
     if log != layout.log:
         after = after._replace(own_start=length)
-    if after[2:] != layout[2:]:
+    if (after.shared, after.log, after.own_start) != (layout.shared, layout.log, layout.own_start):
         lay(connection, row.sid, after)
     leave(connection, row.sid, layout.logs - {log}, chunk_size)
 

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import zlib
 
-from sqlalchemy import Column, Connection, RowMapping, bindparam, delete, exists, func, insert, select
+from sqlalchemy import BindParameter, Column, Connection, bindparam, delete, exists, func, insert, select
 
-from storage.sql.prepared import Prepared
+from storage.sql.prepared import Prepared, Values
 from storage.sql.tables import blocks, payloads, sketches, summaries
 
 ROWS_AT_ONCE = {
@@ -27,8 +27,41 @@ TOKENS: ItemsOf = blocks.c.start, blocks.c.num_tokens
 KEYS: ItemsOf = summaries.c.first, summaries.c.num_chunks
 SKETCHES: ItemsOf = sketches.c.first, sketches.c.num_chunks
 
-_HAS_SKETCHES = Prepared(select(exists(select(sketches.c.first).where(sketches.c.log == bindparam("log")))), "log")
+_LOG: BindParameter[int] = bindparam("log")
+_START: BindParameter[int] = bindparam("start")
+_STOP: BindParameter[int] = bindparam("stop")
+_HAS_SKETCHES = Prepared(select(exists(select(sketches.c.first).where(sketches.c.log == _LOG))), "log")
 """Asked first, because most sessions have none, and those that trim come here with every few appends."""
+
+
+class _Items:
+    """The statements about rows that have items, made once: sessions that trim, or that an agent truncates, come here
+    all the time.
+    """
+
+    def __init__(self, items: ItemsOf) -> None:
+        (begin, num), table = items, items[0].table
+        self.columns = [column.name for column in table.c]
+        of_log = table.c.log == _LOG
+        inside, span = (of_log, begin >= _START, begin + num <= _STOP, begin < _STOP), ("log", "start", "stop", "stop")
+        self.size = Prepared(select(func.sum(func.length(table.c.data))).where(*inside), *span)
+        self.delete = Prepared(delete(table).where(*inside), *span)
+        last = select(func.max(begin)).where(of_log, begin < _START).scalar_subquery()
+        into = of_log, begin == last, begin + num > _START
+        self.into = Prepared(select(table).where(*into), "log", "log", "start", "start")
+        """The row that begins before the range and reaches into it."""
+        beyond = of_log, begin >= _START, begin < _STOP, begin + num > _STOP
+        self.beyond = Prepared(select(table).where(*beyond), *span)
+        self.delete_one = Prepared(delete(table).where(of_log, begin == _START), "log", "start")
+        self.insert = Prepared(insert(table), *self.columns)
+
+
+_STATEMENTS = {items: _Items(items) for items in (TOKENS, KEYS, SKETCHES)}
+_DELETE_PAYLOADS = Prepared(
+    delete(payloads).where(payloads.c.log == _LOG, payloads.c.position >= _START, payloads.c.position < _STOP),
+    *("log", "start", "stop"),
+)
+_NO_END = 2**63 - 1
 
 
 def remove(
@@ -39,7 +72,7 @@ def remove(
 
     Without `chunk_size`, nothing of the log may be needed but what was never anybody else's.
     """
-    is_left = _delete_some(connection, payloads.c.position, None, log, start, stop, in_steps)
+    is_left = _remove_payloads(connection, log, start, stop, in_steps)
     first, last = start, stop
     if chunk_size is not None:
         first, last = start // chunk_size, None if stop is None else stop // chunk_size
@@ -60,61 +93,55 @@ def _remove_items(
     connection: Connection, items: ItemsOf, log: int, start: int, stop: int | None, in_steps: bool
 ) -> tuple[int, bool]:
     """Delete the rows whose items all lie in the range, and cut those that reach into it."""
-    (begin, num), table = items, items[0].table
-    inside = [table.c.log == log, begin >= start, *([begin + num <= stop, begin < stop] if stop is not None else [])]
-    num_bytes = 0
-    if not in_steps:
-        size = func.coalesce(func.sum(func.length(table.c.data)), 0)
-        num_bytes = int(connection.execute(select(size).where(*inside)).scalar_one())
-    is_left = _delete_some(connection, begin, num, log, start, stop, in_steps)
-    rows: list[RowMapping] = []
-    if start > 0:
-        last = select(func.max(begin)).where(table.c.log == log, begin < start).scalar_subquery()
-        rows += connection.execute(select(table).where(table.c.log == log, begin == last)).mappings()
-    if stop is not None:
-        after = table.c.log == log, begin >= start, begin < stop, begin + num > stop
-        rows += connection.execute(select(table).where(*after)).mappings()
-    return num_bytes + sum(_cut(connection, items, row, start, stop) for row in rows), is_left
+    of, end = _STATEMENTS[items], _NO_END if stop is None else stop
+    span, num_bytes, is_left = (log, start, end, end), 0, False
+    if in_steps:
+        is_left = _delete_some(connection, *items, log, start, end)
+    else:
+        num_bytes = int(of.size.first(connection, span)[0] or 0)
+        of.delete.run(connection, [span])
+    rows = of.into.all(connection, (log, log, start, start)) if start > 0 else []
+    rows += of.beyond.all(connection, span) if stop is not None else []
+    return num_bytes + sum(_cut(connection, items, row, start, end) for row in rows), is_left
+
+
+def _remove_payloads(connection: Connection, log: int, start: int, stop: int | None, in_steps: bool) -> bool:
+    """Delete the payloads of the range, in steps not all of many; whether there are more."""
+    end = _NO_END if stop is None else stop
+    if in_steps:
+        return _delete_some(connection, payloads.c.position, None, log, start, end)
+    _DELETE_PAYLOADS.run(connection, [(log, start, end)])
+    return False
 
 
 def _delete_some(
-    connection: Connection,
-    begin: Column[int],
-    num: Column[int] | None,
-    log: int,
-    start: int,
-    stop: int | None,
-    in_steps: bool,
+    connection: Connection, begin: Column[int], num: Column[int] | None, log: int, start: int, stop: int
 ) -> bool:
-    """Delete rows of the range, in steps not all of many; whether there are more."""
+    """Delete some rows of the range; whether there are more."""
     table = begin.table
-    inside = [table.c.log == log, begin >= start]
-    if stop is not None:
-        inside += [begin < stop, *([begin + num <= stop] if num is not None else [])]
-    if not in_steps:
-        connection.execute(delete(table).where(*inside))
-        return False
+    inside = [table.c.log == log, begin >= start, begin < stop, *([begin + num <= stop] if num is not None else [])]
     most = ROWS_AT_ONCE[begin]
     some = select(begin).where(*inside).order_by(begin).limit(most)
     return connection.execute(delete(table).where(table.c.log == log, begin.in_(some))).rowcount == most
 
 
-def _cut(connection: Connection, items: ItemsOf, row: RowMapping, start: int, stop: int | None) -> int:
+def _cut(connection: Connection, items: ItemsOf, values: Values, start: int, stop: int) -> int:
     """Keep of a row what lies outside of the range; how many bytes went. What is damaged stays so, and is found so."""
-    begin, num = items
-    table, first, num_items = begin.table, row[begin.name], row[num.name]
+    (begin, num), of = items, _STATEMENTS[items]
+    row = dict(zip(of.columns, values, strict=True))
+    first, num_items = row[begin.name], row[num.name]
     end = first + num_items
     kept = [(first, min(end, start))] if first < start else []
-    kept += [(max(first, stop), end)] if stop is not None and end > stop else []
+    kept += [(max(first, stop), end)] if end > stop else []
     if kept == [(first, end)]:
         return 0
     data, spoil = row["data"], int(zlib.crc32(row["data"]) != row["checksum"])
     size = len(data) // num_items
-    connection.execute(delete(table).where(table.c.log == row["log"], begin == first))
+    of.delete_one.run(connection, [(row["log"], first)])
     num_bytes = len(data)
     for low, high in kept:
         rest = data[(low - first) * size : (high - first) * size]
         num_bytes -= len(rest)
-        values = {begin.name: low, num.name: high - low, "checksum": zlib.crc32(rest) ^ spoil, "data": rest}
-        connection.execute(insert(table).values({**row, **values}))
+        new = {**row, begin.name: low, num.name: high - low, "checksum": zlib.crc32(rest) ^ spoil, "data": rest}
+        of.insert.run(connection, [tuple(new.values())])
     return num_bytes

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from sqlalchemy import ColumnElement, CompoundSelect, Connection, bindparam, delete, exists, func, insert, or_, select
 
+from storage.sql.prepared import Prepared
 from storage.sql.tables import leftovers, sessions, spans
 
 _SPANS = (
@@ -25,6 +26,10 @@ _SPANS = (
     .order_by(spans.c.start)
 )
 """A session with its spans: written once, because SQLAlchemy takes as long to put it together as to ask it."""
+_SHARED_UNTIL = Prepared(
+    select(func.max(spans.c.stop)).where(spans.c.log == bindparam("of_log"), spans.c.sid != bindparam("but_sid")),
+    *("of_log", "but_sid"),
+)
 
 
 class Span(NamedTuple):
@@ -109,8 +114,7 @@ def new_log(connection: Connection) -> int:
 
 def shared_until(connection: Connection, log: int, sid: int) -> int:
     """Up to which position other sessions than this one have tokens in a log; 0: none has."""
-    query = select(func.max(func.coalesce(spans.c.stop, 0))).where(spans.c.log == log, spans.c.sid != sid)
-    return connection.execute(query).scalar() or 0
+    return int(_SHARED_UNTIL.first(connection, (log, sid))[0] or 0)
 
 
 class Needs(NamedTuple):
