@@ -21,8 +21,8 @@ from htm_service.records import Floats
 SCALE = 2.0**-13
 """For chunks of up to 4,096 tokens, with room for rounding. Only numbers below 1e-34 lose digits by it, those after the
 43rd decimal place."""
-MOST = np.finfo(np.float32).max
-"""In a key: of tokens that large, the rounding of the sum alone may pass it."""
+MOST = 3.4028234663852886e38
+"""The largest float32. Of tokens that large, the rounding of the sum alone may pass it."""
 FEW_NUMBERS = 1 << 18
 """Of chunks that are quicker added up in one call to numpy than by all cores in many calls to torch."""
 
@@ -51,7 +51,7 @@ def mean_of(total: Tensor, num_tokens: Tensor | int, out: Tensor | None = None) 
     count = num_tokens * SCALE
     if isinstance(count, float) and total.is_cuda:  # which would multiply by a number's reciprocal: other bits
         count = torch.full((1,), count, dtype=total.dtype, device=total.device)
-    return torch.div(total, count, out=out).clamp_(-float(MOST), float(MOST))
+    return torch.div(total, count, out=out).clamp_(-MOST, MOST)
 
 
 class Slot(NamedTuple):

@@ -329,7 +329,7 @@ async def test_compaction_that_fails_is_told_and_keeps_nobody_from_stopping(
     engine = await make_engine(store := open_store(sqlite_url))
     failed = asyncio.Event()
 
-    async def fail(at_least: int | None = None) -> int:
+    async def fail(*_: object) -> int:
         failed.set()
         raise RuntimeError("no such portion")
 
@@ -341,6 +341,28 @@ async def test_compaction_that_fails_is_told_and_keeps_nobody_from_stopping(
     row = store.get_session(named("s"))
     assert row is not None and row.length == 12
     assert "compaction failed and goes on later" in caplog.text and "no such portion" in caplog.text
+
+
+async def test_compaction_rests_between_its_portions(make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sessions that grow together fall due together: all that appended waited for one portion after the other."""
+    monkeypatch.setattr(compaction, "INTERVAL_S", 0.001)
+    monkeypatch.setattr(compaction, "PORTION_TOKENS", 2 * SIZE)
+    monkeypatch.setattr(compaction, "REST", 1e6)
+    engine = await make_engine(MemoryStore())
+    for name in "abc":
+        await fill(engine, name, vectors(1, 5 * SIZE, DIM))
+
+    def stored() -> list[int]:
+        return sorted(session_of(engine, name).num_stored_keys for name in "abc")
+
+    for _ in range(20_000):
+        if any(stored()):
+            break
+        await asyncio.sleep(0.001)
+    await asyncio.sleep(0.05)
+    assert stored()[:2] == [0, 0] and stored()[2] > 0
+    await engine.compaction.finish()
+    assert stored()[0] == stored()[2]
 
 
 async def test_a_session_that_is_deleted_while_its_chunks_are_read_is_not_found(

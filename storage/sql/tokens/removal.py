@@ -34,7 +34,7 @@ _HAS_SKETCHES = Prepared(select(exists(select(sketches.c.first).where(sketches.c
 """Asked first, because most sessions have none, and those that trim come here with every few appends."""
 
 
-class _Items:
+class Statements:
     """The statements about rows that have items, made once: sessions that trim, or that an agent truncates, come here
     all the time.
     """
@@ -56,7 +56,7 @@ class _Items:
         self.insert = Prepared(insert(table), *self.columns)
 
 
-_STATEMENTS = {items: _Items(items) for items in (TOKENS, KEYS, SKETCHES)}
+_STATEMENTS = {items: Statements(items) for items in (TOKENS, KEYS, SKETCHES)}
 _DELETE_PAYLOADS = Prepared(
     delete(payloads).where(payloads.c.log == _LOG, payloads.c.position >= _START, payloads.c.position < _STOP),
     *("log", "start", "stop"),
