@@ -310,10 +310,11 @@ def batch_search_parts(
     outcomes: Outcomes[SearchResult], request: SearchRequest, reply: Reply, raw: Raw
 ) -> tuple[Tensors, Params]:
     """The same of many searches, of which the first was `request`; where an item failed nothing is found."""
-    shape = len(np.atleast_2d(request.queries)), request.num_wanted
+    queries = np.atleast_2d(request.queries)
+    shape = len(queries), max((one.position.shape[1] for one in outcomes if not isinstance(one, HTMError)), default=0)
     tensors: Tensors = {}
     if request.embeddings:
-        none = np.zeros((*shape, np.atleast_2d(request.queries).shape[1]), np.float32)
+        none = np.zeros((*shape, queries.shape[1]), np.float32)
         tensors["embeddings"] = stacked(outcomes, lambda result: cast("npt.NDArray[Any]", result.embeddings), none)
     params: Params = {
         **batch_params(outcomes),

@@ -168,6 +168,20 @@ async def test_many_sessions_in_every_format(client: httpx.AsyncClient) -> None:
             check_problem(answer, 422, "invalid_argument")
 
 
+@pytest.mark.parametrize("n", [0, -1, 10**12])
+async def test_a_batch_of_which_all_fail_is_as_wide_as_nothing(client: httpx.AsyncClient, n: int) -> None:
+    """An n below 0, or as large as no memory is, was answered 500: what failed had been given n places each."""
+    body = {"sessions": ["s", "nobody"], "n": n, "return": ["payloads", "embeddings"]}
+    queries = np.ones((2, 3), np.float32)
+    answer = await client.post(BATCH, content=wire.build({"queries": queries}, body), headers=BINARY)
+    tensors, params = unpack(answer.content)
+    assert params["status"] == [422, 404] and f"n is {n}, it must be 1 to 1000" in params["errors"][0]["detail"]
+    assert tensors["position"].shape == tensors["score"].shape == (2, 1, 0)
+    assert tensors["embeddings"].shape == (2, 1, 0, 3) and params["payloads"] == [[[]], [[]]]
+    lists = (await client.post(BATCH, json={**body, "queries": queries.tolist()})).json()
+    assert lists["status"] == [422, 404] and lists["found"] == lists["embeddings"] == [[[]], [[]]]
+
+
 async def test_what_is_counted(serve: Serve) -> None:
     """A search is no recall, and is counted as one search however many sessions it goes through."""
     async with serve(recalls_per_session=8, payload_cache_bytes=1 << 20, oversample=7) as client:
