@@ -358,11 +358,17 @@ class Engine:
             validation.check_prefix(prefix)
             names = await self.directory.keys_of(namespace, prefix, validation.check_labels(labels or {}), MAX_SEARCHED)
         validation.check_range("the number of sessions", len(set(names)), 0, MAX_SEARCHED)
-        sessions = [await self._session(name) for name in dict.fromkeys(names)]
-        for session in sessions:
-            validation.check_search(request, session.settings.dim, session.id)
+        sessions: list[Session] = []
+        for name in dict.fromkeys(names):
+            try:
+                sessions.append(await self._session(name))
+            except (SessionNotFound, SessionExpired):  # since they were listed
+                if ids is not None:
+                    raise
+        for dim, session in {session.settings.dim: session for session in sessions}.items():
+            validation.check_search(request, dim, session.id)
         request = validation.check_search(request, request.queries.shape[-1])
-        return await self._searches.search_all(sessions, request)
+        return await self._searches.search_all(sessions, request, are_named=ids is not None)
 
     async def step(
         self, name: SessionKey, attend: AttendRequest, append: AppendRequest

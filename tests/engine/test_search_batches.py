@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from htm_service.errors import DeadlineExceeded, HTMError, InvalidArgument
-from htm_service.records import CreateRequest, SearchRequest, SearchResult
+from htm_service.errors import DeadlineExceeded, HTMError, InvalidArgument, SessionNotFound
+from htm_service.records import CreateRequest, SearchAllResult, SearchRequest, SearchResult
 from storage.in_memory import MemoryStore
 from tests.engine.conftest import MakeEngine
 from tests.engine.inside import go_cold
@@ -79,6 +79,35 @@ async def test_an_answer_that_would_be_too_large_is_refused_as_a_whole_or_from_w
     assert list(map(outcome_of, await engine.batch_search([(named("s"), one)] * 2))) == ["ok", "ok"]
     with pytest.raises(InvalidArgument):
         await asyncio.gather(engine.batch_search([(named("s"), SearchRequest(vectors(2, 4, DIM), num_wanted=30))]))
+
+
+@pytest.mark.parametrize("what", ["read_blocks", "read_payloads_each"])
+async def test_a_session_deleted_while_those_of_a_label_are_searched_is_left_out(
+    make_engine: MakeEngine, what: str
+) -> None:
+    """The search was answered 404 for a session that its caller had not named."""
+    store = MemoryStore()
+    engine = await make_engine(store, payload_cache_bytes=0)
+    for name in "abc":
+        await fill(engine, name, vectors(ord(name), 90, DIM), labels={"user": "ana"})
+    request = SearchRequest(vectors(2, 1, DIM), num_wanted=200, exact=True)
+    await go_cold(engine, "b")
+    may_go, reading, read = threading.Event(), threading.Event(), getattr(store, what)
+    setattr(store, what, lambda *args: (reading.set(), may_go.wait(20), read(*args))[2])
+    try:
+        searches = [
+            asyncio.create_task(engine.search_all("default", request, labels={"user": "ana"})),
+            asyncio.create_task(engine.search_all("default", request, ["a", "b", "c"])),
+        ]
+        await asyncio.to_thread(reading.wait, 20)
+        await engine.delete(named("b"))
+    finally:
+        may_go.set()
+    found, named_too = await asyncio.gather(*searches, return_exceptions=True)
+    assert isinstance(found, SearchAllResult), found
+    assert list(found.sessions) == ["a", "c"] and len(found.best[0]) == 180
+    assert {found.sessions[of] for of, _ in found.best[0]} == {"a", "c"}
+    assert isinstance(named_too, SessionNotFound) and "'b'" in named_too.detail
 
 
 async def test_a_search_through_many_sessions_is_bounded_and_has_one_deadline(make_engine: MakeEngine) -> None:

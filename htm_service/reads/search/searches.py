@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from htm_service.config import EngineConfig
-from htm_service.errors import HTMError, InvalidArgument, SessionDamaged
+from htm_service.errors import HTMError, InvalidArgument, SessionDamaged, SessionNotFound
 from htm_service.reads.attends import Attends, name_of
 from htm_service.reads.search.finder import Find
 from htm_service.records import AttendRequest, SearchAllResult, SearchRequest, SearchResult, Timing
@@ -83,37 +83,47 @@ class Searches:
                 self._count(request)
         return [outcomes[place] for place in range(len(wanted))]
 
-    async def search_all(self, sessions: Sequence[Session], request: SearchRequest) -> SearchAllResult:
-        """The same over all these sessions together; equal scores in their order. All of it has one deadline."""
+    async def search_all(
+        self, sessions: Sequence[Session], request: SearchRequest, *, are_named: bool
+    ) -> SearchAllResult:
+        """The same over all these sessions together; equal scores in their order. All of it has one deadline.
+
+        One that is deleted meanwhile is left out, unless they `are_named`. Raises what any of them failed with.
+        """
         limit = self._attends.deadline_of(request)
         self._check_size([(session, request) for session in sessions])
         while True:
-            results = await self._find_all(sessions, request, limit)
+            found = await self._find_all(sessions, request, limit, are_named=are_named)
+            sessions, results = list(found), list(found.values())
             best = _best(results, len(request.queries), request.num_wanted)
-            if request.payloads:  # of the best alone
-                kept = [_only(result, place, best) for place, result in enumerate(results)]
-                outcomes: dict[int, SearchResult | Exception] = dict(enumerate(kept))
-                await self._fill_each([(session, request) for session in sessions], outcomes)
-                results = [result._replace(payloads=_payloads(outcomes[at])) for at, result in enumerate(results)]
-            if not request.payloads or all(map(_is_as_of, sessions, results)):
+            if not request.payloads:
+                break
+            outcomes: dict[int, SearchResult | Exception] = dict(enumerate(_only(results, best)))
+            await self._fill_each([(session, request) for session in sessions], outcomes)
+            if not are_named and any(isinstance(one, SessionNotFound) for one in outcomes.values()):
+                continue
+            results = [result._replace(payloads=_payloads(outcomes[at])) for at, result in enumerate(results)]
+            if all(map(_is_as_of, sessions, results)):
                 break
         self._count(request)
         timing = max((result.timing for result in results), key=lambda timing: timing.compute_s, default=Timing())
         return SearchAllResult([session.id for session in sessions], results, best, timing)
 
     async def _find_all(
-        self, sessions: Sequence[Session], request: SearchRequest, limit: tuple[float, float]
-    ) -> list[SearchResult]:
-        """What each session has, as one entry of the device's queue. Raises what any of them failed with."""
+        self, sessions: Sequence[Session], request: SearchRequest, limit: tuple[float, float], *, are_named: bool
+    ) -> dict[Session, SearchResult]:
+        """What each session has, as one entry of the device's queue; of those that are not named, each that is left."""
         jobs = [(session, await self._asked(session, request)) for session in sessions]
-        results: list[SearchResult] = []
+        results: dict[Session, SearchResult] = {}
         for session, outcome in zip(sessions, await self._attends.compute_all(jobs, *limit), strict=True):
             if isinstance(outcome, SessionDamaged):
                 session.damage = outcome.detail
+            if isinstance(outcome, SessionNotFound) and not are_named:
+                continue
             if isinstance(outcome, Exception):
                 raise outcome
             assert isinstance(outcome, SearchResult)
-            results.append(_above(outcome, request.min_score))
+            results[session] = _above(outcome, request.min_score)
         return results
 
     def _count(self, request: SearchRequest) -> None:
@@ -254,11 +264,10 @@ def _best(results: Sequence[SearchResult], num_queries: int, num_wanted: int) ->
     ]
 
 
-def _only(result: SearchResult, place: int, best: Sequence[Sequence[tuple[int, int]]]) -> SearchResult:
-    """A result with those of its positions that are among the best."""
-    position = np.full(result.position.shape, -1)
+def _only(results: Sequence[SearchResult], best: Sequence[Sequence[tuple[int, int]]]) -> list[SearchResult]:
+    """The results with those of their positions that are among the best."""
+    positions = [np.full(result.position.shape, -1) for result in results]
     for query, row in enumerate(best):
         for of, at in row:
-            if of == place:
-                position[query, at] = result.position[query, at]
-    return result._replace(position=position)
+            positions[of][query, at] = results[of].position[query, at]
+    return [result._replace(position=position) for result, position in zip(results, positions, strict=True)]
