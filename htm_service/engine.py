@@ -416,7 +416,8 @@ class Engine:
     async def batch_search(self, items: Sequence[tuple[SessionKey, SearchRequest]]) -> list[SearchResult | HTMError]:
         """A search of each of several sessions, as one entry of the device's queue."""
         self._check_open()
-        return await batches.each(items, self.directory.known, self._found, _check_search, self._searches.search_each)
+        search_each = partial(self._searches.search_each, num_items=len(items))
+        return await batches.each(items, self.directory.known, self._found, _check_search, search_each)
 
     async def batch_step(self, items: Sequence[tuple[SessionKey, StepRequest]]) -> list[StepResult | HTMError]:
         """Attend to several sessions, none of them twice, as they are, then append to them."""

@@ -290,6 +290,10 @@ class SearchResult(NamedTuple):
     """How often the session had been truncated."""
 
 
+FOUND_BYTES = 80
+"""About what a found token takes in an answer, without its payload."""
+
+
 class SearchAllResult(NamedTuple):
     """The same over several sessions: of each, `sessions` [S] being their ids, what was found there, and which of it
     are the best: per query the session and the place among its results, best first.

@@ -28,6 +28,7 @@ from api.wire.hot_bodies import Asked, Selected, Wire
 from api.wire.tensors import to_base64, to_lists
 from htm_service.errors import HTMError, InvalidArgument
 from htm_service.records import (
+    FOUND_BYTES,
     AppendResult,
     AttendRequest,
     AttendResult,
@@ -45,8 +46,6 @@ from htm_service.records import (
     recalled_bytes,
 )
 
-FOUND_BYTES = 80
-"""About what a found token takes in an answer, without its payload."""
 Reply = Literal["lists", "b64", "safetensors"]
 """How an answer is written."""
 

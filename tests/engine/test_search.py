@@ -1,6 +1,7 @@
 """Searches against a float64 scan: every kind of request, sessions larger than the device, models, restarts."""
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -333,6 +334,25 @@ async def test_an_answer_that_would_be_too_large_is_refused(make_engine: MakeEng
         await engine.search(named("s"), SearchRequest(queries, num_wanted=50))
     with pytest.raises(InvalidArgument, match="20000"):
         await engine.search(named("s"), SearchRequest(queries, num_wanted=50, payloads=False, embeddings=True))
+
+
+async def test_places_where_nothing_is_found_count_too(make_engine: MakeEngine) -> None:
+    """An answer has n places however short the session is: a token, 1,000 places and a few queries took gigabytes."""
+    engine = await make_engine(max_answer_bytes=100_000)
+    await fill(engine, "s", vectors(1, 2, DIM))
+    few = SearchRequest(vectors(2, 2, DIM), num_wanted=10, embeddings=True)
+    assert (await engine.search(named("s"), few)).position[:, 2:].max() == -1
+    for many in (replace(few, num_wanted=1_000), SearchRequest(vectors(2, 9, DIM), num_wanted=1_000)):
+        for search in (
+            engine.search(named("s"), many),
+            engine.batch_search([(named("s"), many)]),
+            engine.search_all("default", many, ["s"]),
+        ):
+            with pytest.raises(InvalidArgument, match="the limit of one answer is 100000"):
+                await search
+    one = SearchRequest(vectors(2, 1, DIM), num_wanted=10, embeddings=True)
+    with pytest.raises(InvalidArgument, match="the limit of one answer is 100000"):
+        await engine.batch_search([(named(name), one) for name in ("s", *map(str, range(30)))])
 
 
 async def test_a_search_is_no_recall_and_has_a_deadline(make_engine: MakeEngine) -> None:

@@ -74,7 +74,7 @@ async def test_an_answer_that_would_be_too_large_is_refused_as_a_whole_or_from_w
     engine = await make_engine(max_answer_bytes=6_000, payload_cache_bytes=1 << 20)
     await fill(engine, "s", vectors(1, 90, DIM))
     one = SearchRequest(vectors(2, 1, DIM), num_wanted=30, exact=True)
-    with pytest.raises(InvalidArgument, match="the answer to 3 queries has up to 7200 bytes, the limit of one answer"):
+    with pytest.raises(InvalidArgument, match="the answer to 3 searches has up to 8280 bytes, the limit of one answer"):
         await engine.batch_search([(named("s"), one)] * 3)
     assert list(map(outcome_of, await engine.batch_search([(named("s"), one)] * 2))) == ["ok", "ok"]
     with pytest.raises(InvalidArgument):
@@ -113,11 +113,11 @@ async def test_a_session_deleted_while_those_of_a_label_are_searched_is_left_out
 async def test_a_search_through_many_sessions_is_bounded_and_has_one_deadline(make_engine: MakeEngine) -> None:
     """Each 64 sessions had a deadline of their own, and what all of them found was counted nowhere."""
     store = MemoryStore()
-    engine = await make_engine(store, max_answer_bytes=100 * 80)
+    engine = await make_engine(store, max_answer_bytes=1_700)
     names = [f"s{number}" for number in range(70)]
     for number, name in enumerate(names):
         await fill(engine, name, vectors(number, 5, DIM))
-    with pytest.raises(InvalidArgument, match="has up to 11200 bytes, the limit of one answer is 8000: ask fewer"):
+    with pytest.raises(InvalidArgument, match="what 1 queries find in 70 sessions has up to 1840 bytes, the limit of one"):
         await engine.search_all("default", SearchRequest(vectors(2, 1, DIM), num_wanted=2), names)
     found = await engine.search_all("default", SearchRequest(vectors(2, 1, DIM), num_wanted=1), names)
     scores = [float((vectors(number, 5, DIM) @ vectors(2, 1, DIM)[0]).max()) for number in range(70)]

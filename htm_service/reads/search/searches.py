@@ -16,12 +16,19 @@ from htm_service.config import EngineConfig
 from htm_service.errors import HTMError, InvalidArgument, SessionDamaged, SessionNotFound
 from htm_service.reads.attends import Attends, name_of
 from htm_service.reads.search.finder import Find
-from htm_service.records import AttendRequest, SearchAllResult, SearchRequest, SearchResult, Timing
+from htm_service.records import (
+    FOUND_BYTES,
+    AttendRequest,
+    SearchAllResult,
+    SearchRequest,
+    SearchResult,
+    Timing,
+)
 from htm_service.sessions.payloads import Payloads, Texts
 from htm_service.sessions.session import Session
 
-FOUND_BYTES = 80
-"""About what a found token takes in an answer, without its payload."""
+PLACE_BYTES = 12
+"""Of each of the n places that a query has, though nothing may be found for it: a position and a score."""
 
 
 class Searches:
@@ -49,13 +56,18 @@ class Searches:
             if not request.payloads or _is_as_of(session, result):
                 return answer
 
-    async def search_each(self, wanted: Sequence[tuple[Session, SearchRequest]]) -> list[SearchResult | Exception]:
+    async def search_each(
+        self, wanted: Sequence[tuple[Session, SearchRequest]], *, num_items: int
+    ) -> list[SearchResult | Exception]:
         """Checked requests of several sessions as one entry of the device's queue; one that fails takes no other along.
 
-        They have one deadline, the first's. Raises InvalidArgument where they would answer too much together.
+        They have one deadline, the first's, and one answer, in which each of `num_items` has places for what it finds.
+        Raises InvalidArgument where that would hold too much.
         """
         deadline = self._attends.deadline_of(wanted[0][1])
-        self._check_size(wanted)
+        num_bytes = sum(_answer_bytes(session, request) for session, request in wanted)
+        others = (num_items - len(wanted)) * _held_bytes(*wanted[0])
+        self._check_size(f"the answer to {num_items} searches", num_bytes + others)
         outcomes: dict[int, SearchResult | Exception] = {}
         jobs: list[tuple[Session, Find]] = []
         places: list[int] = []
@@ -91,7 +103,10 @@ class Searches:
         One that is deleted meanwhile is left out, unless they `are_named`. Raises what any of them failed with.
         """
         limit = self._attends.deadline_of(request)
-        self._check_size([(session, request) for session in sessions])
+        num_found = min(request.num_wanted, sum(session.length - session.first_position for session in sessions))
+        held = sum(_held_bytes(session, request) for session in sessions)
+        what = f"what {len(request.queries)} queries find in {len(sessions)} sessions"
+        self._check_size(what, held + len(request.queries) * num_found * FOUND_BYTES)
         while True:
             found = await self._find_all(sessions, request, limit, are_named=are_named)
             sessions, results = list(found), list(found.values())
@@ -131,7 +146,7 @@ class Searches:
         self.num_queries += len(request.queries)
 
     async def _find(self, session: Session, request: SearchRequest) -> SearchResult:
-        self._check_size([(session, request)])
+        self._check_size(f"the answer to {len(request.queries)} queries", _answer_bytes(session, request))
         try:
             result = await self._attends.compute(session, await self._asked(session, request))
         except SessionDamaged as error:
@@ -163,18 +178,12 @@ class Searches:
             embeddings=request.embeddings,
         )
 
-    def _check_size(self, wanted: Sequence[tuple[Session, SearchRequest]]) -> None:
+    def _check_size(self, what: str, num_bytes: int) -> None:
         """Raise InvalidArgument for an answer that would hold too much, whatever the payloads."""
-        num_bytes = num_queries = 0
-        for session, request in wanted:
-            num_found = min(request.num_wanted, max(1, session.length - session.first_position))
-            vector_bytes = request.embeddings * 4 * session.settings.dim
-            num_bytes += len(request.queries) * num_found * (FOUND_BYTES + vector_bytes)
-            num_queries += len(request.queries)
         if num_bytes > self._config.max_answer_bytes:
             raise InvalidArgument(
-                f"the answer to {num_queries} queries has up to {num_bytes} bytes, the limit of one answer "
-                f"is {self._config.max_answer_bytes}: ask fewer queries or sessions at once, or for fewer tokens"
+                f"{what} has up to {num_bytes} bytes, the limit of one answer is {self._config.max_answer_bytes}: "
+                "ask fewer queries or sessions at once, or for fewer tokens"
             )
 
     async def _fill_each(
@@ -271,3 +280,15 @@ def _only(results: Sequence[SearchResult], best: Sequence[Sequence[tuple[int, in
         for of, at in row:
             positions[of][query, at] = results[of].position[query, at]
     return [result._replace(position=position) for result, position in zip(results, positions, strict=True)]
+
+
+def _answer_bytes(session: Session, request: SearchRequest) -> int:
+    """Of the answer to one search, at most and without payloads."""
+    num_found = min(request.num_wanted, session.length - session.first_position)
+    return _held_bytes(session, request) + len(request.queries) * num_found * FOUND_BYTES
+
+
+def _held_bytes(session: Session, request: SearchRequest) -> int:
+    """Of its numbers alone: there are n places for each query, however short the session is."""
+    vector_bytes = request.embeddings * 4 * session.settings.dim
+    return len(request.queries) * request.num_wanted * (PLACE_BYTES + vector_bytes)
