@@ -207,8 +207,8 @@ class AsyncHTMClient:
         **options: Unpack[SearchOptions],
     ) -> list[Found]:
         """The n tokens of a session that score best against `query` [D], with their payloads."""
-        many = self._requests.search(session, query, n, embeddings=embeddings, payloads=payloads, options=options)
-        return (await self._send(many))[0]
+        one = self._requests.search(session, query, n, embeddings=embeddings, payloads=payloads, options=options)
+        return await self._send(one)
 
     async def search_many(
         self,
@@ -221,7 +221,9 @@ class AsyncHTMClient:
         **options: Unpack[SearchOptions],
     ) -> list[list[Found]]:
         """The same for `queries` [Q, D], a list for each."""
-        many = self._requests.search(session, queries, n, embeddings=embeddings, payloads=payloads, options=options)
+        many = self._requests.search_many(
+            session, queries, n, embeddings=embeddings, payloads=payloads, options=options
+        )
         return await self._send(many)
 
     async def search_all(

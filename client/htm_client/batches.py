@@ -41,12 +41,9 @@ class Batch:
     errors: Errors
 
     def __post_init__(self) -> None:
-        if isinstance(self.sessions, str):
-            raise TypeError(f"sessions is a list of session ids, not {self.sessions!r:.100}")
         if self.errors not in ("raise", "return"):
             raise InvalidArgument(f"errors is {self.errors!r:.100}, it must be 'raise' or 'return'")
-        for session in self.sessions:
-            calls.session_path(session)
+        calls.session_ids(self.sessions)
 
     def append(
         self, codec: Codec, embeddings: Any, payloads: Iterable[Any] | None, conditions: BatchAppendConditions

@@ -97,6 +97,16 @@ def session_path(session: str, *rest: str) -> str:
     return "/".join(["/v1/sessions", session, *rest])
 
 
+def session_ids(sessions: Iterable[str]) -> list[str]:
+    """Several sessions. Raises TypeError and InvalidArgument for what are no ids."""
+    if isinstance(sessions, str):
+        raise TypeError(f"sessions is a list of session ids, not {sessions!r:.100}")
+    ids = list(sessions)
+    for one in ids:
+        session_path(one)
+    return ids
+
+
 def model_path(name: str) -> str:
     """The path of a model. Raises TypeError and InvalidArgument for what is no name."""
     if not isinstance(name, str):

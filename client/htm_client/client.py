@@ -203,8 +203,8 @@ class HTMClient:
         **options: Unpack[SearchOptions],
     ) -> list[Found]:
         """The n tokens of a session that score best against `query` [D], with their payloads."""
-        many = self._requests.search(session, query, n, embeddings=embeddings, payloads=payloads, options=options)
-        return (self._send(many))[0]
+        one = self._requests.search(session, query, n, embeddings=embeddings, payloads=payloads, options=options)
+        return self._send(one)
 
     def search_many(
         self,
@@ -217,7 +217,9 @@ class HTMClient:
         **options: Unpack[SearchOptions],
     ) -> list[list[Found]]:
         """The same for `queries` [Q, D], a list for each."""
-        many = self._requests.search(session, queries, n, embeddings=embeddings, payloads=payloads, options=options)
+        many = self._requests.search_many(
+            session, queries, n, embeddings=embeddings, payloads=payloads, options=options
+        )
         return self._send(many)
 
     def search_all(

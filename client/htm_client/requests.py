@@ -50,6 +50,7 @@ from htm_client.results import (
     Chunk,
     ChunkDetail,
     Explained,
+    Floats,
     Found,
     Memories,
     Model,
@@ -161,9 +162,17 @@ class Requests:
         return Request(self._codec.select(session, *attend_parts(queries, **everything)), calls.selected)
 
     def search(
+        self, session: str, query: Any, n: int, *, embeddings: bool, payloads: bool, options: SearchOptions
+    ) -> Request[list[Found]]:
+        """Find tokens."""
+        array = _one_query("search", query)
+        many = self.search_many(session, array, n, embeddings=embeddings, payloads=payloads, options=options)
+        return Request(many.call, lambda answer: many.read(answer)[0])
+
+    def search_many(
         self, session: str, queries: Any, n: int, *, embeddings: bool, payloads: bool, options: SearchOptions
     ) -> Request[list[list[Found]]]:
-        """Find tokens."""
+        """The same for each of several queries."""
         check("search", options, SearchOptions, "n", "embeddings", "payloads")
         parts = attend_parts(queries, n=n, returns=_included(embeddings, payloads), **options)
         return Request(self._codec.search(session, *parts), calls.found)
@@ -182,7 +191,8 @@ class Requests:
     ) -> Request[list[list[Found]]]:
         """Find tokens of several sessions."""
         check("search_all", options, SearchAllOptions, "n", "sessions", "label", "prefix", "embeddings", "payloads")
-        named = {"sessions": None if sessions is None else list(sessions), "label": label, "prefix": prefix}
+        ids = None if sessions is None else calls.session_ids(sessions)
+        named = {"sessions": ids, "label": label, "prefix": prefix}
         parts = attend_parts(queries, n=n, returns=_included(embeddings, payloads), **named, **options)
         return Request(self._codec.search_all(*parts), calls.found)
 
@@ -338,12 +348,7 @@ class Requests:
 
     def recall(self, session: str, query: Any, n: int, options: RecallOptions) -> Request[list[Recalled]]:
         """The n most similar of the tokens that one query recalls, with their payloads."""
-        array = floats(query)
-        if array.ndim != 1:
-            raise InvalidArgument(
-                f"recall takes one query [D], not shape {list(array.shape)}; recall_many takes [Q, D]"
-            )
-        many = self.recall_many(session, array, n, options)
+        many = self.recall_many(session, _one_query("recall", query), n, options)
         return Request(many.call, lambda answer: many.read(answer)[0])
 
     def recall_many(self, session: str, queries: Any, n: int, options: RecallOptions) -> Request[list[list[Recalled]]]:
@@ -382,6 +387,13 @@ def _session(answer: Answer) -> SessionInfo:
 
 def _page(answer: Answer, name: str, of: Callable[[Mapping[str, Any]], T]) -> Page[T]:
     return Page([of(item) for item in answer.params[name]], answer.params["cursor"])
+
+
+def _one_query(call: str, query: Any) -> Floats:
+    array = floats(query)
+    if array.ndim != 1:
+        raise InvalidArgument(f"{call} takes one query [D], not shape {list(array.shape)}; {call}_many takes [Q, D]")
+    return array
 
 
 def _included(embeddings: bool, payloads: bool) -> list[str]:

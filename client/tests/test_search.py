@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from htm_client import BatchFailed, Found, InvalidRequest, NotFound
+from htm_client import BatchFailed, Found, InvalidArgument, InvalidRequest, NotFound
 
 from tests.both_clients import Both
 
@@ -116,6 +116,12 @@ def test_what_is_wrong_is_said(client: Any) -> None:
         client.search("monday", vectors(5)[0], 0)
     with pytest.raises(InvalidRequest, match="sessions, label or prefix is required"):
         client.search_all(vectors(5)[0])
+    with pytest.raises(InvalidArgument, match=r"search takes one query \[D\], not shape \[2, 131\]; search_many takes"):
+        client.search("monday", vectors(5)[:2])
+    with pytest.raises(TypeError, match="sessions is a list of session ids, not 'monday'"):
+        client.search_all(vectors(5)[0], sessions="monday")
+    with pytest.raises(InvalidArgument, match=r"'\.\./x' is no session id"):
+        client.search_all(vectors(5)[0], sessions=["../x"])
     with pytest.raises(TypeError, match="nn"):
         client.search("monday", vectors(5)[0], nn=3)
 

@@ -93,7 +93,13 @@ async def test_a_session_deleted_while_those_of_a_label_are_searched_is_left_out
     request = SearchRequest(vectors(2, 1, DIM), num_wanted=200, exact=True)
     await go_cold(engine, "b")
     may_go, reading, read = threading.Event(), threading.Event(), getattr(store, what)
-    setattr(store, what, lambda *args: (reading.set(), may_go.wait(20), read(*args))[2])
+
+    def read_late(*args: Any) -> Any:
+        reading.set()
+        may_go.wait(20)
+        return read(*args)
+
+    setattr(store, what, read_late)
     try:
         searches = [
             asyncio.create_task(engine.search_all("default", request, labels={"user": "ana"})),
@@ -117,7 +123,9 @@ async def test_a_search_through_many_sessions_is_bounded_and_has_one_deadline(ma
     names = [f"s{number}" for number in range(70)]
     for number, name in enumerate(names):
         await fill(engine, name, vectors(number, 5, DIM))
-    with pytest.raises(InvalidArgument, match="what 1 queries find in 70 sessions has up to 1840 bytes, the limit of one"):
+    with pytest.raises(
+        InvalidArgument, match="what 1 queries find in 70 sessions has up to 1840 bytes, the limit of one"
+    ):
         await engine.search_all("default", SearchRequest(vectors(2, 1, DIM), num_wanted=2), names)
     found = await engine.search_all("default", SearchRequest(vectors(2, 1, DIM), num_wanted=1), names)
     scores = [float((vectors(number, 5, DIM) @ vectors(2, 1, DIM)[0]).max()) for number in range(70)]

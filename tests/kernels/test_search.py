@@ -124,6 +124,18 @@ def test_ties_go_to_the_lower_position(kernel: SearchKernel) -> None:
         assert found.position[0].tolist() == [*range(40), *range(47, 57)]
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("length", [60, 2_003])
+def test_ties_go_to_the_lower_position_though_few_are_scored(kernel: SearchKernel, length: int) -> None:
+    """Of equal tokens, whose sketches say all of them, those of the parts' ends were found."""
+    torch.manual_seed(5)
+    token = torch.randn(1, 130)
+    chunks = memory_of(token.expand(length, 130), 7)
+    for query in (token, torch.randn(1, 130), -token, torch.zeros(1, 130)):
+        found = find(kernel, chunks, [search_of(chunks, 5)], query)
+        assert found.position[0].tolist() == [0, 1, 2, 3, 4] and len(set(found.score[0].tolist())) == 1
+
+
 @st.composite
 def memories(draw: Any) -> tuple[Tensor, Tensor]:
     """Tokens [n, D] of many kinds, easy and hard for sketches, and queries [Q, D]."""
@@ -264,6 +276,22 @@ def test_scores_that_overflow_are_told(kernel: SearchKernel) -> None:
         found = find(kernel, chunks, [search_of(chunks, 60, 3, **changes)], queries)
         assert found.score[1].isnan().all() and (found.position[1] == -1).all()
         assert not found.score[2].isnan().any() and found.position[2].tolist() == list(range(60))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_chunk_whose_key_overflows_is_looked_into(kernel: SearchKernel, sign: float) -> None:
+    """Where its product with the query was minus infinity, the other tokens of its chunk were not found, and
+    nobody was told.
+    """
+    torch.manual_seed(6)
+    tokens = torch.randn(60, 128)
+    tokens[33:37] = sign * 3e38
+    chunks = memory_of(tokens, 10)
+    query = torch.full((1, 128), 10.0)
+    for changes in ({}, {"bits": None, "factors": None}):
+        found = find(kernel, chunks, [search_of(chunks, 60, **changes)], query)
+        assert found.score.isnan().all() and (found.position == -1).all()
 
 
 def test_kernels_agree_to_the_position() -> None:
