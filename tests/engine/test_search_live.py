@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
@@ -141,6 +142,26 @@ async def test_searches_and_attends_share_batches(make_engine: MakeEngine, kerne
     for place, name in enumerate([*tokens] * 5):
         check(done[2 * place], tokens[name], request, np.ones(len(tokens[name]), bool))
         np.testing.assert_allclose(done[2 * place + 1].output, alone[place % 3].output, rtol=1e-4, atol=1e-5)
+
+
+async def test_a_search_for_much_lends_no_other_its_lists(make_engine: MakeEngine) -> None:
+    """All rows of a batch had lists as long as the longest: one search for much and many small ones took gigabytes."""
+    engine = await make_engine()
+    await use(engine, "compiled")
+    tokens = vectors(1, 12_000, DIM)
+    await fill(engine, "s", tokens)
+    small = SearchRequest(tokens[:100], num_wanted=1, payloads=False)
+    much = SearchRequest(tokens[:1], num_wanted=1_000, oversample=12, payloads=False)
+    for _ in range(2):  # the second time there are sketches
+        await asyncio.gather(*(engine.search(named("s"), one) for one in (much, small)))
+        await asyncio.sleep(0.5)
+    tracemalloc.start()
+    try:
+        await asyncio.gather(*(engine.search(named("s"), one) for one in (much, small)))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 12 << 20, peak
 
 
 async def test_a_search_whose_caller_goes_or_whose_time_is_over_leaves_nothing(make_engine: MakeEngine) -> None:

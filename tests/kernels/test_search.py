@@ -1,5 +1,6 @@
 """Search kernels against a float64 scan of all tokens, and against each other: equal answers, unchanged arguments."""
 
+import tracemalloc
 from dataclasses import replace
 from typing import Any
 
@@ -122,18 +123,6 @@ def test_ties_go_to_the_lower_position(kernel: SearchKernel) -> None:
     for changes in ({"bits": None, "factors": None}, {"num_scored": 200}):
         found = find(kernel, chunks, [search_of(chunks, 50, **changes)], token)
         assert found.position[0].tolist() == [*range(40), *range(47, 57)]
-
-
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("length", [60, 2_003])
-def test_ties_go_to_the_lower_position_though_few_are_scored(kernel: SearchKernel, length: int) -> None:
-    """Of equal tokens, whose sketches say all of them, those of the parts' ends were found."""
-    torch.manual_seed(5)
-    token = torch.randn(1, 130)
-    chunks = memory_of(token.expand(length, 130), 7)
-    for query in (token, torch.randn(1, 130), -token, torch.zeros(1, 130)):
-        found = find(kernel, chunks, [search_of(chunks, 5)], query)
-        assert found.position[0].tolist() == [0, 1, 2, 3, 4] and len(set(found.score[0].tolist())) == 1
 
 
 @st.composite
@@ -278,20 +267,18 @@ def test_scores_that_overflow_are_told(kernel: SearchKernel) -> None:
         assert not found.score[2].isnan().any() and found.position[2].tolist() == list(range(60))
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
-@pytest.mark.parametrize("sign", [1.0, -1.0])
-def test_a_chunk_whose_key_overflows_is_looked_into(kernel: SearchKernel, sign: float) -> None:
-    """Where its product with the query was minus infinity, the other tokens of its chunk were not found, and
-    nobody was told.
-    """
-    torch.manual_seed(6)
-    tokens = torch.randn(60, 128)
-    tokens[33:37] = sign * 3e38
-    chunks = memory_of(tokens, 10)
-    query = torch.full((1, 128), 10.0)
-    for changes in ({}, {"bits": None, "factors": None}):
-        found = find(kernel, chunks, [search_of(chunks, 60, **changes)], query)
-        assert found.score.isnan().all() and (found.position == -1).all()
+def test_lists_are_as_long_as_what_is_kept_in_them() -> None:
+    """Where nothing is guessed a row had places for all guesses it might have made: 400 rows took a gigabyte."""
+    chunks = memory_of(torch.ones(2_000, 1), 32)
+    search = search_of(chunks, 10, 200, bits=None, factors=None, num_scored=100_000)
+    find(KERNELS[1], chunks, [search], torch.ones(200, 1))
+    tracemalloc.start()
+    try:
+        find(KERNELS[1], chunks, [search], torch.ones(200, 1))
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 16 << 20, peak
 
 
 def test_kernels_agree_to_the_position() -> None:

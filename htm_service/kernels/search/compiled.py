@@ -44,9 +44,10 @@ class CompiledSearch:
         of_slots = np.zeros((num_rows, arena.chunk_size), np.float32) if slots is None else slots.numpy()
         asked = (*pages_of(arena), table, queries.numpy())
         num_parts = self._num_parts(searches, arena)
+        num_guesses = max([1, *(search.num_scored for search in searches if search.bits is not None)])
         lacking = np.zeros(sum(len(search.pages) for search in searches), np.bool_)
         kept = (
-            *_lists(num_rows, num_parts, max(1, *(search.num_scored for search in searches))),
+            *_lists(num_rows, num_parts, num_guesses),
             *_lists(num_rows, num_parts, width),
             *_bounds(sum(len(search.pages) * search.num_queries for search in searches), arena.chunk_size),
             *(lacking, np.zeros((num_rows, num_parts), np.bool_)),

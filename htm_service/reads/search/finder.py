@@ -25,6 +25,8 @@ from htm_service.reads.cost import PRODUCTS_OF_ANY_QUERY
 from htm_service.reads.runner import Attend, Missing, stack_queries
 from htm_service.records import SearchResult
 
+FEW_SCORED = 1024
+"""Tokens scored for a query, up to which all share a group."""
 PRODUCTS_PER_SKETCHED = 8
 """A sketch costs as much as one in so many of its token's multiply-adds."""
 
@@ -152,14 +154,18 @@ class Finder:
 
 
 def _groups(finds: Sequence[Find]) -> list[list[list[Find]]]:
-    """Searches that share a model and an arena, those that look at the same tokens in the same way together."""
-    groups: dict[tuple[int, int], dict[tuple[object, ...], list[Find]]] = defaultdict(lambda: defaultdict(list))
+    """Searches that share a model and an arena, those that look at the same tokens in the same way together.
+
+    A kernel has lists for all rows as long as the longest, so searches for much have groups of their own.
+    """
+    groups: dict[tuple[int, ...], dict[tuple[object, ...], list[Find]]] = defaultdict(lambda: defaultdict(list))
     for find in finds:
         seen = find.seen
         alike: tuple[object, ...] = (id(find),)
         if seen.token_mask is None and not find.known_scores:
             alike = id(find.chunks), seen.start, seen.stop, find.num_wanted, find.num_scored, find.exact
-        groups[id(find.model), id(find.chunks.arena)][alike].append(find)
+        much = (find.num_scored // FEW_SCORED).bit_length()
+        groups[id(find.model), id(find.chunks.arena), much][alike].append(find)
     return [list(alike.values()) for alike in groups.values()]
 
 
