@@ -267,6 +267,23 @@ def test_scores_that_overflow_are_told(kernel: SearchKernel) -> None:
         assert not found.score[2].isnan().any() and found.position[2].tolist() == list(range(60))
 
 
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_chunk_whose_key_overflows_is_looked_into(kernel: SearchKernel, sign: float) -> None:
+    """Where its product with the query was minus infinity, the other tokens of its chunk were not found, and
+    nobody was told.
+    """
+    torch.manual_seed(6)
+    tokens = torch.randn(60, 128)
+    tokens[33:37] = sign * 3e38
+    chunks = memory_of(tokens, 10)
+    query = torch.full((1, 128), 10.0)
+    search = search_of(chunks, 60)
+    for one in (search, replace(search, bits=None, factors=None)):
+        found = find(kernel, chunks, [one], query)
+        assert found.score.isnan().all() and (found.position == -1).all()
+
+
 def test_lists_are_as_long_as_what_is_kept_in_them() -> None:
     """Where nothing is guessed a row had places for all guesses it might have made: 400 rows took a gigabyte."""
     chunks = memory_of(torch.ones(2_000, 1), 32)

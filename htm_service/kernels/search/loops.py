@@ -143,8 +143,11 @@ def _collect(
             if search.bits != 0 and not np.isnan(factors[chunk, 0]):
                 for q in range(num_rows):
                     at_bound = q * num_chunks + chunk
+                    around = sums[i, q]
+                    if not np.isfinite(around):  # it says nothing of its tokens: they are looked at
+                        around = np.float32(np.inf)
                     top[at_bound] = _estimate(
-                        *(bits[chunk], factors[chunk], planes[q], step[q], spread[q], sums[i, q], slots[q]),
+                        *(bits[chunk], factors[chunk], planes[q], step[q], spread[q], around, slots[q]),
                         *(counts, estimates, bound[at_bound]),
                     )
                     worst = guess[q, 0]

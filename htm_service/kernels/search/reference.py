@@ -53,7 +53,8 @@ def _find(
     scores = _known(search, queries, arena.chunk_size)  # [Q, m, C], NaN where it is not known
     estimates = slots[:, None].expand(scores.shape)
     if sketched.any():
-        estimates = (estimates + _estimates(search, queries, rotated)).nan_to_num(torch.inf)
+        estimates = estimates + _estimates(search, queries, rotated)
+        estimates = estimates.where(estimates.isfinite(), torch.inf)  # what says nothing is looked at
         _, best = _best(estimates, sketched.expand(scores.shape), search.num_scored)
         scored.flatten(1).scatter_(1, best, value=True)
         scored &= visible
