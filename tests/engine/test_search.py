@@ -323,6 +323,18 @@ async def test_scores_that_overflow_are_refused_and_others_answered(engine: Engi
         assert (await small).position.min() >= 0
 
 
+async def test_numbers_at_the_end_of_float32_are_told_to_nobody_but_the_caller(engine: Engine) -> None:
+    """NumPy warned of each in the server's log."""
+    await fill(engine, "s", 1e-3 * vectors(1, 100, DIM))
+    query = vectors(2, 1, DIM)
+    for least, num in ((1e39, 0), (-1e39, 10)):
+        found = await engine.search(named("s"), SearchRequest(query, min_score=least))
+        assert (found.position >= 0).sum() == num
+    large = SearchRequest(np.float32(3e38) * np.sign(query))
+    found = await engine.search(named("s"), large)
+    check(found, 1e-3 * vectors(1, 100, DIM), large, np.ones(100, bool))
+
+
 async def test_an_answer_that_would_be_too_large_is_refused(make_engine: MakeEngine) -> None:
     engine = await make_engine(max_answer_bytes=20_000)
     await engine.create(named("s"), CreateRequest(dim=DIM))

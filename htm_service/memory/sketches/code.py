@@ -77,9 +77,10 @@ class Rotation:
         left, right = self._left.numpy(), self._right.numpy()
         rotated = np.zeros((len(vectors), self.padded_dim), np.float32)
         rotated[:, : self.dim] = vectors
-        for signs in self._signs.numpy():
-            grid = (rotated * signs).reshape(len(vectors), self._columns, -1)
-            rotated = (left @ grid @ right).reshape(len(vectors), -1)
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is scored, or refused
+            for signs in self._signs.numpy():
+                grid = (rotated * signs).reshape(len(vectors), self._columns, -1)
+                rotated = (left @ grid @ right).reshape(len(vectors), -1)
         return rotated
 
 

@@ -250,7 +250,9 @@ def _above(result: SearchResult, min_score: float | None) -> SearchResult:
     """What scores at least `min_score`, which is the first of each row."""
     if min_score is None:
         return result
-    position = np.where(result.score >= np.float32(min_score), result.position, -1)
+    with np.errstate(over="ignore"):  # beyond float32 all is less, or nothing
+        least = np.float32(min_score)
+    position = np.where(result.score >= least, result.position, -1)
     embeddings = result.embeddings
     if embeddings is not None:
         embeddings = np.where(position[..., None] >= 0, embeddings, np.float32(0))
