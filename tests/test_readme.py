@@ -71,7 +71,8 @@ def test_curl_example(address: str) -> None:
     assert (ROOT / "examples" / "quickstart.sh").read_text().endswith(text), "examples/quickstart.sh is another"
     commands = text.replace("\\\n", " ").replace(ADDRESS, address).splitlines()
     answers = [post_as_curl_would(command) for command in commands]
-    assert [answer.status_code for answer in answers] == [201, 200, 200]
+    assert [answer.status_code for answer in answers] == [201, 200, 200, 200]
+    assert answers[2].json()["found"][0][0]["payload"] == {"text": "dogs bark"}
     (recalled,) = answers[-1].json()["recalled"]
     assert recalled[0]["payload"] == {"text": "dogs bark"}
     if shutil.which("curl"):  # the same by curl itself, where there is one

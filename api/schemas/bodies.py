@@ -229,7 +229,7 @@ class SearchAllBody(Body):
     model: str | None = Field(None, description="What scores; each session's, if left out.")
     episodes: list[int] | None = Field(None, description="Only tokens appended under these episode numbers.")
     exact: bool = Field(default=False, description="Score every visible token.")
-    oversample: int | None = Field(None, description="Tokens that are scored for each one wanted.")
+    oversample: int | None = Field(None, description=f"Tokens scored for each one wanted, 1..{MAX_OVERSAMPLE}.")
     min_score: Number | None = Field(None, description="Only tokens that score at least this.")
     return_: list[Literal["payloads", "embeddings"]] = Field(
         default=["payloads"], alias="return", description="What the answer holds of each token."
