@@ -376,7 +376,7 @@ def found(answer: Answer) -> list[list[Found]]:
 def found_rows(rows: Sequence[Sequence[Params]], vectors: Any) -> list[list[Found]]:
     """What was found, as JSON says it, with the embeddings [Q, n, D] if there are any."""
     return [
-        [Found(**item) if vectors is None else Found(**item, embedding=vectors[q, i]) for i, item in enumerate(row)]
+        [Found.of(item if vectors is None else {**item, "embedding": vectors[q, i]}) for i, item in enumerate(row)]
         for q, row in enumerate(rows)
     ]
 

@@ -155,7 +155,7 @@ class Selected:
 
 
 @dataclass(frozen=True, slots=True)
-class Found:
+class Found(_FromJSON):
     """One found token; `embedding` [D] when asked for, `session` when several were searched."""
 
     position: int

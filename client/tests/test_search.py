@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
-from htm_client import BatchFailed, Found, InvalidArgument, InvalidRequest, NotFound
+from htm_client import BatchFailed, Found, HTMClient, InvalidArgument, InvalidRequest, NotFound
 
 from tests.both_clients import Both
 
@@ -124,6 +125,14 @@ def test_what_is_wrong_is_said(client: Any) -> None:
         client.search_all(vectors(5)[0], sessions=["../x"])
     with pytest.raises(TypeError, match="nn"):
         client.search("monday", vectors(5)[0], nn=3)
+
+
+def test_fields_of_later_servers_are_ignored() -> None:
+    """Anything more that a server said of a found token was a TypeError."""
+    item = {"position": 3, "score": 0.5, "chunk": 0, "payload": None, "age": 7}
+    answer = httpx.Response(200, json={"found": [[item]], "length": 9, "chunk_size": 7})
+    with HTMClient("http://nowhere", transport=httpx.MockTransport(lambda _: answer), binary=False) as client:
+        assert client.search("monday", [0.0]) == [Found(3, 0.5, 0)]
 
 
 def test_found_is_a_record() -> None:
