@@ -82,7 +82,7 @@ class Attends:
     async def attend(self, session: Session, request: AttendRequest) -> AttendResult:
         """Answer a checked request over the session as it is now, or as it was at `stop`."""
         name = name_of(session, request)
-        result, answer = await self._answered(session, name, request)
+        result, answer = await self._answered(session, name, request, self.deadline_of(request))
         self._account(session, request, result, name)
         return answer
 
@@ -116,7 +116,7 @@ class Attends:
             outcomes[row.place] = outcome
         computed = [outcomes[place] for place in range(len(wanted))]
         if any(request.payloads for _, request in wanted):
-            await self._add_payloads([row for row in rows if row.asked.request.payloads], outcomes)
+            await self._add_payloads([row for row in rows if row.asked.request.payloads], outcomes, limit)
         return Answered(rows, computed, [outcomes[place] for place in range(len(wanted))])
 
     def account(self, answered: Answered) -> None:
@@ -139,26 +139,28 @@ class Attends:
     async def explain(self, session: Session, request: AttendRequest, limit: int) -> Explanation:
         """How the one query of a checked request ranks the chunks it sees, `limit` of them. It is no recall."""
         name = name_of(session, request)
-        _, result = await self._answered(session, name, request, num_ranked=limit)
+        _, result = await self._answered(session, name, request, self.deadline_of(request), num_ranked=limit)
         assert result.ranking is not None
         return Explanation(result, result.ranking, name)
 
     async def _answered(
-        self, session: Session, name: str, request: AttendRequest, num_ranked: int = 0
+        self, session: Session, name: str, request: AttendRequest, limit: tuple[float, float], num_ranked: int = 0
     ) -> tuple[AttendResult, AttendResult]:
-        """The result, and the same with payloads where they are asked for."""
+        """The result, and the same with payloads where they are asked for; one deadline for all that is tried."""
         while True:
-            result = await self._answer(session, name, request, num_ranked)
+            result = await self._answer(session, name, request, limit, num_ranked)
             if not request.payloads:
                 return result, result
             answer = await self._with_payloads(session, result)
             if session.resident.num_begun == result.num_truncated:  # else they may be of tokens that came later
                 return result, answer
 
-    async def _answer(self, session: Session, name: str, request: AttendRequest, num_ranked: int = 0) -> AttendResult:
+    async def _answer(
+        self, session: Session, name: str, request: AttendRequest, limit: tuple[float, float], num_ranked: int
+    ) -> AttendResult:
         asked = Attend(session.resident, await self.weights_of(session, name, request), request, num_ranked)
         try:
-            result = await self.compute(session, asked)
+            result = await self.compute(session, asked, limit)
             assert isinstance(result, AttendResult)
             return result
         except SessionDamaged as error:
@@ -217,15 +219,15 @@ class Attends:
                 outcomes[place] = error
         return [outcomes[place] for place in range(len(wanted))]
 
-    async def compute(self, session: Session, asked: Attend, limit: tuple[float, float] | None = None) -> Answer:
+    async def compute(self, session: Session, asked: Attend, limit: tuple[float, float]) -> Answer:
         """What `asked`, which is copied, finds in what is left of the tokens as of its admission.
 
-        `limit` is a deadline on the loop's clock, and the seconds that it was away from the beginning; else the
-        request's. Where nothing is left of the tokens it is admitted anew, and where its model takes more chunks since.
+        `limit` is a deadline on the loop's clock, and the seconds that it was away from the beginning, for all that
+        is tried. Where nothing is left of the tokens it is admitted anew, and where its model takes more chunks since.
         Raises LengthConflict when its masks forbid the former.
         """
         request = asked.request
-        deadline, timeout_s = limit or self.deadline_of(request)  # one for all that is tried
+        deadline, timeout_s = limit
         extent, was_torn = session.resident.extent, False
         while True:
             self._check_answers([asked])
@@ -299,7 +301,9 @@ class Attends:
             raise
         return self._filled(result, texts, most)
 
-    async def _add_payloads(self, rows: Sequence[_Row], outcomes: dict[int, AttendResult | Exception]) -> None:
+    async def _add_payloads(
+        self, rows: Sequence[_Row], outcomes: dict[int, AttendResult | Exception], limit: tuple[float, float]
+    ) -> None:
         """The same for many results, in place, which hold no more together than one may."""
         found = [(row, result) for row in rows if isinstance(result := outcomes[row.place], AttendResult)]
         reads = (self._payloads.of(row.session, _positions(result), result.num_truncated) for row, result in found)
@@ -307,7 +311,7 @@ class Attends:
         for (row, result), texts in zip(found, await asyncio.gather(*reads, return_exceptions=True), strict=True):
             try:
                 if row.session.resident.num_begun != result.num_truncated:  # they may be of tokens that came later
-                    _, filled = await self._answered(row.session, row.name, row.asked.request)
+                    _, filled = await self._answered(row.session, row.name, row.asked.request, limit)
                 elif isinstance(texts, BaseException):
                     raise texts
                 else:

@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +15,7 @@ from htm_service.engine import Engine
 from htm_service.errors import DeadlineExceeded
 from htm_service.kernels.resolve import resolve_kernel
 from htm_service.records import AppendRequest, AttendRequest, CreateRequest, SearchRequest
+from storage.in_memory import MemoryStore
 from storage.resolve import open_store
 from tests.engine.conftest import MakeEngine
 from tests.engine.inside import go_cold, on_device_thread, session_of
@@ -142,6 +144,35 @@ async def test_searches_and_attends_share_batches(make_engine: MakeEngine, kerne
     for place, name in enumerate([*tokens] * 5):
         check(done[2 * place], tokens[name], request, np.ones(len(tokens[name]), bool))
         np.testing.assert_allclose(done[2 * place + 1].output, alone[place % 3].output, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("call", ["search", "batch_search", "attend", "batch_attend"])
+async def test_what_is_done_again_after_a_truncation_has_the_time_that_was_asked_for(
+    make_engine: MakeEngine, call: str
+) -> None:
+    """Each time it had all of its time again: over a session that was truncated all the while it went on for ever."""
+    store = MemoryStore()
+    engine = await make_engine(store, payload_cache_bytes=0)
+    await fill(engine, "s", vectors(1, 60, DIM))
+    loop, read = asyncio.get_running_loop(), store.read_payloads_each
+
+    def truncate_first(*args: Any) -> Any:
+        length = session_of(engine, "s").length
+        asyncio.run_coroutine_threadsafe(engine.truncate(named("s"), length - 1), loop).result(20)
+        time.sleep(0.05)
+        return read(*args)
+
+    store.read_payloads_each = truncate_first  # type: ignore[method-assign, assignment]
+    search = SearchRequest(vectors(2, 1, DIM), timeout_s=0.4)
+    attend = AttendRequest(queries=vectors(2, 1, DIM), payloads=True, timeout_s=0.4)
+    if call.startswith("batch"):
+        item = named("s"), search if "search" in call else attend
+        (outcome,) = await getattr(engine, call)([item])
+        assert isinstance(outcome, DeadlineExceeded)
+    else:
+        with pytest.raises(DeadlineExceeded):
+            await getattr(engine, call)(named("s"), search if call == "search" else attend)
+    assert session_of(engine, "s").length > 40
 
 
 async def test_a_search_for_much_lends_no_other_its_lists(make_engine: MakeEngine) -> None:

@@ -45,13 +45,13 @@ class Searches:
 
     async def search(self, session: Session, request: SearchRequest) -> SearchResult:
         """The tokens that score best against each query of a checked request."""
-        answer = await self._answer(session, request)
+        answer = await self._answer(session, request, self._attends.deadline_of(request))
         self._count(request)
         return answer
 
-    async def _answer(self, session: Session, request: SearchRequest) -> SearchResult:
+    async def _answer(self, session: Session, request: SearchRequest, limit: tuple[float, float]) -> SearchResult:
         while True:
-            result = await self._find(session, request)
+            result = await self._find(session, request, limit)
             answer = await self._with_payloads(session, result) if request.payloads else result
             if not request.payloads or _is_as_of(session, result):
                 return answer
@@ -64,7 +64,7 @@ class Searches:
         They have one deadline, the first's, and one answer, in which each of `num_items` has places for what it finds.
         Raises InvalidArgument where that would hold too much.
         """
-        deadline = self._attends.deadline_of(wanted[0][1])
+        limit = self._attends.deadline_of(wanted[0][1])
         num_bytes = sum(_answer_bytes(session, request) for session, request in wanted)
         others = (num_items - len(wanted)) * _held_bytes(*wanted[0])
         self._check_size(f"the answer to {num_items} searches", num_bytes + others)
@@ -77,7 +77,7 @@ class Searches:
                 places.append(place)
             except HTMError as error:
                 outcomes[place] = error
-        for place, outcome in zip(places, await self._attends.compute_all(jobs, *deadline), strict=True):
+        for place, outcome in zip(places, await self._attends.compute_all(jobs, *limit), strict=True):
             session, request = wanted[place]
             assert isinstance(outcome, SearchResult | Exception)
             outcomes[place] = outcome if isinstance(outcome, Exception) else _above(outcome, request.min_score)
@@ -89,7 +89,7 @@ class Searches:
             elif isinstance(outcome, SearchResult):
                 if request.payloads and not _is_as_of(session, outcome):
                     try:
-                        outcomes[place] = await self._answer(session, request)
+                        outcomes[place] = await self._answer(session, request, limit)
                     except HTMError as error:
                         outcomes[place] = error
                 self._count(request)
@@ -145,10 +145,10 @@ class Searches:
         self.num_searches += 1
         self.num_queries += len(request.queries)
 
-    async def _find(self, session: Session, request: SearchRequest) -> SearchResult:
+    async def _find(self, session: Session, request: SearchRequest, limit: tuple[float, float]) -> SearchResult:
         self._check_size(f"the answer to {len(request.queries)} queries", _answer_bytes(session, request))
         try:
-            result = await self._attends.compute(session, await self._asked(session, request))
+            result = await self._attends.compute(session, await self._asked(session, request), limit)
         except SessionDamaged as error:
             session.damage = error.detail
             raise
