@@ -16,14 +16,7 @@ from htm_service.config import EngineConfig
 from htm_service.errors import HTMError, InvalidArgument, SessionDamaged, SessionNotFound
 from htm_service.reads.attends import Attends, name_of
 from htm_service.reads.search.finder import Find
-from htm_service.records import (
-    FOUND_BYTES,
-    AttendRequest,
-    SearchAllResult,
-    SearchRequest,
-    SearchResult,
-    Timing,
-)
+from htm_service.records import FOUND_BYTES, AttendRequest, SearchAllResult, SearchRequest, SearchResult, Timing
 from htm_service.sessions.payloads import Payloads, Texts
 from htm_service.sessions.session import Session
 
