@@ -44,6 +44,7 @@ class Call:
 ATTEND = {"queries": [[1, 0, 0]], "return": ["output", "chunks", "payloads"]}
 APPEND = {"embeddings": [[1, 0, 0]], "payloads": [{"text": "hello"}]}
 BATCH_ATTEND = {"queries": [[1, 0, 0], [0, 1, 0]], "return": ["output", "chunks", "payloads"]}
+BATCH_SEARCH = {"queries": [[1, 0, 0], [0, 1, 0]], "return": ["payloads", "embeddings"]}
 BATCH_APPEND = {"embeddings": [[1, 0, 0], [0, 1, 0]], "payloads": [[{"text": "hello"}], None]}
 
 FILE = {"content-type": "application/x-safetensors"}
@@ -88,7 +89,7 @@ CALLS: Mapping[str, Call] = {
     "revoke_key": Call("DELETE", "/v1/keys/bob", 204),
     "batch_append": Call("POST", "/v1/batch/append", 200, {"sessions": ["s", "no"], **BATCH_APPEND}),
     "batch_attend": Call("POST", "/v1/batch/attend", 200, {"sessions": ["s", "no"], **BATCH_ATTEND}),
-    "batch_search": Call("POST", "/v1/batch/search", 200, {"sessions": ["s", "no"], "queries": [[1, 0, 0], [0, 1, 0]]}),
+    "batch_search": Call("POST", "/v1/batch/search", 200, {"sessions": ["s", "no"], **BATCH_SEARCH}),
     "batch_select": Call("POST", "/v1/batch/select", 200, {"sessions": ["s", "no"], "queries": [[1, 0, 0]] * 2}),
     "batch_truncate": Call("POST", "/v1/batch/truncate", 200, {"sessions": ["s", "no"], "length": [1, 0]}),
     "batch_step": Call(
