@@ -229,10 +229,10 @@ async def test_a_child_outlives_its_expired_parent(make_engine: MakeEngine, sqli
     store = open_store(sqlite_url)
     engine = await make_engine(store)
     tokens = vectors(4, 40, DIM)
-    await fill(engine, "s", tokens, ttl_s=0.2)
+    await fill(engine, "s", tokens)
     await engine.fork(named("s"), named("f"), 31)
-    await engine.update(named("f"), SessionChange(clear_ttl=True))
-    await asyncio.sleep(0.4)
+    await engine.update(named("s"), SessionChange(ttl_s=0.1))
+    await asyncio.sleep(0.3)
     await engine.expiry.expire()
     with pytest.raises(SessionExpired):
         await engine.inspect(named("s"))
