@@ -391,7 +391,8 @@ class Engine:
     async def batch_attend(self, items: Sequence[tuple[SessionKey, AttendRequest]]) -> list[AttendResult | HTMError]:
         """An attend to each of several sessions, as one entry of the device's queue."""
         self._check_open()
-        return await batches.each(items, self.directory.known, self._found, _check_attend, self._attends.attend_all)
+        attend_all = partial(self._attends.attend_all, num_items=len(items))
+        return await batches.each(items, self.directory.known, self._found, _check_attend, attend_all)
 
     async def batch_select(
         self, items: Sequence[tuple[SessionKey, AttendRequest]], *, keys: bool = True, tokens: bool = True
@@ -422,7 +423,8 @@ class Engine:
     async def batch_step(self, items: Sequence[tuple[SessionKey, StepRequest]]) -> list[StepResult | HTMError]:
         """Attend to several sessions, none of them twice, as they are, then append to them."""
         self._check_open()
-        return await batches.each(items, self.directory.known, self._found, _check_step, self._steps.step_all)
+        step_all = partial(self._steps.step_all, num_items=len(items))
+        return await batches.each(items, self.directory.known, self._found, _check_step, step_all)
 
     async def read(
         self,

@@ -217,8 +217,12 @@ async def respond_json(request: Request, build: Callable[[Raw], Params], max_byt
 
 def attend_bytes(result: AttendResult) -> int:
     """About how many bytes an attend's answer has."""
-    tensors = (result.output, result.chunk_index, result.chunk_weight)
-    return sum(array.nbytes for array in tensors) + recalled_bytes(result.recalled)
+    return attend_tensor_bytes(result) + recalled_bytes(result.recalled)
+
+
+def attend_tensor_bytes(result: AttendResult) -> int:
+    """Of its tensors."""
+    return sum(array.nbytes for array in (result.output, result.chunk_index, result.chunk_weight))
 
 
 def select_bytes(result: SelectResult) -> int:
@@ -382,8 +386,10 @@ def append_params(result: AppendResult) -> Params:
 
 
 def batch_bytes(outcomes: Outcomes[AttendResult]) -> int:
-    """About how many bytes the answer to many attends has."""
-    return sum(attend_bytes(outcome) for outcome in outcomes if not isinstance(outcome, HTMError))
+    """About how many bytes the answer to many attends has: all are as wide as the widest."""
+    found = [outcome for outcome in outcomes if not isinstance(outcome, HTMError)]
+    listed_bytes = sum(recalled_bytes(result.recalled) for result in found)
+    return len(outcomes) * max(map(attend_tensor_bytes, found), default=0) + listed_bytes
 
 
 def batch_params(outcomes: Outcomes[Any]) -> Params:

@@ -86,16 +86,19 @@ class Attends:
         self._account(session, request, result, name)
         return answer
 
-    async def attend_all(self, wanted: Sequence[tuple[Session, AttendRequest]]) -> list[AttendResult | Exception]:
+    async def attend_all(
+        self, wanted: Sequence[tuple[Session, AttendRequest]], *, num_items: int
+    ) -> list[AttendResult | Exception]:
         """Answer several checked requests as one entry of the device's queue; one that fails takes no other along.
 
-        They have one deadline, the first's. Raises InvalidArgument where they would answer too much together.
+        They have one deadline, the first's, and one answer, in which all are as wide as the widest and which
+        `num_items` share. Raises InvalidArgument where that would hold too much.
         """
-        answered = await self.answer_all(wanted)
+        answered = await self.answer_all(wanted, num_items=num_items)
         self.account(answered)
         return answered.outcomes
 
-    async def answer_all(self, wanted: Sequence[tuple[Session, AttendRequest]]) -> Answered:
+    async def answer_all(self, wanted: Sequence[tuple[Session, AttendRequest]], *, num_items: int) -> Answered:
         """The same, to be accounted for."""
         if not wanted:
             return Answered([], [], [])
@@ -109,7 +112,7 @@ class Attends:
                 rows.append(_Row(place, session, name, asked))
             except HTMError as error:
                 outcomes[place] = error
-        self._check_answers([row.asked for row in rows])
+        self.check_answers([row.asked for row in rows], num_items)
         jobs = [(row.session, row.asked) for row in rows]
         for row, outcome in zip(rows, await self.compute_all(jobs, *limit), strict=True):
             assert not isinstance(outcome, SelectResult | SearchResult)
@@ -230,7 +233,7 @@ class Attends:
         deadline, timeout_s = limit
         extent, was_torn = session.resident.extent, False
         while True:
-            self._check_answers([asked])
+            self.check_answers([asked])
             attend, length = _admitted(asked, extent), extent.length
             cost, at_once, room = self._cost(session, attend)
             try:
@@ -331,12 +334,16 @@ class Attends:
             raise _too_large(what, self._config.max_answer_bytes)
         return result._replace(recalled=recalled)
 
-    def _check_answers(self, attends: Sequence[Attend]) -> None:
-        """Raise InvalidArgument for an answer that would hold too much, whatever the payloads."""
+    def check_answers(self, attends: Sequence[Attend], num_items: int = 1) -> None:
+        """Raise InvalidArgument for an answer that would hold too much, whatever the payloads.
+
+        It has room for `num_items`, as much for each as for the widest: an item that fails has a place in it too.
+        """
         most = self._config.max_answer_bytes
-        num_bytes = sum(attend.answer_bytes for attend in attends)
+        widest = max((attend.tensor_bytes for attend in attends), default=0)
+        num_bytes = num_items * widest + sum(attend.listed_bytes for attend in attends)
         if num_bytes > most:
-            num_queries = sum(len(attend.request.queries) for attend in attends)
+            num_queries = num_items * max(len(attend.request.queries) for attend in attends)
             raise _too_large(f"the answer to {num_queries} queries has up to {num_bytes} bytes", most)
 
 
@@ -360,5 +367,5 @@ def _positions(result: AttendResult) -> list[int]:
 
 def _too_large(what: str, most: int) -> InvalidArgument:
     return InvalidArgument(
-        f"{what}, the limit of one answer is {most}: ask fewer queries at once, or a smaller max_recalled"
+        f"{what}, the limit of one answer is {most}: ask fewer queries at once, or a smaller top_k or max_recalled"
     )

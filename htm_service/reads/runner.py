@@ -46,6 +46,8 @@ from htm_service.records import (
 
 T = TypeVar("T")
 
+TAKEN_BYTES = 12
+"""Of a chunk that a query takes, in an answer: its index and its weight."""
 MOST_NAMED = 8
 """Chunks that an error lists."""
 
@@ -126,13 +128,17 @@ class Attend:
         return self.weights.top_k
 
     @property
-    def answer_bytes(self) -> int:
-        """Of its answer, at most and without payloads."""
-        num_bytes = self.request.queries.nbytes
-        if self.request.tokens:
-            num_listed = min(self.request.max_recalled, self.top_k * self.resident.settings.chunk_size)
-            num_bytes += len(self.request.queries) * num_listed * RECALLED_BYTES
-        return num_bytes
+    def tensor_bytes(self) -> int:
+        """Of its answer's tensors, at most: an output of D numbers and K chunks for each query."""
+        return self.request.queries.nbytes + len(self.request.queries) * self.top_k * TAKEN_BYTES
+
+    @property
+    def listed_bytes(self) -> int:
+        """Of its recalled tokens, at most and without payloads."""
+        if not self.request.tokens:
+            return 0
+        num_listed = min(self.request.max_recalled, self.top_k * self.resident.settings.chunk_size)
+        return len(self.request.queries) * num_listed * RECALLED_BYTES
 
     @property
     def chunks(self) -> Chunks:

@@ -65,6 +65,7 @@ class Selects:
                 jobs[place] = session, await self._asked(session, request, keys, tokens, share)
             except HTMError as error:
                 outcomes[place] = error
+        self._attends.check_answers([asked for _, asked in jobs.values()], num_items)
         found = await self._attends.compute_all(list(jobs.values()), *limit)
         for (place, (session, asked)), outcome in zip(jobs.items(), found, strict=True):
             outcomes[place] = await self._whole(session, asked, outcome, limit)

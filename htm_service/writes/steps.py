@@ -42,16 +42,18 @@ class Steps:
             attended = await self._attends.attend_before(session, attend, appended.start)
         return attended, appended
 
-    async def step_all(self, wanted: Sequence[tuple[Session, StepRequest]]) -> list[StepResult | Exception]:
+    async def step_all(
+        self, wanted: Sequence[tuple[Session, StepRequest]], *, num_items: int
+    ) -> list[StepResult | Exception]:
         """Attend to several sessions as they are, then append to them: each is what `step` is, all in as few batches.
 
-        An item whose attend fails appends nothing.
+        An item whose attend fails appends nothing. `num_items` share the answer, as in `Attends.attend_all`.
         """
         attends = [(session, request.attend) for session, request in wanted]
         appends = [(session, request.append) for session, request in wanted]
         preparing = asyncio.create_task(self._appends.prepare_all(appends))  # while the device attends
         try:
-            answered = await self._attends.answer_all(attends)
+            answered = await self._attends.answer_all(attends, num_items=num_items)
         except BaseException:
             preparing.cancel()
             raise

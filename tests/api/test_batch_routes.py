@@ -318,3 +318,29 @@ async def test_truncations(three: httpx.AsyncClient) -> None:
         refused = await three.post("/v1/batch/truncate", json={"sessions": ["s", "t", "u"], **more})
         check_problem(refused, 422, "invalid_argument")
         assert said in refused.json()["detail"]
+
+
+async def test_an_answer_counts_what_each_item_has_room_for(serve: Serve) -> None:
+    """The chunks that queries take were not counted, nor the room of items that fail: a body of 33 MB, with one session
+    of 300 chunks and 4,095 names that stand for nothing, had an answer of 13 GB.
+    """
+    async with serve(max_answer_bytes=20_000, max_json_body_bytes=20_000) as client:
+        await client.put("/v1/sessions/s", json={"dim": 1, "chunk_size": 1})
+        appended = await client.post("/v1/sessions/s/memories", json={"embeddings": [[1]] * 8})
+        assert appended.status_code == 200
+        queries = np.ones((5, 41, 1), np.float32)
+        body = {"sessions": ["s", *["nobody"] * 4], "top_k": 8, "return": ["chunks"]}
+        append = {"embeddings": [[1]] * 5}
+        step: dict[str, Any] = {"sessions": [f"s{at}" if at else "s" for at in range(5)], "append": append}
+        step["attend"] = {"top_k": 8, "return": ["chunks"]}
+        for num_queries, status in ((40, 200), (41, 422)):  # 5 * 40 * (4 + 8 * 12) bytes
+            asked = queries[:, :num_queries].tolist()
+            step["attend"]["queries"] = asked
+            for call, sent in (("attend", {**body, "queries": asked}), ("select", {**body, "queries": asked})):
+                answer = await client.post(f"/v1/batch/{call}", json=sent)
+                assert answer.status_code == status, call
+            answer = await client.post("/v1/batch/step", json=step)
+            assert answer.status_code == status
+        detail = check_problem(answer, 422, "invalid_argument")["detail"]
+        assert "the answer to 205 queries has up to 20500 bytes, the limit of one answer is 20000" in detail
+        assert (await client.get("/v1/sessions/s")).json()["length"] == 9, "the second step changed nothing"
