@@ -41,8 +41,9 @@ class Search:
 
     `keys` [m, D] float32 summary keys; `pages` [m] int64, where the contents are, -1 where they are not here and the
     chunk is known not to be taken; both of the chunks from `first` on.
-    Of the tokens those at positions `start` .. `stop`-1 are visible, and of them, with `token_mask` [n] bool, those
-    that it marks. `k` at most m; `hidden` [m] or [Q, m] bool, the chunks that must not be taken, or None.
+    Of the tokens those at positions `start` .. `stop`-1 are visible, and of them, with `token_mask` [n] bool, which is
+    of those from `start` on, those that it marks.
+    `k` at most m; `hidden` [m] or [Q, m] bool, the chunks that must not be taken, or None.
     Where rows see to different ends, `ends` [Q, 3] int64 says of each: how many of the keys it sees as they are, from
     the first on; the number among the keys of the chunk behind them that it sees in part, whose key for it is in
     `own_keys` [Q, D] float32, or -1; and where its tokens stop, at most at `stop`.
@@ -61,12 +62,15 @@ class Search:
     own_keys: Tensor | None = None
 
     def numbers(self) -> tuple[int, ...]:
-        """As loops take it: where `keys`, `pages`, `token_mask` and `hidden` are, 0 for none; the step from a row of
-        `hidden` to the next; m; `first`, `start`, `stop`, `num_queries`, `k`; where `ends` and `own_keys` are.
+        """As loops take it: where `keys`, `pages`, `token_mask` (as if it began at position 0) and `hidden` are, 0 for
+        none; the step from a row of `hidden` to the next; m; `first`, `start`, `stop`, `num_queries`, `k`; where `ends`
+        and `own_keys` are.
         """
         num_keys, hidden = len(self.keys), self.hidden
         return (
-            *map(_address, (self.keys, self.pages, self.token_mask, hidden)),
+            *map(_address, (self.keys, self.pages)),
+            0 if self.token_mask is None else _address(self.token_mask) - self.start,
+            _address(hidden),
             num_keys if hidden is not None and hidden.ndim == 2 else 0,
             *(num_keys, self.first, self.start, self.stop, self.num_queries, self.k),
             *map(_address, (self.ends, self.own_keys)),

@@ -133,5 +133,5 @@ def _visible(search: Search, index: Tensor, queries: Tensor, chunk_size: int) ->
     stop = search.stop if search.ends is None else search.ends[queries, 2][:, None, None]
     visible = (positions >= search.start) & (positions < stop) & (index >= 0)[..., None]
     if search.token_mask is not None and len(search.token_mask):
-        visible &= search.token_mask[positions.clamp(0, len(search.token_mask) - 1)]
+        visible &= search.token_mask[(positions - search.start).clamp(0, len(search.token_mask) - 1)]
     return visible

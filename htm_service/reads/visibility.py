@@ -35,7 +35,9 @@ class Truncated(InvalidArgument):
 
 @dataclass(frozen=True, slots=True)
 class Visibility:
-    """Tokens `start` .. `stop`-1 are visible, less those that `token_mask` [n] bool (host) hides."""
+    """Tokens `start` .. `stop`-1 are visible, less those that `token_mask` [n] bool (host) hides, which is of those
+    from `start` on: a session that forgets may begin anywhere.
+    """
 
     start: int
     stop: int
@@ -57,7 +59,7 @@ class Visibility:
         visible = (positions >= self.start) & (positions < self.stop)
         if self.token_mask is not None:
             mask = torch.from_numpy(self.token_mask).to(chunks.device)
-            visible &= mask[positions.clamp(0, len(mask) - 1)]
+            visible &= mask[(positions - self.start).clamp(0, len(mask) - 1)]
         return visible
 
     def allowed(self, first: int, last: int, num_queries: int) -> Bools | None:
@@ -94,18 +96,20 @@ def plan_visibility(
         raise InvalidArgument(
             f"chunk_mask has shape {list(chunk_mask.shape)}, it must be [{num_chunks}] or [{num_queries}, {num_chunks}]"
         )
+    begin = max(request.start, first_position)
+    mask = None if mask is None else mask[begin:]
     if request.episodes is not None:
-        of_episodes = _episode_mask(episodes, frozenset(request.episodes), stop)
+        of_episodes = _episode_mask(episodes, frozenset(request.episodes), begin, stop)
         mask = of_episodes if mask is None else mask & of_episodes
     stops = None if request.stops is None else np.array(request.stops, np.int64)
     if open_chunk == "exclude":
         stop = stop // chunk_size * chunk_size
         stops = None if stops is None else stops // chunk_size * chunk_size
-        mask = None if mask is None else mask[:stop]
+        mask = None if mask is None else mask[: max(0, stop - begin)]
     if stops is not None:
         stop = -(-stop // chunk_size) * chunk_size  # whatever is cut, is cut for each query
-        mask = None if mask is None else np.pad(mask, (0, stop - len(mask)))
-    return Visibility(max(request.start, first_position), stop, mask if stop else None, chunk_mask, stops)
+        mask = None if mask is None else np.pad(mask, (0, max(0, stop - begin - len(mask))))
+    return Visibility(begin, stop, mask if stop > begin else None, chunk_mask, stops)
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,9 +212,8 @@ def _is_cut(held: Chunks, visibility: Visibility, chunk: int) -> bool:
     return visibility.start > begin or visibility.stop < end
 
 
-def _episode_mask(runs: Sequence[EpisodeRun], wanted: Set[int], stop: int) -> Bools:
-    mask = np.zeros(stop, dtype=np.bool_)
-    for index, run in enumerate(runs):
-        if run.episode in wanted:
-            mask[run.start : runs[index + 1].start if index + 1 < len(runs) else stop] = True
-    return mask
+def _episode_mask(runs: Sequence[EpisodeRun], wanted: Set[int], begin: int, stop: int) -> Bools:
+    """Which of the tokens `begin` .. `stop`-1 were appended under these episodes."""
+    starts = np.fromiter((run.start for run in runs), np.int64, len(runs))
+    is_wanted = np.fromiter((run.episode in wanted for run in runs), np.bool_, len(runs))
+    return np.repeat(is_wanted, np.diff(starts.clip(begin, stop), append=stop))

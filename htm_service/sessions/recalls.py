@@ -120,10 +120,10 @@ class RecallLog:
         num_runs = -(-num_chunks // num_each)
 
         def sums(counters: npt.NDArray[ScalarT]) -> npt.NDArray[ScalarT]:
-            whole = np.zeros(num_runs * num_each, dtype=counters.dtype)
             found = counters[some][: max(num_chunks - ahead, 0)]
-            whole[ahead : ahead + len(found)] = found
-            return whole.reshape(num_runs, num_each).sum(axis=1)  # type: ignore[no-any-return]
+            summed = np.zeros(num_runs, dtype=counters.dtype)
+            np.add.at(summed, (ahead + np.arange(len(found))) // num_each, found)  # of chunks that are here alone
+            return summed
 
         return sums(self._num_recalls), sums(self._mass)
 

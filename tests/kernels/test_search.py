@@ -75,7 +75,7 @@ def exact(chunks: Chunks, search: TokenSearch, queries: Tensor, slots: Tensor | 
     hidden = torch.ones(chunks.length, dtype=torch.bool)
     hidden[search.start : search.stop] = False
     if search.token_mask is not None:
-        hidden |= ~search.token_mask[: chunks.length]
+        hidden[search.start :] |= ~search.token_mask[: chunks.length - search.start]
     return scores.masked_fill(hidden, -torch.inf)
 
 

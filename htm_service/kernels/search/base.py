@@ -28,8 +28,9 @@ class TokenSearch:
 
     `keys` [m, D] float32, `pages` [m] int64 (-1: the contents are not here), `bits` [m, W, C] int64 and `factors`
     [m, C] float32 (NaN: the chunk has no sketches), all of the chunks from `first` on; without `bits` no chunk has any.
-    Of the tokens those at positions `start` .. `stop`-1 are visible, and of them, with `token_mask` [stop or more]
-    bool, those that it marks. `known` [Q, m C] float32 are scores that need not be computed, NaN for the others.
+    Of the tokens those at positions `start` .. `stop`-1 are visible, and of them, with `token_mask` [n] bool,
+    which is of those from `start` on, those that it marks.
+    `known` [Q, m C] float32 are scores that need not be computed, NaN for the others.
     """
 
     keys: Tensor

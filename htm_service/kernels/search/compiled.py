@@ -101,14 +101,16 @@ def _bounds(num: int, chunk_size: int) -> tuple[Array, Array]:
 
 def _numbers(search: TokenSearch) -> tuple[int, ...]:
     """As loops take it."""
-    tensors = (search.keys, search.pages, search.bits, search.factors, search.token_mask, search.known)
+    mask = search.token_mask
     return (
-        *(0 if tensor is None else _address(tensor) for tensor in tensors),
+        *map(_address, (search.keys, search.pages, search.bits, search.factors)),
+        0 if mask is None else _address(mask) - search.start,  # as if it began at position 0
+        _address(search.known),
         *(len(search.pages), search.first, search.start, search.stop),
         *(search.num_queries, search.num_wanted, search.num_scored),
     )
 
 
-def _address(tensor: Tensor) -> int:
-    assert tensor.is_contiguous()
-    return tensor.data_ptr()
+def _address(tensor: Tensor | None) -> int:
+    assert tensor is None or tensor.is_contiguous()
+    return 0 if tensor is None else tensor.data_ptr()

@@ -110,7 +110,7 @@ def _visible(search: TokenSearch, chunk_size: int) -> Tensor:
     positions = torch.arange(num_slots, device=search.pages.device) + search.first * chunk_size
     visible = (positions >= search.start) & (positions < search.stop)
     if search.token_mask is not None and len(search.token_mask):
-        visible &= search.token_mask[positions.clamp(0, len(search.token_mask) - 1)]
+        visible &= search.token_mask[(positions - search.start).clamp(0, len(search.token_mask) - 1)]
     return visible.view(-1, chunk_size)
 
 
