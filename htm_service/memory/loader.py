@@ -34,6 +34,9 @@ from storage.base import Block, Store, StoreError, Summary
 PIECE_BYTES = 8 << 20
 """Bytes copied to the device between two batches while a session loads."""
 
+ADDED_AT_ONCE = 256
+"""Runs of tokens of one episode that are put into chunks between two batches: about 10 ms."""
+
 KEYS_AT_ONCE = 1 << 20
 """Bytes of stored summary keys that are added in one step."""
 
@@ -198,7 +201,9 @@ class Loader:
             runs = [EpisodeRun(start, episode) for start, episode in self._store.read_episodes(resident.sid, first)]
             yield partial(resident.episodes.extend, runs)
         for blocks in _gathered(self._store.read_blocks(resident.sid, first), PIECE_BYTES):
-            yield partial(self._add_all, resident, _merged(blocks, resident, first))
+            merged = _merged(blocks, resident, first)
+            for place in range(0, len(merged), ADDED_AT_ONCE):
+                yield partial(self._add_all, resident, merged[place : place + ADDED_AT_ONCE])
 
     def _add_all(self, resident: Resident, tokens: Sequence[NewTokens]) -> None:
         for new in tokens:
