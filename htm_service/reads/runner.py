@@ -28,7 +28,7 @@ from htm_service.kernels.reference import ranked
 from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.memory.resident import Resident
-from htm_service.reads.cost import products_per_query
+from htm_service.reads.cost import PRODUCTS_OF_A_RUN, products_per_query
 from htm_service.reads.visibility import Ends, SeenTo, Visibility, ends_of, partial_keys, seen_in_part
 from htm_service.reads.weights import Weights
 from htm_service.records import (
@@ -111,6 +111,13 @@ class Attend:
             chunk_size=settings.chunk_size,
             top_k=self.top_k,
         )
+
+    @property
+    def planned_products(self) -> int:
+        """What it takes to say which tokens were appended under its episodes, however many queries it has, in
+        multiply-adds.
+        """
+        return 0 if self.request.episodes is None else len(self.resident.episodes) * PRODUCTS_OF_A_RUN
 
     @property
     def fetched_bytes(self) -> int:

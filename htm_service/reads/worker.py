@@ -66,11 +66,11 @@ class DeviceWorker:
 
     def submit(self, attend: Attend, cost: int) -> asyncio.Future[AttendResult | SelectResult | SearchResult]:
         """Admit an attend, a select or a search (the loop). Raises Overloaded, Draining or Unhealthy."""
-        return self.queue.submit(attend, cost=cost, lane=attend.resident.sid)
+        return self.queue.submit(attend, cost=cost + attend.planned_products, lane=attend.resident.sid)
 
     def submit_all(self, attends: Sequence[tuple[Attend, int]]) -> Entry[AttendResult | SelectResult | SearchResult]:
         """Admit attends, each with its cost, as one entry (the loop). Raises as `submit` does."""
-        return self.queue.submit_all(attends)
+        return self.queue.submit_all([(attend, cost + attend.planned_products) for attend, cost in attends])
 
     async def ask(self, resident: Resident, question: Callable[[Chunks], T]) -> T:
         """What the device thread answers about the chunks of a session that is resident then (the loop)."""

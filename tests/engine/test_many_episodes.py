@@ -11,7 +11,7 @@ from htm_service.engine import Engine
 from htm_service.memory import loader
 from htm_service.memory.cache import Cache
 from htm_service.memory.resident import NewTokens, Resident
-from htm_service.records import AttendRequest
+from htm_service.records import AttendRequest, AttendResult
 from tests.engine.conftest import MakeEngine
 from tests.engine.test_transfers import stream
 from tests.names import named
@@ -50,3 +50,17 @@ async def test_it_is_loaded_in_portions(make_engine: MakeEngine, monkeypatch: py
     found = await engine.attend(named("s"), AttendRequest(queries=np.ones((1, 3), np.float32), episodes=[1]))
     np.testing.assert_allclose(found.output, np.ones((1, 3)), atol=1e-6)
     assert sum(added) == NUM and max(added) == loader.ADDED_AT_ONCE
+
+
+async def test_asking_for_some_episodes_costs_what_it_takes(make_engine: MakeEngine) -> None:
+    """Saying which tokens are of an episode cost nothing: 100 such attends to 300,000 runs in one request of 1.3 kB
+    held up all others for 27 s.
+    """
+    engine = await make_engine(max_batch_products=8 << 20)  # a thousand runs cost 4 of them, a query 1
+    await fill(engine)
+    for episodes, num_together in ((None, 6), ([1], 1)):
+        request = AttendRequest(queries=np.ones((1, 3), np.float32), episodes=episodes)
+        await engine.attend(named("s"), request)
+        outcomes = await engine.batch_attend([(named("s"), request)] * 6)
+        sizes = [outcome.timing.batch_size for outcome in outcomes if isinstance(outcome, AttendResult)]
+        assert len(sizes) == 6 and max(sizes) == num_together
