@@ -185,8 +185,9 @@ class Attends:
     async def attend_before(self, session: Session, request: AttendRequest, position: int) -> AttendResult:
         """Attend to the session as it was before an append at `position`. Raises LengthConflict when that is gone."""
         stop = position if request.stop is None else min(request.stop, position)
+        stops = None if request.stops is None else tuple(min(one, position) for one in request.stops)
         try:
-            return (await self.attend(session, replace(request, stop=stop)))._replace(length=position)
+            return (await self.attend(session, replace(request, stop=stop, stops=stops)))._replace(length=position)
         except Trimmed as error:
             raise LengthConflict(
                 f"this step was made when the session's length was {position}, and {error}", length=session.length

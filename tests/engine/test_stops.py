@@ -143,3 +143,16 @@ async def test_what_is_wrong(engine: Engine) -> None:
             await engine.attend(
                 named("s"), AttendRequest(queries=queries, stop=max(stops), stops=stops, **dict[str, Any](fields))
             )
+
+
+async def test_a_repeated_step_sees_nothing_that_came_later(make_engine: MakeEngine) -> None:
+    """Asked anew with a later stop for each query, a repeated step saw the tokens that it had itself appended."""
+    engine = await make_engine()
+    await engine.create(named("s"), CreateRequest(dim=3, chunk_size=4))
+    rows = np.eye(3, dtype=np.float32)
+    await engine.append(named("s"), AppendRequest(rows[:2]))
+    append = AppendRequest(rows[2:], idempotency_key="key")
+    first = await engine.step(named("s"), AttendRequest(queries=rows), append)
+    again = await engine.step(named("s"), AttendRequest(queries=rows, stop=3, stops=(3, 3, 3)), append)
+    np.testing.assert_allclose(again[0].output, first[0].output, atol=1e-6)
+    assert again[1].start == first[1].start == 2
