@@ -92,7 +92,7 @@ def cut(passages: Iterable[Passage], num: int) -> tuple[list[str], list[str]]:
 
 
 def _pieces(passage: Passage) -> list[str]:
-    words = passage.text.split()
+    words = passage.text.replace("\0", "").split()  # which PostgreSQL takes in no text
     count = max(1, round(len(words) / NUM_WORDS))
     ends = [len(words) * number // count for number in range(count + 1)]
     return [f"{passage.context} {' '.join(words[start:end])}" for start, end in pairwise(ends)]
