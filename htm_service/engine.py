@@ -176,7 +176,7 @@ class Engine:
         await self.catalog.read()
         await asyncio.to_thread(self.worker.runner.kernel.warm_up)
         self.store.watch(self._supervisor.fail)
-        self.worker.queue.start(self.worker.run)
+        self.worker.queue.start(self.worker.run, self.worker.gathering.go_on)
         self.worker.loader.start()
         self.committer.queue.start(self.committer.run)
         self.payloads.queue.start(self.payloads.run)

@@ -10,8 +10,9 @@ Does not know: queues, storage, payloads, times of day.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Self, TypeVar
 
@@ -25,11 +26,19 @@ from htm_service.config import MAX_SELECTED_BYTES, MAX_SELECTED_CHUNKS
 from htm_service.errors import HTMError, InvalidArgument
 from htm_service.kernels.base import Attended, Kernel, Search, View
 from htm_service.kernels.reference import ranked
-from htm_service.memory.chunks import Chunks
+from htm_service.memory.chunks import KEY_ITEMSIZE, Chunks
 from htm_service.memory.loader import Fetch
 from htm_service.memory.resident import Resident
 from htm_service.reads.cost import PRODUCTS_OF_A_RUN, products_per_query
-from htm_service.reads.visibility import Ends, SeenTo, Visibility, ends_of, partial_keys, seen_in_part
+from htm_service.reads.visibility import (
+    Ends,
+    KnownKeys,
+    Visibility,
+    cuts_chunks,
+    ends_of,
+    partial_keys,
+    seen_in_part,
+)
 from htm_service.reads.weights import Weights
 from htm_service.records import (
     RECALLED_BYTES,
@@ -50,6 +59,8 @@ TAKEN_BYTES = 12
 """Of a chunk that a query takes, in an answer: its index and its weight."""
 MOST_NAMED = 8
 """Chunks that an error lists."""
+COPIED_BYTES = 256 << 20
+"""Summary keys that are copied at once, for those that see chunks in part."""
 
 
 class Missing(NamedTuple):
@@ -80,8 +91,8 @@ class Attend:
     """How often the session was truncated before."""
     visibility: Visibility | None = None
     """What it sees, once that is planned."""
-    known_keys: Mapping[SeenTo, Tensor] = field(default_factory=dict)
-    """Keys [D] of chunks that it sees in part, whose contents were here and need not be any more."""
+    known_keys: KnownKeys = field(default_factory=KnownKeys)
+    """Of chunks that it sees in part."""
     fetch: Fetch | None = None
     missing: Missing | None = None
     """What it waits for, and why."""
@@ -95,7 +106,7 @@ class Attend:
 
     def begin_anew(self, num_truncated: int) -> None:
         """Forget what is known of the tokens: the session was truncated so often since it began."""
-        self.num_truncated, self.known_keys = num_truncated, {}
+        self.num_truncated, self.known_keys = num_truncated, KnownKeys()
 
     def part(self, request: AttendRequest, length: int) -> Self:
         """One with some of its queries, which sees this length."""
@@ -114,10 +125,14 @@ class Attend:
 
     @property
     def planned_products(self) -> int:
-        """What it takes to say which tokens were appended under its episodes, however many queries it has, in
-        multiply-adds.
+        """What it takes to say which tokens it sees, and the keys of the chunks that it sees in part, however many
+        queries it has, in multiply-adds. More than at first, perhaps, once its session's episodes are known.
         """
-        return 0 if self.request.episodes is None else len(self.resident.episodes) * PRODUCTS_OF_A_RUN
+        mask, settings = self.request.mask, self.resident.settings
+        num_runs = 0 if self.request.episodes is None else len(self.resident.episodes)
+        num_cuts = num_runs + (0 if mask is None else int(np.count_nonzero(mask[1:] != mask[:-1])))
+        num_in_part = min(num_cuts, self.resident.num_chunks)
+        return num_runs * PRODUCTS_OF_A_RUN + num_in_part * settings.chunk_size * settings.dim
 
     @property
     def fetched_bytes(self) -> int:
@@ -223,9 +238,9 @@ class Runner:
         results: dict[int, T] = {}
         with torch.inference_mode():
             for alike in groups.values():
-                places = [place for places in alike.values() for place in places]
-                group = [[attends[place] for place in places] for places in alike.values()]
-                results.update(zip(places, run(group), strict=True))
+                for some in _portions(alike.values(), lambda places: _copied_bytes(attends[places[0]])):
+                    group = [[attends[place] for place in places] for places in some]
+                    results.update(zip(itertools.chain.from_iterable(some), run(group), strict=True))
         return [results[place] for place in range(len(attends))]
 
     def _missing_of_group(self, alike: list[list[Attend]]) -> list[Missing]:
@@ -282,14 +297,41 @@ def _what_is_seen(attend: Attend, place: int) -> tuple[int, ...]:
     return id(attend.chunks), visibility.start, visibility.stop, attend.top_k
 
 
+def _portions(items: Iterable[T], num_bytes_of: Callable[[T], int]) -> Iterator[list[T]]:
+    """The items in lists of up to COPIED_BYTES each, or of one item."""
+    portion: list[T] = []
+    left = COPIED_BYTES
+    for item in items:
+        num_bytes = num_bytes_of(item)
+        if portion and num_bytes > left:
+            yield portion
+            portion, left = [], COPIED_BYTES
+        portion.append(item)
+        left -= num_bytes
+    if portion:
+        yield portion
+
+
+def _copied_bytes(attend: Attend) -> int:
+    """Bytes of the keys that a search of its own needs."""
+    first, last = attend.seen.chunk_range(attend.chunks.chunk_size)
+    return (last - first) * attend.chunks.arena.dim * KEY_ITEMSIZE if cuts_chunks(attend.chunks, attend.seen) else 0
+
+
 def _missing_in_part(attend: Attend) -> list[int]:
     """The chunks that an attend sees in part, whose keys are not known and whose contents are not here."""
-    first, last = attend.seen.chunk_range(attend.chunks.chunk_size)
+    size, (first, last) = attend.chunks.chunk_size, attend.seen.chunk_range(attend.chunks.chunk_size)
     if first >= last:
         return []
-    parts = seen_in_part(attend.chunks, attend.seen, first, last), _ends(attend)
-    names = {name for part in parts if part is not None for name in part.names()}
-    return attend.chunks.missing(sorted({chunk for chunk, _ in names.difference(attend.known_keys)}))
+    seen_to: list[Tensor] = []
+    if (in_part := seen_in_part(attend.chunks, attend.seen, first, last)) is not None:
+        seen_to.append(in_part.parts.seen_to)
+    if (ends := _ends(attend)) is not None:
+        seen_to.append(ends.parts().seen_to)
+    if not seen_to:
+        return []
+    lacking = attend.known_keys.lacking(torch.cat(seen_to).cpu().numpy())
+    return attend.chunks.missing(np.unique((lacking - 1) // size).tolist())
 
 
 def _missing_contents(attend: Attend, chunks: Ints) -> list[int]:
@@ -312,8 +354,7 @@ def _search(together: list[Attend]) -> Search:
         hidden = ~torch.tensor(allowed, device=keys.device)
     if in_part is not None:
         keys = keys.clone()
-        own = partial_keys(held, in_part.chunks, in_part.slots, in_part.names(), attend.known_keys)
-        keys[in_part.chunks - first] = own
+        keys[in_part.parts.chunks - first] = partial_keys(held, in_part.parts, attend.known_keys)
         if len(in_part.hidden):
             hidden = keys.new_zeros(len(keys), dtype=torch.bool) if hidden is None else hidden
             hidden[..., in_part.hidden - first] = True
@@ -335,7 +376,7 @@ def _with_ends(search: Search, attend: Attend, ends: Ends) -> Search:
     num_whole = torch.where(ends.chunk < 0, 0, chunk + ends.in_whole.long())
     own = torch.where(ends.in_part, chunk, -1)
     own_keys = search.keys.new_zeros(search.num_queries, search.keys.shape[1])
-    own_keys[ends.in_part] = partial_keys(attend.chunks, *ends.parts(), ends.names(), attend.known_keys)
+    own_keys[ends.in_part] = partial_keys(attend.chunks, ends.parts(), attend.known_keys)
     return replace(search, ends=torch.stack((num_whole, own, ends.stop), dim=1), own_keys=own_keys)
 
 

@@ -6,8 +6,9 @@ Implements "Visibility of a token" of docs/attention.md. Does not know batches, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,8 +20,6 @@ from htm_service.memory.resident import EpisodeRun
 from htm_service.memory.summary import mean_of, sum_slots
 from htm_service.records import AttendRequest, Bools, Ints, OpenChunk
 
-SeenTo = tuple[int, int]
-"""A chunk, and the position where what is seen of it stops at the latest: what tells apart the keys of its parts."""
 CHUNKS_AT_ONCE = 256
 """Chunks whose contents are copied together to recompute their keys: bounds the workspace."""
 
@@ -61,6 +60,10 @@ class Visibility:
             mask = torch.from_numpy(self.token_mask).to(chunks.device)
             visible &= mask[(positions - self.start).clamp(0, len(mask) - 1)]
         return visible
+
+    def parts(self, chunks: Tensor, chunk_size: int, slots: Tensor) -> Parts:
+        """What is seen of chunks [p], which of their `slots` [p, C] is known."""
+        return Parts(chunks, slots, ((chunks + 1) * chunk_size).clamp(max=self.stop))
 
     def allowed(self, first: int, last: int, num_queries: int) -> Bools | None:
         """`chunk_mask` for chunks first .. last-1 as [Q, m], or None when it hides nothing."""
@@ -112,20 +115,63 @@ def plan_visibility(
     return Visibility(begin, stop, mask if stop > begin else None, chunk_mask, stops)
 
 
-@dataclass(frozen=True, slots=True)
-class SeenInPart:
-    """The chunks of a range that a request sees in part, `chunks` [p] int64, and which of their `slots` [p, C] bool;
-    `hidden` [h] int64, those it does not see at all. On the chunks' device. `stop`, where the range stops.
+class Parts(NamedTuple):
+    """Chunks [p] int64 that are seen in part: which of their `slots` [p, C] bool, and the position `seen_to` [p] int64
+    that these are before, which tells one part from another. On the chunks' device.
     """
 
     chunks: Tensor
     slots: Tensor
-    hidden: Tensor
-    stop: int
+    seen_to: Tensor
 
-    def names(self) -> list[SeenTo]:
-        """What tells the parts apart."""
-        return [(chunk, self.stop) for chunk in self.chunks.tolist()]
+
+class KnownKeys:
+    """Summary keys [D] of parts, whose contents were here and need not be any more; on the host. What one request
+    sees of a chunk up to some position is always the same: its attends can share what they know.
+    """
+
+    def __init__(self) -> None:
+        self._known: list[tuple[Ints, Tensor]] = []
+
+    def add(self, parts: Parts, contents: Tensor) -> None:
+        """Know the keys of more parts, by their chunks' contents [p, C, D]."""
+        order = parts.seen_to.argsort()
+        keys = torch.empty(len(order), contents.shape[-1])
+        for some in torch.arange(len(order)).split(CHUNKS_AT_ONCE):
+            keys[some] = keys_of(contents[order[some]], parts.slots[order[some]])
+        self._known.append((parts.seen_to[order].numpy(), keys))
+
+    def lacking(self, seen_to: Ints) -> Ints:
+        """Those of the parts that are not known, each once."""
+        lacking = np.unique(seen_to)
+        for known, _ in self._known:
+            lacking = lacking[~_find(known, lacking)[1]]
+        return lacking
+
+    def fill(self, seen_to: Tensor, keys: Tensor) -> Tensor:
+        """Put the keys that are known in their rows of `keys` [p, D]; the rows of the others."""
+        wanted = seen_to.cpu().numpy()
+        is_left = np.ones(len(wanted), np.bool_)
+        for known, own in self._known:
+            places, is_known = _find(known, wanted)
+            rows = np.flatnonzero(is_known)
+            keys[torch.from_numpy(rows).to(keys.device)] = own[torch.from_numpy(places[rows])].to(keys.device)
+            is_left[rows] = False
+        return torch.from_numpy(np.flatnonzero(is_left)).to(keys.device)
+
+
+def _find(known: Ints, wanted: Ints) -> tuple[Ints, Bools]:
+    """Where the numbers are in a sorted list that is not empty, and whether they are."""
+    places = np.searchsorted(known, wanted).clip(max=len(known) - 1)
+    return places, known[places] == wanted
+
+
+@dataclass(frozen=True, slots=True)
+class SeenInPart:
+    """Of the chunks of a range, the `parts`; `hidden` [h] int64, those that are not seen at all."""
+
+    parts: Parts
+    hidden: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,13 +186,9 @@ class Ends:
     in_whole: Tensor
     in_part: Tensor
 
-    def parts(self) -> tuple[Tensor, Tensor]:
-        """The chunks [p] that are seen in part, and which of their slots [p, C]; one for each such query."""
-        return self.chunk[self.in_part], self.slots[self.in_part]
-
-    def names(self) -> list[SeenTo]:
-        """What tells these parts apart."""
-        return list(zip(self.chunk[self.in_part].tolist(), self.stop[self.in_part].tolist(), strict=True))
+    def parts(self) -> Parts:
+        """One for each query that sees its last chunk in part."""
+        return Parts(self.chunk[self.in_part], self.slots[self.in_part], self.stop[self.in_part])
 
 
 def ends_of(visibility: Visibility, size: int, length: int, device: torch.device) -> Ends | None:
@@ -179,7 +221,15 @@ def seen_in_part(held: Chunks, visibility: Visibility, first: int, last: int) ->
     seen = slots.sum(dim=1)
     stored = (held.length - suspects * size).clamp(max=size)
     in_part = (seen > 0) & (seen < stored)
-    return SeenInPart(suspects[in_part], slots[in_part], suspects[seen == 0], visibility.stop)
+    return SeenInPart(visibility.parts(suspects[in_part], size, slots[in_part]), suspects[seen == 0])
+
+
+def cuts_chunks(held: Chunks, visibility: Visibility) -> bool:
+    """Whether some chunk may be seen in part, or not at all."""
+    if visibility.token_mask is not None:
+        return True
+    first, last = visibility.chunk_range(held.chunk_size)
+    return first < last and any(_is_cut(held, visibility, chunk) for chunk in (first, last - 1))
 
 
 def keys_of(contents: Tensor, slots: Tensor) -> Tensor:
@@ -187,21 +237,11 @@ def keys_of(contents: Tensor, slots: Tensor) -> Tensor:
     return mean_of(sum_slots(contents, slots), slots.sum(dim=1, keepdim=True))
 
 
-def partial_keys(
-    held: Chunks, chunks: Tensor, slots: Tensor, names: Sequence[SeenTo], known: Mapping[SeenTo, Tensor]
-) -> Tensor:
-    """The keys [p, D] of chunks [p] over some of their slots [p, C]: those that are `known` by their names, and the
-    others from their contents.
-    """
-    keys = torch.empty(len(chunks), held.keys.shape[1], device=held.keys.device)
-    rows = torch.arange(len(chunks), device=keys.device)
-    if known:
-        for row, name in enumerate(names):
-            if name in known:
-                keys[row] = known[name]
-        rows = rows[torch.tensor([name not in known for name in names], device=keys.device)]
-    for some in rows.split(CHUNKS_AT_ONCE):
-        keys[some] = keys_of(held.contents(chunks[some]), slots[some])
+def partial_keys(held: Chunks, parts: Parts, known: KnownKeys) -> Tensor:
+    """The keys [p, D] of parts: those that are known, and the others from their contents."""
+    keys = torch.empty(len(parts.chunks), held.keys.shape[1], device=held.keys.device)
+    for some in known.fill(parts.seen_to, keys).split(CHUNKS_AT_ONCE):
+        keys[some] = keys_of(held.contents(parts.chunks[some]), parts.slots[some])
     return keys
 
 

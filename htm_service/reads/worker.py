@@ -27,14 +27,18 @@ from htm_service.memory.chunks import Chunks
 from htm_service.memory.loader import Fetch, Loader
 from htm_service.memory.resident import Resident
 from htm_service.memory.sketches.table import SketchTable
+from htm_service.reads.gathering import Gathering
 from htm_service.reads.runner import Attend, Missing, Runner
 from htm_service.reads.search.finder import Find, Finder
-from htm_service.reads.visibility import Trimmed, Truncated, ends_of, keys_of, plan_visibility
+from htm_service.reads.visibility import Parts, Trimmed, Truncated, ends_of, plan_visibility
 from htm_service.records import AttendResult, Ints, SearchResult, SelectResult, Timing
 from htm_service.threads.batcher import LATER, Batcher, Entry, Outcome, Ticket
 
 T = TypeVar("T")
 U = TypeVar("U")
+
+READ_BYTES = 64 << 20
+"""Contents that are read in one go for those that can use them by and by."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +65,7 @@ class DeviceWorker:
         self.loader = loader
         self.runner = runner
         self.finder = Finder(runner.kernel)
+        self.gathering = Gathering(queue)
         self._sketching: set[Resident] = set()
         """Whose next sketches are made after the batch at hand."""
 
@@ -147,6 +152,8 @@ class DeviceWorker:
             except HTMError as error:
                 outcomes[ticket] = error
         ready: list[tuple[JobTicket, Attend]] = []
+        too_many: list[JobTicket] = []
+        cost = 0
         for ticket in tickets:
             job, resident = ticket.item, ticket.item.resident
             if resident.is_deleted:
@@ -162,7 +169,11 @@ class DeviceWorker:
             elif isinstance(job, Find) and not self._has_sketches(resident):
                 resident.parked.append(ticket)
                 outcomes[ticket] = LATER
+            elif ready and cost + _cost_of(ticket) > self.queue.max_cost:
+                too_many.append(ticket)
+                outcomes[ticket] = LATER
             else:
+                cost += _cost_of(ticket)
                 try:
                     job.weights.bind(served)
                     _see(job)
@@ -172,6 +183,8 @@ class DeviceWorker:
                     ready.append((ticket, job))
                     if isinstance(job, Find):
                         self._want_sketches(resident)
+        if too_many:  # what waited for one session comes together, however much it is
+            self.queue.requeue(too_many)
         return ready
 
     def _has_sketches(self, resident: Resident) -> bool:
@@ -212,8 +225,12 @@ class DeviceWorker:
                 continue
             limit = self.cache.max_fetch(attend.resident)
             if missing.in_part or isinstance(attend, Find):  # by and by; meanwhile the session may grow
-                missing = missing._replace(chunks=missing.chunks[:limit])
                 attend.see_as_of(attend.chunks.length)
+                at_once = max(1, min(limit, READ_BYTES // attend.chunks.arena.page_bytes))
+                if len(missing.chunks) > at_once and not self.gathering.admits(ticket):
+                    attend.visibility, outcomes[ticket] = None, LATER  # it is planned anew
+                    continue
+                missing = missing._replace(chunks=missing.chunks[:at_once])
             elif len(missing.chunks) > limit:
                 outcomes[ticket] = OutOfMemory(
                     f"the attend takes {len(missing.chunks)} chunks at once that are not on the device, "
@@ -285,6 +302,14 @@ def _chunks_of(result: AttendResult | SelectResult | SearchResult) -> Ints:
     return result.position // result.chunk_size if isinstance(result, SearchResult) else result.chunk_index
 
 
+def _cost_of(ticket: JobTicket) -> int:
+    """What a ticket costs, now that its session's episodes are known."""
+    job = ticket.item
+    if isinstance(job, Probe) or job.request.episodes is None:
+        return ticket.cost
+    return max(ticket.cost, job.planned_products)
+
+
 def _see(attend: Attend) -> None:
     """Plan what an attend sees of the session as it is now. Raises InvalidArgument, Trimmed, Truncated."""
     chunks, settings = attend.chunks, attend.resident.settings
@@ -306,19 +331,13 @@ def _see(attend: Attend) -> None:
 
 
 def _know_keys(attend: Attend, contents: Mapping[int, Tensor]) -> None:
-    """Keep the keys of more chunks that it, or a query of it, sees in part."""
+    """Know the keys of more chunks that it, or a query of it, sees in part."""
     chunks, size = torch.tensor(list(contents)), attend.resident.settings.chunk_size
-    slots = attend.seen.slots(chunks, size)
-    tokens = torch.stack(list(contents.values()))
-    keys = keys_of(tokens, slots.to(tokens.device))
-    known = {(chunk, attend.seen.stop): key for chunk, key in zip(contents, keys, strict=True)}
-    length = attend.resident.extent.length
-    if (ends := ends_of(attend.seen, size, length, chunks.device)) is not None:
-        of_ends, slots = ends.parts()
-        rows = [row for row, chunk in enumerate(of_ends.tolist()) if chunk in contents]
-        if rows:
-            own = torch.stack([contents[int(of_ends[row])] for row in rows])
-            names = ends.names()
-            keys = keys_of(own, slots[rows].to(own.device))
-            known |= {names[row]: key for row, key in zip(rows, keys, strict=True)}
-    attend.known_keys = {**attend.known_keys, **known}
+    tokens, seen = torch.stack(list(contents.values())), attend.seen
+    attend.known_keys.add(seen.parts(chunks, size, seen.slots(chunks, size)), tokens)
+    if (ends := ends_of(seen, size, attend.resident.extent.length, chunks.device)) is not None:
+        parts = ends.parts()
+        place_of = {chunk: place for place, chunk in enumerate(contents)}
+        places = torch.tensor([place_of.get(chunk, -1) for chunk in parts.chunks.tolist()], dtype=torch.int64)
+        if (is_here := places >= 0).any():
+            attend.known_keys.add(Parts(*(one[is_here] for one in parts)), tokens[places[is_here]])

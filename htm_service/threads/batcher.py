@@ -126,6 +126,7 @@ class Batcher(Generic[Item, Result]):
         self.unhealthy_reason: str | None = None
         self.busy_since: float | None = None
         self._run: Run[Item, Result] | None = None
+        self._after_turn: Callable[[], None] | None = None
         self._clock = clock
         self._metrics = metrics or Metrics().of_queue(name)
         self._changed = threading.Condition()
@@ -148,12 +149,14 @@ class Batcher(Generic[Item, Result]):
 
     # --- the callers' side (the loop) ---
 
-    def start(self, run: Run[Item, Result]) -> None:
+    def start(self, run: Run[Item, Result], after_turn: Callable[[], None] | None = None) -> None:
         """Start the worker; futures will belong to the running loop.
 
-        `run` gets the tickets of one batch and answers one outcome for each: a result, an exception, or LATER.
+        `run` gets the tickets of one batch and answers one outcome for each: a result, an exception, or LATER. The
+        worker calls `after_turn` when it has done all that it took at once: where a ticket that was put off has come
+        to its end without `run`, this is where that can be seen.
         """
-        self._run = run
+        self._run, self._after_turn = run, after_turn
         self._loop = asyncio.get_running_loop()
         self._thread = threading.Thread(target=self._work, name=f"htm-{self.name}", daemon=True)
         self._thread.start()
@@ -249,6 +252,10 @@ class Batcher(Generic[Item, Result]):
             self._changed.notify()
         return True
 
+    def is_open(self, ticket: Ticket[Item, Result]) -> bool:
+        """Whether a ticket that the worker has taken has no outcome yet."""
+        return ticket in self._open
+
     def requeue(self, tickets: list[Ticket[Item, Result]]) -> None:
         """Tickets whose outcome was LATER are a batch of their own, before what waits: they were admitted before it."""
         with self._changed:
@@ -306,6 +313,8 @@ class Batcher(Generic[Item, Result]):
             self._run_batch(requeued)
         if tickets:
             self._run_batch(tickets)
+        if self._after_turn is not None:
+            self._after_turn()
         return True
 
     def _take(self) -> tuple[list[Callable[[], None]], list[Ticket[Item, Result]]] | None:

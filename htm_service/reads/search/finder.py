@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
+from einops import rearrange
 from torch import Tensor
 
 from htm_service.errors import InvalidArgument
@@ -39,8 +40,8 @@ class Find(Attend):
     num_scored: int = 0
     exact: bool = False
     embeddings: bool = False
-    known_scores: Mapping[int, Tensor] = field(default_factory=dict)
-    """By chunk, [Q, C]: of tokens whose contents were here and need not be any more."""
+    known_scores: Sequence[tuple[Tensor, Tensor]] = ()
+    """Chunks [p], and the scores [p, Q, C] of their tokens, whose contents were here and need not be any more."""
     known_tokens: dict[int, Tensor] = field(default_factory=dict)
     """By position, [D], on the host: of what was found, where `embeddings` are asked for."""
     wanted: Collection[int] = ()
@@ -49,7 +50,7 @@ class Find(Attend):
     def begin_anew(self, num_truncated: int) -> None:
         """See `Attend.begin_anew`."""
         self.num_truncated = num_truncated
-        self.known_scores, self.known_tokens, self.wanted = {}, {}, ()
+        self.known_scores, self.known_tokens, self.wanted = (), {}, ()
 
     def products_per_query(self, num_tokens: int) -> int:
         """Those of the keys, of the tokens scored, and of the sketches, or of all tokens."""
@@ -107,7 +108,8 @@ class Finder:
             scores = torch.einsum("q d, m c d -> m q c", queries, tokens)
             if slots is not None:
                 scores += slots
-        find.known_scores = {**find.known_scores, **dict(zip(contents, scores, strict=True))}
+        chunks = torch.tensor(list(contents), device=scores.device)
+        find.known_scores = (*find.known_scores, (chunks, scores))
 
     def _find(self, group: list[list[Find]]) -> list[tuple[Find, Found, list[int]]]:
         """What each search of a group finds, and the chunks that those which look at the same lack together."""
@@ -175,9 +177,9 @@ def _known(find: Find, first: int, last: int) -> Tensor | None:
         return None
     size = find.chunks.chunk_size
     known = torch.full((len(find.request.queries), last - first, size), torch.nan, device=find.chunks.keys.device)
-    for chunk, scores in find.known_scores.items():
-        if first <= chunk < last:
-            known[:, chunk - first] = scores
+    for chunks, scores in find.known_scores:
+        is_seen = (chunks >= first) & (chunks < last)
+        known[:, chunks[is_seen] - first] = rearrange(scores[is_seen], "p q c -> q p c")
     return known.flatten(1)
 
 
