@@ -97,8 +97,8 @@ def create_app(
     if engine is not None:  # in-process tests need no lifespan
         app.state.engine = engine
     hot_routes = [*calls.routes(), *batch.routes()]
-    auth = Auth(settings.admin_key, insecure=settings.insecure, metrics_open=settings.metrics_open)
-    app.front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, traces, auth)
+    app.state.auth = Auth(settings.admin_key, insecure=settings.insecure, metrics_open=settings.metrics_open)
+    app.front = Front(super(App, app).__call__, hot_routes, app, app.state.metrics, traces, app.state.auth)
     if settings.origins:
         app.front = CORSMiddleware(
             app.front,

@@ -86,6 +86,9 @@ OF_ALL_NAMESPACES = frozenset({"metrics", "put_quota"})
 
 MAX_BUCKETS = 10_000
 """Keys with a rate of their own whose requests are counted."""
+MAX_REMEMBERED = 10_000
+MAX_REMEMBERED_BYTES = 256
+"""Headers with keys that were found, and of how many bytes each, whose hashes are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,6 +170,8 @@ class Auth:
         self._insecure = insecure
         self._open = OPEN | PAGES | ({"/metrics"} if metrics_open else set())
         self._buckets: dict[bytes, Bucket] = {}
+        self._digests: dict[bytes, bytes] = {}
+        """By the header that a key came in, its hash: to make it again for each request costs more than all else."""
 
     async def admit(self, scope: Scope, keys: Keys) -> Caller | Refusal:
         """Who asks, or why this server on loopback refuses to say. Raises Unauthenticated, Forbidden, RateLimited, and
@@ -178,15 +183,31 @@ class Auth:
         if path in self._open or path.startswith(PAGE_FILES):
             return ANYONE
         authorization, named = _headers(scope)
-        digest = hashlib.sha256(_secret(authorization)).digest()
+        digest = self._digest_of(authorization)
         if self._admin_digest is not None and hmac.compare_digest(digest, self._admin_digest):
+            self._remember(authorization, digest)
             return _in_namespace(ADMIN, named)
         key = keys.find(digest) or await keys.find_again(digest)
         if key is None:
             raise Unauthenticated("the key is not known: it is another server's, was taken back, or has expired")
+        self._remember(authorization, digest)
         if key.requests_per_second is not None:
             self._count(key.digest, key.requests_per_second)
         return _in_namespace(_caller(key.role, key.namespace, digest), named)
+
+    def _digest_of(self, authorization: bytes | None) -> bytes:
+        """The hash of a header's key. Raises Unauthenticated."""
+        if authorization is not None and (known := self._digests.get(authorization)) is not None:
+            return known
+        return hashlib.sha256(_secret(authorization)).digest()
+
+    def _remember(self, authorization: bytes | None, digest: bytes) -> None:
+        """Keep the hash of a key that counts; whether it still does is asked each time."""
+        if authorization is None or authorization in self._digests or len(authorization) > MAX_REMEMBERED_BYTES:
+            return
+        if len(self._digests) >= MAX_REMEMBERED:
+            self._digests.clear()
+        self._digests[authorization] = digest
 
     def _count(self, digest: bytes, per_second: float) -> None:
         now = time.monotonic()

@@ -47,7 +47,7 @@ def main() -> None:
             if id in wanted:
                 say(id)
                 queries = torch.randn(over_http.NUM_QUERIES, DIM, generator=torch.Generator().manual_seed(2))
-                figures.append(cost(stage, 2 if options.quick else 8, queries, 1.0 if options.quick else 4.0))
+                figures.append(cost(stage, 2 if options.quick else 8, queries, 4.0 if options.quick else 40.0))
         if set(CLIENT).intersection(wanted):
             figures += client.measure(stage, options.quick, wanted)
         for id, case in (

@@ -73,10 +73,15 @@ def measure(stage: Scene, quick: bool, sessions: int, wanted: Sequence[str]) -> 
 
 
 def load(
-    stage: Scene, port: int, calls: Sequence[Call], seconds: float, connections: int = CONNECTIONS
+    stage: Scene,
+    port: int,
+    calls: Sequence[Call],
+    seconds: float,
+    connections: int = CONNECTIONS,
+    warm_s: float = 1.0,
 ) -> dict[str, Any]:
     """One run of the load generator, after a short one to warm up."""
-    return processes.load(stage.directory, port, calls, seconds, connections)
+    return processes.load(stage.directory, port, calls, seconds, connections, warm_s)
 
 
 def in_turns(

@@ -21,8 +21,10 @@ Call = tuple[str, str, bytes] | tuple[str, str, bytes, Mapping[str, str]]
 """Path, content type, body, and perhaps more headers. `bench.load.MARK` in it becomes a number that comes once."""
 
 
-def load(directory: Path, port: int, calls: Sequence[Call], seconds: float, connections: int) -> dict[str, Any]:
-    """What `bench.load` says of one run, after one of a second to warm up, and `all_requests`, the number in both.
+def load(
+    directory: Path, port: int, calls: Sequence[Call], seconds: float, connections: int, warm_s: float = 1.0
+) -> dict[str, Any]:
+    """What `bench.load` says of one run, after one to warm up, and `all_requests`, the number in both.
 
     `directory` is for its files.
     """
@@ -34,7 +36,7 @@ def load(directory: Path, port: int, calls: Sequence[Call], seconds: float, conn
     plan = directory / "plan.json"
     plan.write_text(json.dumps(listed))
     answers: list[dict[str, Any]] = []
-    for length in (1.0, seconds):
+    for length in filter(None, (warm_s, seconds)):
         command = [sys.executable, "-m", "bench.load", "--port", str(port), "--requests", str(plan)]
         command += ["--connections", str(connections), "--seconds", str(length)]
         answers.append(json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout))

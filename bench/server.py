@@ -1,7 +1,8 @@
 """htm-service with endpoints more: an echo, what its threads took, and, when timed, what the parts of a request took.
 
 `/echo` answers with the body it was sent, the ceiling of S2 and S8; `/threads` says how many seconds of processor time
-each kind of thread has taken; with `--timed`, `/timings` says how many seconds parts of the server have.
+each kind of thread has taken; with `--timed`, `/timings` says how many seconds parts of the server have; with
+`--switched`, `/switch` has it go on with or without something, for S21 and A1.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from starlette.types import Receive, Scope, Send
 from torch import Tensor
 
 from api.app import App, create_app
+from api.auth import ANYONE, Caller, Refusal, refusal
 from api.serving import serve
 from api.settings import Settings
 from bench import machine
@@ -86,6 +88,40 @@ class Timings:
             engine.worker.runner.kernel = TimedKernel(engine.worker.runner.kernel, self)  # searches keep theirs
 
 
+class Switch:
+    """Parts of this server that can be left out, for a while."""
+
+    def __init__(self, app: App, what: str) -> None:
+        self._app = app
+        self._what = what
+
+    async def turn(self, request: Request) -> JSONResponse:
+        """Leave them out from now on, or not; how far the server is."""
+        state, is_on = self._app.state, request.query_params["on"] == "1"
+        engine: Engine = state.engine
+        if self._what == "accounts":
+            engine.accounts.max_recalls = engine.config.recalls_per_session if is_on else 0
+        else:  # what stands in an object goes before its class's
+            for owner, name, nothing in (
+                (state.auth, "admit", _admit_anyone),
+                (state.metrics, "count", _nothing),
+                (engine.feed, "tell", _nothing),
+            ):
+                vars(owner).pop(name, None) if is_on else setattr(owner, name, nothing)
+        attends = (await engine.info()).totals["attends"]
+        loop_s = machine.thread_seconds()["loop"]
+        return JSONResponse({"at": time.perf_counter(), "attends": attends, "loop_s": loop_s})
+
+
+def _nothing(*_: object) -> None:
+    """What is left out."""
+
+
+async def _admit_anyone(scope: Scope, _: object) -> Caller | Refusal:
+    """As a server without keys does."""
+    return refusal(scope) or ANYONE
+
+
 class TimedKernel:
     """A kernel, step by step, each step timed."""
 
@@ -108,7 +144,7 @@ def main() -> None:
     parser.add_argument("--port", type=int, required=True)
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--models-dir", type=Path, required=True)
-    parser.add_argument("--unmeasured", action="store_true", help="counts no requests, for the ceiling of S21")
+    parser.add_argument("--switched", choices=["guard", "accounts"], help="what `/switch` leaves out")
     parser.add_argument("--timed", action="store_true", help="with `/timings`, for one client at a time")
     options = parser.parse_args()
     settings = Settings(
@@ -120,12 +156,12 @@ def main() -> None:
     )
     app = create_app(settings)
     app.router.routes[:0] = [Route("/echo", echo, methods=["POST"]), Route("/threads", threads)]
-    if options.unmeasured:
-        app.state.metrics.count = lambda *_: None
+    assert isinstance(app, App)
+    if options.switched:
+        app.router.routes.insert(0, Route("/switch", Switch(app, options.switched).turn))
     if options.timed:
         timings = Timings()
         app.router.routes.insert(0, Route("/timings", timings.answer))
-        assert isinstance(app, App)
         timings.watch(app)
     serve(settings, app)
 

@@ -140,8 +140,8 @@ class Engine:
         self.feed = Feed()
         """What happens to sessions, for whoever reads along."""
         cached = PayloadCache(config.payload_cache_bytes)
-        self._accounts = Accounts(config.recalls_per_session, config.max_recall_bytes, self.feed)
-        self.directory = Directory(store, self.committer.write, clock, self._accounts, self.feed, cached)
+        self.accounts = Accounts(config.recalls_per_session, config.max_recall_bytes, self.feed)
+        self.directory = Directory(store, self.committer.write, clock, self.accounts, self.feed, cached)
 
         self.catalog = Catalog(models, store, self.committer, self.device)
         reader: Batcher[Wanted, Texts] = Batcher(
@@ -151,7 +151,7 @@ class Engine:
             metrics=self.metrics.of_queue("payloads"),
         )
         self.payloads = Payloads(store, reader, cached, config.max_answer_bytes)
-        self._attends = Attends(config, self.catalog, self.worker, self.payloads, self._accounts, clock)
+        self._attends = Attends(config, self.catalog, self.worker, self.payloads, self.accounts, clock)
         self._selects = Selects(self.worker, self._attends)
         self._searches = Searches(config, self._attends, self.payloads)
         self._appends = Appends(self.committer, cached, self.feed, clock)
@@ -186,7 +186,7 @@ class Engine:
             self.keys.run(),
             self.imports.run(),
             self.catalog.run(),
-            self._accounts.run(self.directory.sessions),
+            self.accounts.run(self.directory.sessions),
             self._supervisor.run(),
             self._change_kernel(),
         )
@@ -489,7 +489,7 @@ class Engine:
     def listen(self, namespace: str, session_id: str | None = None) -> Reader:
         """A reader, to be closed, of what happens from now on to one session of a namespace, or to all of them."""
         self._check_open()
-        self._accounts.settle()
+        self.accounts.settle()
         return self.feed.read(namespace, None if session_id is None else validation.check_id(session_id))
 
     async def info(self, namespace: str | None = None) -> EngineInfo:

@@ -1,4 +1,4 @@
-"""The accounts of attends, made once those are answered, of all together that one batch answered.
+"""The accounts of attends, made once those are answered, of several batches together.
 
     an attend is answered -> waits here -> its account goes into its session's ring, and to whoever reads along
 
@@ -18,6 +18,10 @@ from htm_service.sessions.feed import Feed
 from htm_service.sessions.recalls import RecallLog, account
 from htm_service.sessions.session import Session
 
+MADE_TOGETHER = 128
+"""Accounts: they hold up the event loop for 0.3 ms."""
+WAIT_S = 0.1
+"""For how long an account waits for others at most."""
 LOOK_EVERY_S = 1.0
 """How often it is looked at what all accounts take."""
 KEPT_SHARE = 0.75
@@ -30,26 +34,30 @@ class Accounts:
     """See the head of this module. Of a session the last `max_recalls` are kept; with none, only readers are told."""
 
     def __init__(self, max_recalls: int, max_bytes: int, feed: Feed) -> None:
-        self._max_recalls = max_recalls
+        self.max_recalls = max_recalls
+        """Of a session, of those that are made from now on."""
         self._max_bytes = max_bytes
         """Of all sessions' accounts together."""
         self._new_bytes = 0
         """By which they have grown since all of them were counted."""
         self._feed = feed
+        feed.catch_up = self.settle
         self._waiting: list[Answered] = []
 
     def log(self, first_chunk: int) -> RecallLog:
         """A ring for a session whose chunks begin with this one."""
-        return RecallLog(self._max_recalls, first_chunk, self.settle)
+        return RecallLog(self.max_recalls, first_chunk, self.settle)
 
     def add(self, session: Session, request: AttendRequest, result: AttendResult, model: str, now: float) -> None:
         """Account for an attend that was answered, without payloads, with the model of this name."""
-        is_kept = bool(self._max_recalls) and result.num_truncated == session.resident.extent.num_truncated
+        is_kept = bool(self.max_recalls) and result.num_truncated == session.resident.extent.num_truncated
         if not (is_kept or self._feed.is_read):
             return
         if not self._waiting:
-            asyncio.get_running_loop().call_soon(self.settle)  # after the answers of the batch that this is of
+            asyncio.get_running_loop().call_later(WAIT_S, self.settle)
         self._waiting.append((session, request, result, model, now, is_kept))
+        if len(self._waiting) == MADE_TOGETHER:
+            asyncio.get_running_loop().call_soon(self.settle)  # after the answers of the batch that this is of
 
     def settle(self) -> None:
         """Have everything accounted for that was answered so far."""

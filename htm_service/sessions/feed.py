@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from htm_service.errors import Overloaded
 from htm_service.records import Event
@@ -22,6 +23,8 @@ class Feed:
     """See the head of this module."""
 
     def __init__(self) -> None:
+        self.catch_up: Callable[[], None] = lambda: None
+        """Tells the recalls that are not told yet, which happened before whatever else is told."""
         self._readers: dict[str, set[Reader]] = {}
         """By namespace, of those that have some."""
 
@@ -37,6 +40,8 @@ class Feed:
 
     def tell(self, event: Event) -> None:
         """Tell all readers of the event's namespace."""
+        if event.kind != "recall":
+            self.catch_up()
         for reader in self._readers.get(event.key.namespace, ()):
             reader.tell(event)
 

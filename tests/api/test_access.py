@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import logging
 import time
@@ -13,7 +14,7 @@ import httpx
 import pytest
 
 from api.app import create_app
-from api.auth import OPEN, ROLES
+from api.auth import MAX_REMEMBERED_BYTES, OPEN, ROLES
 from api.settings import Settings
 from tests.api.conftest import ADMIN_KEY, Serve, fill, make_key, put_model
 from tests.api.exercised import CALLS, ON_SESSION
@@ -347,6 +348,30 @@ async def test_a_key_is_told_once_and_its_use_is_noted(client: httpx.AsyncClient
     for wrong in wrongs:
         refused = await client.post("/v1/keys", json={"name": "n", "role": "read", **wrong})
         check_problem(refused, 422, "invalid_argument")
+
+
+async def test_only_keys_that_count_are_remembered(client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A key is hashed once for all its requests; whoever guesses leaves nothing behind."""
+    name = "remembered"
+    secret = await make_key(client, name, "read")
+    hashed: list[bytes] = []
+    sha256 = hashlib.sha256
+
+    def noted(data: bytes) -> Any:
+        hashed.append(data)
+        return sha256(data)
+
+    monkeypatch.setattr(hashlib, "sha256", noted)
+    for key, num_hashed, status in ((secret, 1, 200), ("wrong", 3, 401)):
+        for _ in range(3):
+            answer = await client.get("/v1/sessions", headers={"Authorization": f"Bearer {key}"})
+            assert answer.status_code == status
+        assert hashed.count(key.encode()) == num_hashed
+    padded = {"Authorization": f"Bearer {secret}" + " " * MAX_REMEMBERED_BYTES}
+    assert [(await client.get("/v1/sessions", headers=padded)).status_code for _ in range(2)] == [200, 200]
+    assert (await client.delete(f"/v1/keys/{name}")).status_code == 204
+    answer = await client.get("/v1/sessions", headers={"Authorization": f"Bearer {secret}"})
+    assert answer.status_code == 401
 
 
 async def test_a_key_has_its_own_rate(client: httpx.AsyncClient) -> None:

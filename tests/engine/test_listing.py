@@ -104,6 +104,13 @@ async def test_what_happens_is_told(engine: Engine) -> None:
     assert num_dropped == 0 and events[0].what == "created" and events[-1].what == "deleted"
     assert events[2].what.note == "why?" and events[1].what.length == 3  # type: ignore[union-attr]
     reader.close()
+    reader = engine.listen(DEFAULT_NAMESPACE, "b")
+    await engine.append(named("b"), AppendRequest(TOKENS))
+    await reader.take(1)
+    await engine.attend(named("b"), AttendRequest(queries=TOKENS[0], note="nothing comes after"))
+    events, _ = await reader.take(1)
+    assert [event.kind for event in events] == ["recall"]
+    reader.close()
     engine.is_draining = True
     with pytest.raises(Draining):
         engine.listen(DEFAULT_NAMESPACE)
