@@ -69,7 +69,7 @@ MAX_MODULES = 8
 
 AT_IMPORT = {
     "re.compile", "frozenset", "set", "dict", "tuple", "list", "range", "sorted", "enumerate",
-    "np.dtype", "bindparam", "delete", "exists", "func.max", "insert", "or_", "select", "update",
+    "np.dtype", "bindparam", "delete", "exists", "func.coalesce", "func.max", "insert", "or_", "select", "update",
     "tl.constexpr", "triton.jit",  # in kernels/triton_loops.py: nothing is compiled before it is launched
     "threading.Lock",  # in storage/sql/schema.py: what it guards is a global of Alembic
 }  # fmt: skip

@@ -55,7 +55,7 @@ from storage.sql.tables import idempotency, sessions
 from storage.sql.tokens.branches import delete_branch, fork, held_until, truncate
 from storage.sql.tokens.compaction import compact, keep_sketches
 from storage.sql.tokens.rows import BLOCK_BYTES, SIDS_AT_ONCE, Rows, portions
-from storage.sql.tokens.spans import has_branched, own_log
+from storage.sql.tokens.spans import HAS_BRANCHED, OWN_LOG
 from storage.sql.tokens.trimming import trim, trim_branch
 
 PURGE_LIMIT = 500
@@ -69,6 +69,19 @@ MAX_TALLIES = 16_384
 
 _DELETE_KEY = delete(idempotency).where(
     idempotency.c.sid == bindparam("of_sid"), idempotency.c.key == bindparam("of_key")
+)
+_TALLIES = select(
+    *(sessions.c[name] for name in ("sid", "length", "num_bytes", "max_tokens", "first_position", "namespace")),
+    OWN_LOG,
+    HAS_BRANCHED,
+).where(sessions.c.sid.in_(bindparam("sids", expanding=True)))
+_EXPIRED = (
+    select(idempotency.c.sid, idempotency.c.key)
+    .where(idempotency.c.created_at <= bindparam("horizon"))
+    .limit(PURGE_LIMIT)
+)
+_OF_KEYS = select(idempotency).where(
+    idempotency.c.sid.in_(bindparam("sids", expanding=True)), idempotency.c.key.in_(bindparam("keys", expanding=True))
 )
 _OF_SID = select(sessions).where(sessions.c.sid == bindparam("of_sid"))
 _CUT_COLUMNS = "length", "num_bytes", "updated_at", "first_position"
@@ -196,23 +209,18 @@ class WriteGroup:
         return answer
 
     def _look_up(self, sids: set[int]) -> None:
-        table = sessions.c
-        columns = (table.sid, table.length, table.num_bytes, table.max_tokens, table.first_position, table.namespace)
-        query = select(*columns, own_log().label("log"), has_branched().label("has_branched"))
         for some in portions(sids, SIDS_AT_ONCE):
-            for row in self._connection.execute(query.where(table.sid.in_(some))):
+            for row in self._connection.execute(_TALLIES, {"sids": some}):
                 held = row.length, row.num_bytes, row.max_tokens, row.first_position
                 self._tallies[row.sid] = Tally(*held, row.length, row.namespace, row.log, row.has_branched)
 
     def _look_up_keys(self, keys: set[tuple[int, str]], horizon: float) -> None:
         if not keys:
             return
-        table = idempotency.c
-        expired = select(table.sid, table.key).where(table.created_at <= horizon).limit(PURGE_LIMIT)
-        past = {(sid, key) for sid, key in self._connection.execute(expired)}
+        past = {(sid, key) for sid, key in self._connection.execute(_EXPIRED, {"horizon": horizon})}
         for some in portions(sorted(keys), KEYS_AT_ONCE):
-            pairs = table.sid.in_({sid for sid, _ in some}), table.key.in_({key for _, key in some})
-            for row in self._connection.execute(select(idempotency).where(*pairs)):
+            of = {"sids": sorted({sid for sid, _ in some}), "keys": sorted({key for _, key in some})}
+            for row in self._connection.execute(_OF_KEYS, of):
                 if row.created_at > horizon:
                     self._keys[row.sid, row.key] = (row.digest, Appended(row.start, row.length))
                 else:  # beyond the limit above; it must go, for its place is wanted

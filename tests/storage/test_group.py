@@ -10,12 +10,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import Engine, event
+from sqlalchemy import Delete, Engine, Insert, Select, Update, event
 
 from storage.base import Append, Appended, NoSuchSession, Store, StoreError
 from storage.databases.sqlite import open_sqlite
 from storage.sql import write_group as group
 from tests.storage.contract import create, token, write
+
+
+def test_statements_of_appends_are_made_once(sqlite_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To put four together for each group took as long as to write an append and to sync it."""
+    sids = [create(sqlite_store, f"s{number}").sid for number in range(4)]
+
+    def appends(key: str) -> list[Append]:
+        plain = [Append(sid, 1, token(1), [b"{}"]) for sid in sids]
+        return [*plain, *(Append(sid, 1, token(1), idempotency_key=key, digest=b"d") for sid in sids)]
+
+    write(sqlite_store, *appends("first"))
+    made: list[object] = []
+    for kind in (Select, Insert, Update, Delete):
+        monkeypatch.setattr(kind, "__init__", lambda self, *_, **__: made.append(self))
+    assert all(isinstance(one, Appended) for one in write(sqlite_store, *appends("second"))) and not made
 
 
 def test_no_statement_of_a_group_reads_a_whole_table(path: Path, sqlite_store: Store) -> None:

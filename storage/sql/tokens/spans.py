@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-from sqlalchemy import ColumnElement, CompoundSelect, Connection, bindparam, delete, exists, func, insert, or_, select
+from sqlalchemy import CompoundSelect, Connection, bindparam, delete, exists, func, insert, or_, select
 
 from storage.sql.prepared import Prepared
 from storage.sql.tables import leftovers, sessions, spans
@@ -30,6 +30,17 @@ _SHARED_UNTIL = Prepared(
     select(func.max(spans.c.stop)).where(spans.c.log == bindparam("of_log"), spans.c.sid != bindparam("but_sid")),
     *("of_log", "but_sid"),
 )
+
+
+HAS_BRANCHED = or_(
+    exists(select(spans.c.sid).where(spans.c.sid == sessions.c.sid)),
+    exists(select(spans.c.sid).where(spans.c.log == sessions.c.sid)),
+).label("has_branched")
+"""Whether a session of the table has spans, or another one has some of its first log."""
+OWN_LOG = func.coalesce(
+    select(spans.c.log).where(spans.c.sid == sessions.c.sid, spans.c.stop.is_(None)).scalar_subquery(), sessions.c.sid
+).label("log")
+"""The log to which a session of the table appends."""
 
 
 class Span(NamedTuple):
@@ -153,17 +164,3 @@ def known_logs() -> CompoundSelect[Any]:
     moved = select(spans.c.sid).where(spans.c.stop.is_(None))
     own = select(sessions.c.sid).where(sessions.c.sid.not_in(moved))
     return own.union(select(spans.c.log), select(leftovers.c.log))
-
-
-def has_branched() -> ColumnElement[bool]:
-    """Whether a session of the table has spans, or another one has some of its first log."""
-    return or_(
-        exists(select(spans.c.sid).where(spans.c.sid == sessions.c.sid)),
-        exists(select(spans.c.sid).where(spans.c.log == sessions.c.sid)),
-    )
-
-
-def own_log() -> ColumnElement[int]:
-    """The log to which a session of the table appends."""
-    moved = select(spans.c.log).where(spans.c.sid == sessions.c.sid, spans.c.stop.is_(None))
-    return func.coalesce(moved.scalar_subquery(), sessions.c.sid)
