@@ -33,8 +33,11 @@ from htm_service.session_settings import SessionSettings
 ID = re.compile(limits.NAME_PATTERN)
 
 
-FEW_NUMBERS = 8192
-"""That numpy's BLAS adds up in the calling thread; others that help it then wait for more, and are busy with that."""
+FEW_NUMBERS = 4096
+"""So many are looked at by pieces of LOOKED_AT_ONCE: for more, numpy lets another thread have the interpreter, and to
+get it back takes longer than all of it.
+"""
+LOOKED_AT_ONCE = 500
 
 
 def check_id(session_id: str) -> str:
@@ -221,6 +224,13 @@ def check_explain(request: AttendRequest, limit: int, dim: int) -> AttendRequest
     return request
 
 
+def _are_finite(numbers: Floats) -> bool:
+    """Whether all of numbers [n] are finite."""
+    at_once = LOOKED_AT_ONCE if len(numbers) <= FEW_NUMBERS else len(numbers)
+    pieces = (numbers[first : first + at_once] for first in range(0, len(numbers), at_once))
+    return all(np.isfinite(piece).all() for piece in pieces)
+
+
 def _check_matrix(name: str, array: Floats, dim: int) -> Floats:
     matrix = array[None] if array.ndim == 1 else array
     if matrix.ndim != 2 or matrix.shape[1] != dim:
@@ -229,9 +239,7 @@ def _check_matrix(name: str, array: Floats, dim: int) -> Floats:
         raise InvalidArgument(f"{name} has shape {list(array.shape)}, it must hold at least one row")
     if matrix.dtype != np.float32:
         raise InvalidArgument(f"{name} has dtype {matrix.dtype}, the engine takes float32")
-    # The sum of squares is finite only where all numbers are, though not for all such; of few it is found sooner.
-    is_finite = matrix.size <= FEW_NUMBERS and math.isfinite(np.vdot(matrix, matrix))
-    if not is_finite and not np.isfinite(matrix).all():
+    if not _are_finite(matrix.ravel()):
         at = tuple(np.argwhere(~np.isfinite(array))[0].tolist())
         raise InvalidArgument(f"{name}{list(at)} is {array[at]}, it must be a finite float32")
     return matrix
