@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from htm_service.config import MAX_TOP_K
-from htm_service.errors import InvalidArgument
+from htm_service.errors import InvalidArgument, clipped, quoted
 
 MAX_DIM = 16_384
 MAX_HEADS = 1_024
@@ -60,7 +60,7 @@ class ModelConfig:
                 _check_int(name, width, MAX_DIM)
         for name, flag in (("position_encoding", self.position_encoding), ("block", self.block)):
             if not isinstance(flag, bool):
-                raise InvalidArgument(f"{name} is {flag!r}; it must be true or false")
+                raise InvalidArgument(f"{name} is {clipped(repr(flag))}; it must be true or false")
         _check_scale("summary_scale", self.summary_scale, self.dim)
         _check_scale("attention_scale", self.attention_scale, self.dim_head)
         if self.dim is None and (self.position_encoding or self.block):
@@ -101,7 +101,7 @@ class ModelConfig:
         known = [field.name for field in dataclasses.fields(cls)]
         unknown = sorted(set(fields) - set(known))
         if unknown:
-            raise InvalidArgument(f"config field {unknown[0]!r} is unknown; there are {', '.join(known)}")
+            raise InvalidArgument(f"config field {quoted(unknown[0])} is unknown; there are {', '.join(known)}")
         for name in ("dim", "dim_head"):
             if fields.get(name) is None:
                 raise InvalidArgument(f"config field {name!r} is missing")
@@ -120,7 +120,7 @@ def check_tensors(config: ModelConfig, tensors: Mapping[str, Tensor]) -> None:
     shapes = required | optional
     for name, tensor in sorted(tensors.items()):
         if name not in shapes:
-            raise InvalidArgument(f"tensor {name!r} is unknown; there are {', '.join(sorted(shapes))}")
+            raise InvalidArgument(f"tensor {quoted(name)} is unknown; there are {', '.join(sorted(shapes))}")
         if tuple(tensor.shape) != shapes[name]:
             raise InvalidArgument(
                 f"tensor {name!r} has shape {list(tensor.shape)}; dim {config.dim}, heads {config.heads} and "
@@ -176,7 +176,7 @@ def _tensor_shapes(config: ModelConfig) -> tuple[dict[str, tuple[int, ...]], dic
 
 def _check_int(name: str, value: object, limit: int) -> None:
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= limit:
-        raise InvalidArgument(f"{name} is {value!r}; it must be a whole number from 1 to {limit}")
+        raise InvalidArgument(f"{name} is {clipped(repr(value))}; it must be a whole number from 1 to {limit}")
 
 
 def _check_scale(name: str, value: object, width: int | None) -> None:
@@ -185,7 +185,7 @@ def _check_scale(name: str, value: object, width: int | None) -> None:
             raise InvalidArgument(f"{name} is null; a model without a width must have one")
         return
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MAX_SCALE:
-        raise InvalidArgument(f"{name} is {value!r}; it must be a number above 0, at most {MAX_SCALE:.0f}")
+        raise InvalidArgument(f"{name} is {clipped(repr(value))}; it must be a number above 0, at most {MAX_SCALE:.0f}")
 
 
 def _known(value: T | None) -> T:

@@ -115,6 +115,8 @@ class Chunks:
         """Keys [N, D] and page ids [N] of chunks first .. last-1, views; all of them held, or none wanted."""
         if first >= last:
             return self.keys[:0], self.page_table[:0]
+        if last - first == len(self._pages):  # all of them, nearly always: to cut a view is a call into torch
+            return self.keys, self.page_table
         some = slice(first - self.first_chunk, last - self.first_chunk)
         return self.keys[some], self.page_table[some]
 

@@ -226,9 +226,10 @@ def check_explain(request: AttendRequest, limit: int, dim: int) -> AttendRequest
 
 def _are_finite(numbers: Floats) -> bool:
     """Whether all of numbers [n] are finite."""
-    at_once = LOOKED_AT_ONCE if len(numbers) <= FEW_NUMBERS else len(numbers)
-    pieces = (numbers[first : first + at_once] for first in range(0, len(numbers), at_once))
-    return all(np.isfinite(piece).all() for piece in pieces)
+    if len(numbers) > FEW_NUMBERS:
+        return bool(np.isfinite(numbers).all())
+    pieces = (numbers[first : first + LOOKED_AT_ONCE] for first in range(0, len(numbers), LOOKED_AT_ONCE))
+    return not any(b"\0" in np.isfinite(piece).tobytes() for piece in pieces)  # a third of the time that `all` takes
 
 
 def _check_matrix(name: str, array: Floats, dim: int) -> Floats:

@@ -154,7 +154,7 @@ def parse_header(text: bytes) -> tuple[Layout, dict[str, str]]:
     if not isinstance(said, str):
         raise InvalidArgument("the file is no session's: its header has no __metadata__ with params")
     params = _object(said.encode(errors="replace"), "params")
-    if params.get("format") != FORMAT or params.get("version") != VERSION:
+    if params.get("format") != FORMAT or repr(params.get("version")) != repr(VERSION):  # `true` is no 1
         named = f"format {quoted(str(params.get('format')))}, version {quoted(str(params.get('version')))}"
         raise InvalidArgument(f"the file says {named}; this server reads {FORMAT!r}, version {VERSION}")
     if found.keys() != set(TENSORS):

@@ -25,7 +25,7 @@ from htm_service.attention.model_file import load_model, model_bytes, parse_mode
 from htm_service.attention.modules import HTMAttention, HTMBlock
 from htm_service.attention.positions import position_table
 from htm_service.attention.registry import ModelRegistry
-from htm_service.errors import InvalidArgument, ModelNotFound
+from htm_service.errors import QUOTED_CHARACTERS, InvalidArgument, ModelNotFound
 from htm_service.kernels.base import Search, View
 from htm_service.kernels.reference import ReferenceKernel
 from htm_service.kernels.resolve import resolve_kernel
@@ -312,6 +312,8 @@ class TestFile:
             ("attention_scale", math.nan, "attention_scale is nan"),
             ("attention_scale", True, "attention_scale is True"),
             ("temperature", 1, "config field 'temperature' is unknown"),
+            ("t" * 9999, 1, f"config field '{'t' * QUOTED_CHARACTERS}...' is unknown"),
+            ("heads", "h" * 9999, f"heads is 'h{'h' * (QUOTED_CHARACTERS - 2)}...; it must be"),
         ],
     )
     def test_config(self, field: str, value: object, message: str) -> None:

@@ -177,6 +177,7 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "nothing": (b"", "cut off"),
     "another format": (session_file(params={"format": "model"}), "format 'model'"),
     "a later version": (session_file(params={"version": 2}), "version '2'"),
+    "a version that is no number": (session_file(params={"version": True}), "version 'True'"),
     "NaN": (session_file([[1, 0, 0], [0, np.nan, 0], [0, 0, 1]]), "position 1 holds NaN"),
     "infinity in float16": (session_file([[1, 0, 0], [0, 1, 0], [0, 0, np.inf]], dtype="float16"), "position 2 holds"),
     "a payload that is no JSON": (session_file(payloads=[b"", b"{", b""]), "payload at position 1 is not JSON"),

@@ -17,7 +17,8 @@ from api.wire.body import check_encoding, read_body
 from htm_service.errors import InvalidArgument, UnsupportedMediaType
 from htm_service.records import Precondition
 
-_TAGS = re.compile(r'\*|(?:W/)?"[^"]*"(?:\s*,\s*(?:W/)?"[^"]*")*')
+_TAGS = re.compile(r'\*|[\s,]*(?:W/)?"[^"]*"(?:\s*,[\s,]*(?:W/)?"[^"]*")*[\s,]*')
+"""A list may have empty elements (RFC 9110, 5.6.1)."""
 _TAG = re.compile(r'(W/)?"([^"]*)"')
 
 _CODES = ("invalid_argument", "unhealthy", "draining", "internal_error")
