@@ -18,7 +18,7 @@ from htm_service.errors import HTMError, InvalidArgument, LengthConflict, Sessio
 from htm_service.memory.resident import Extent
 from htm_service.reads.cost import merge, split
 from htm_service.reads.runner import Attend
-from htm_service.reads.visibility import Trimmed, Truncated
+from htm_service.reads.visibility import KnownKeys, Trimmed, Truncated
 from htm_service.reads.weights import Outgrown, Weights
 from htm_service.reads.worker import DeviceWorker
 from htm_service.records import (
@@ -355,7 +355,7 @@ def name_of(session: Session, request: AttendRequest) -> str:
 
 def _admitted(asked: Attend, extent: Extent) -> Attend:
     """An attend on its way: its masks are as long as the session is now, however long it waits."""
-    attend = replace(asked, num_truncated=extent.num_truncated)
+    attend = replace(asked, num_truncated=extent.num_truncated, known_keys=KnownKeys())  # parts share these
     if asked.request.is_masked and asked.request.stop is None:
         attend.see_as_of(extent.length)
     return attend

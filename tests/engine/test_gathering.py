@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import threading
 import weakref
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -16,7 +17,7 @@ from htm_service.kernels.base import Search, View
 from htm_service.reads import runner, worker
 from htm_service.reads.gathering import Gathering
 from htm_service.reads.visibility import KnownKeys
-from htm_service.records import AttendResult, SearchRequest
+from htm_service.records import AppendRequest, AttendResult, SearchRequest
 from storage.base import Store, StoreError
 from storage.in_memory import MemoryStore
 from storage.resolve import open_store
@@ -165,6 +166,49 @@ async def test_the_next_goes_on_whatever_becomes_of_the_one_before(
     with pytest.raises(SessionNotFound):
         await first
     check(await second, expected)
+
+
+async def test_a_truncation_meanwhile_leaves_nothing_known(
+    make_engine: MakeEngine, monkeypatch: pytest.MonkeyPatch, reads_of_three: list[object]
+) -> None:
+    """What was learned of the tokens that are gone is of positions that others have now."""
+    store, of_three = open_store("memory://"), 3
+    first = await make_engine(store)
+    await fill(first, "s", [], chunk_size=SIZE)
+
+    async def append(engine: Engine, tokens: Any) -> None:
+        for number, part in enumerate(np.array_split(tokens, 3 * NUM_CHUNKS)):
+            await engine.append(named("s"), AppendRequest(embeddings=part, episode=number % of_three))
+
+    await append(first, TOKENS)
+    await compact_all(first)
+    await first.close()
+    engine = await make_engine(store, memory_budget_bytes=BUDGET)
+    began, is_truncated = asyncio.Event(), threading.Event()
+    loop, add = asyncio.get_running_loop(), KnownKeys.add
+
+    def held_up(self: KnownKeys, *args: Any) -> None:
+        add(self, *args)
+        if len(reads_of_three) == 5:
+            loop.call_soon_threadsafe(began.set)
+            assert is_truncated.wait(10)
+
+    monkeypatch.setattr(KnownKeys, "add", held_up)
+    answer = asyncio.create_task(engine.attend(named("s"), asks(1, episodes=[1])))
+    await asyncio.wait_for(began.wait(), 10)
+    await engine.truncate(named("s"), 0)
+    others = vectors(2, len(TOKENS), DIM)
+    await append(engine, others)
+    is_truncated.set()
+    result = await answer
+    of_episode = np.concatenate(
+        [
+            np.full(len(part), number % of_three == 1)
+            for number, part in enumerate(np.array_split(others, 3 * NUM_CHUNKS))
+        ]
+    )
+    assert result.length == len(others) and len(reads_of_three) > 5
+    check(result, expect(others, asks(1, mask=of_episode), "attend", ONLY_RETRIEVAL, SIZE))
 
 
 async def test_nothing_is_kept_of_what_is_done(make_engine: MakeEngine, reads_of_three: list[object]) -> None:
